@@ -1,0 +1,27 @@
+"""Content hashes of KV blocks: equal hash, equal tokens from the start of the sequence to the end of the block.
+
+Used by the engine's prefix cache, by delta transfer and by prefix-aware routing, so all three speak of the same block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NewType
+
+import numpy as np
+import xxhash
+
+BlockHash = NewType("BlockHash", int)
+"""128 bits: a collision would let one user attend to another's prompt."""
+
+
+def block_hashes(token_ids: Sequence[int], block_size: int, *, salt: str = "") -> Iterator[BlockHash]:
+    """The hash of each full block of `token_ids`, in order; a partial last block has none.
+
+    `salt` separates caches that must not share blocks (another adapter, another tenant).
+    """
+    parent = xxhash.xxh3_128_digest(salt.encode())
+    for end in range(block_size, len(token_ids) + 1, block_size):
+        tokens = np.asarray(token_ids[end - block_size : end], dtype=np.uint32).tobytes()
+        parent = xxhash.xxh3_128_digest(parent + tokens)
+        yield BlockHash(int.from_bytes(parent, "big"))

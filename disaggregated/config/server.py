@@ -1,0 +1,58 @@
+"""What one context or generation server is told. Key names are TensorRT-LLM's where it has one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KVCacheConfig:
+    enable_block_reuse: bool = True
+    """Keep the blocks of finished sequences for prompts with the same beginning."""
+    max_tokens: int | None = None
+    """Size of the pool in tokens; None: from the memory fraction."""
+    free_gpu_memory_fraction: float = 0.9
+    """Of the device's free memory after the weights are loaded; on CPU, of `cpu_memory_budget_bytes`."""
+    cpu_memory_budget_bytes: int = 2 << 30
+    """What one server on CPU may take for KV."""
+    tokens_per_block: int = 32
+    dtype: str = "auto"
+    """"auto" is the model's own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CacheTransceiverConfig:
+    backend: str = "DEFAULT"
+    """DEFAULT negotiates the best common one: SHM on one host, else TCP."""
+    max_tokens_in_buffer: int | None = None
+    """Bounds the blocks in flight of one transfer; None: a chunk of up to 16 MiB."""
+    kv_transfer_timeout_ms: int = 60_000
+    lease_s: float = 30.0
+    """Relative; renewed by progress. A context server gives the blocks back after that long without a sign of life."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    model: str
+    role: str
+    """"context" or "generation"."""
+    host: str = "localhost"
+    port: int = 8000
+    """0: any free one; the ready line tells which."""
+    dtype: str = "auto"
+    """Of weights and activations: "auto" is float32 on CPU and bfloat16 on CUDA; "float32", "bfloat16"."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one."""
+    load_format: str = "auto"
+    """"dummy": random weights of the model's shape, for speed work."""
+    max_batch_size: int = 64
+    max_num_tokens: int = 512
+    """Tokens computed in one step, decode and prefill together: the size of a prefill chunk."""
+    max_seq_len: int | None = None
+    """Prompt and generated tokens; None: the model's own limit."""
+    num_threads: int = 1
+    """CPU threads of the engine."""
+    cpu_affinity: tuple[int, ...] = ()
+    """Cores the process is pinned to; empty: the operating system decides."""
+    kv_cache_config: KVCacheConfig = KVCacheConfig()
+    cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()

@@ -1,0 +1,67 @@
+"""The op table: what every implementation (torch reference, native CPU kernels, later Triton) provides.
+
+Legend of tensor names: T tokens of the step, R rows (sequences) of the step, H hidden, N query heads, G kv heads,
+D head_dim, F ffn width, B blocks of the pool, S block_size, V vocabulary, K/M in and out features of a linear.
+
+The law of this table: **a row's result is bitwise the same whatever other rows are in the call.** Failover, prefix
+caching and "disaggregated equals one process" all stand on it, and a property test of each op proves it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBatch:
+    """Where the tokens of one step lie, as tensors on the model's device. Made once a step, used by every layer."""
+
+    query_start: torch.Tensor
+    """(R + 1) int32: row r's tokens are `[query_start[r], query_start[r + 1])` of T."""
+    first_position: torch.Tensor
+    """(R) int32: position in its sequence of each row's first token, i.e. how many tokens were cached before."""
+    block_tables: torch.Tensor
+    """(R, max_blocks) int32, padded with 0."""
+    positions: torch.Tensor
+    """(T) int64: position of each token in its sequence."""
+    slots: torch.Tensor
+    """(T) int64: `block_id * block_size + offset` where each token's key and value go."""
+    max_context_len: int
+    """Longest `first_position + query length` of the rows."""
+
+
+class Ops(Protocol):
+    """All tensors are contiguous and of the model's dtype; results are new tensors unless said otherwise."""
+
+    name: str
+    """For logs and the numerics part of the model fingerprint: "torch", "native-avx512"."""
+
+    def prepare_linear(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None) -> Any:
+        """Lay a weight out as this implementation wants it; what `linear` is then given."""
+
+    def linear(self, x_TK: torch.Tensor, weight: Any) -> torch.Tensor:
+        """(T, M) = x · weightᵀ + bias."""
+
+    def embedding(self, token_ids_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor: ...
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        """Over the last dimension, in float32 inside, of a tensor of any rank."""
+
+    def silu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        """(T, F) = silu(first half) * second half."""
+
+    def rope(self, x_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, positions_T: torch.Tensor) -> None:
+        """Rotate in place, halves convention (Hugging Face's): tables are (max positions, D / 2), float32."""
+
+    def store_kv(
+        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor, pool_B2GSD: torch.Tensor, slots_T: torch.Tensor
+    ) -> None:
+        """Write each token's key and value into its slot of one layer's pool."""
+
+    def paged_attention(
+        self, q_TND: torch.Tensor, pool_B2GSD: torch.Tensor, batch: AttentionBatch, scale: float
+    ) -> torch.Tensor:
+        """(T, N, D): causal attention of each token over its sequence's keys 0 … own position, read from the pool."""

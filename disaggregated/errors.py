@@ -1,0 +1,168 @@
+"""Every error that crosses a room's wall.
+
+    DisaggregatedError
+    ├── InvalidRequest (ValueError)       the client's: 4xx, names the field and the limit
+    │   ├── UnknownModel                  404
+    │   └── PromptTooLong
+    ├── StartupError                      a process cannot start: exit code and one message
+    │   ├── ConfigError (ValueError)      the operator's file or flags
+    │   ├── PortTaken
+    │   ├── ModelUnavailable              missing, damaged, unsupported, not downloadable
+    │   └── NotEnoughMemory
+    ├── AdmissionError                    refused before any work was done; nothing has to be undone
+    │   ├── PoolExhausted
+    │   ├── QueueFull
+    │   └── Draining
+    ├── ServerLost                        crashed, frozen, or its connection broke
+    ├── NoServerAvailable                 no server of the role for as long as we may wait
+    ├── DeadlineExceeded                  the request's own deadline
+    ├── RequestCancelled                  somebody asked for it
+    └── TransferError                     KV did not land; nothing was admitted
+        ├── LayoutMismatch
+        ├── FingerprintMismatch
+        ├── StaleEpoch
+        ├── LeaseExpired
+        ├── ChecksumMismatch
+        ├── PeerLost
+        ├── SourceFailed
+        └── TransferTimeout
+
+HTTP status and retry are decided from the class attributes here, in one place each.
+What is *our* mistake is an `assert`, and crashes the process.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DisaggregatedError(Exception):
+    """Something that a reader of logs, or a client, is told in one sentence."""
+
+    http_status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+    """Another server, or the same one later, may well succeed."""
+
+
+class InvalidRequest(DisaggregatedError, ValueError):
+    """The client's mistake. `param` is the field's name as the client wrote it."""
+
+    http_status = 400
+    openai_type = "invalid_request_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModel(InvalidRequest):
+    http_status = 404
+    code = "model_not_found"
+
+
+class PromptTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class StartupError(DisaggregatedError):
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(StartupError, ValueError):
+    """`path` is where in the file: `generation_servers.num_instances`."""
+
+    exit_code = 2
+
+
+class PortTaken(StartupError):
+    exit_code = 3
+
+
+class ModelUnavailable(StartupError):
+    exit_code = 4
+
+
+class NotEnoughMemory(StartupError):
+    exit_code = 5
+
+
+class AdmissionError(DisaggregatedError):
+    http_status = 503
+    openai_type = "overloaded_error"
+    retryable = True
+
+
+class PoolExhausted(AdmissionError):
+    @classmethod
+    def of(cls, *, wanted: int, free: int) -> PoolExhausted:
+        return cls(f"wanted {wanted} KV blocks, {free} are free")
+
+
+class QueueFull(AdmissionError):
+    http_status = 429
+    retryable = False
+
+
+class Draining(AdmissionError):
+    """The server is finishing what it has and takes nothing new."""
+
+
+class ServerLost(DisaggregatedError):
+    http_status = 502
+    retryable = True
+
+
+class NoServerAvailable(DisaggregatedError):
+    http_status = 503
+    openai_type = "overloaded_error"
+
+
+class DeadlineExceeded(DisaggregatedError):
+    http_status = 504
+    openai_type = "timeout_error"
+
+
+class RequestCancelled(DisaggregatedError):
+    http_status = 499
+
+
+class TransferError(DisaggregatedError):
+    retryable = True
+
+
+class LayoutMismatch(TransferError):
+    """The two ends disagree on KVLayout and no conversion exists; nothing was read."""
+
+    retryable = False
+
+
+class FingerprintMismatch(TransferError):
+    """The two ends serve different weights, or the same ones under other numerics."""
+
+    retryable = False
+
+
+class StaleEpoch(TransferError):
+    """The source process that made the promise is gone; another one answers at its address."""
+
+
+class LeaseExpired(TransferError):
+    """The source gave the blocks back before the read was confirmed."""
+
+
+class ChecksumMismatch(TransferError):
+    """Bytes arrived that are not the bytes that were published."""
+
+
+class PeerLost(TransferError):
+    """The link to the source broke."""
+
+
+class SourceFailed(TransferError):
+    """The prefill behind this transfer failed or was cancelled."""
+
+
+class TransferTimeout(TransferError):
+    """No publication, or no bytes, within the deadline."""

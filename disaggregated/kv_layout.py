@@ -1,0 +1,69 @@
+"""The shape of a KV pool, shared by the engine that fills it and the transfer layer that moves it.
+
+A pool is one region: `[num_layers][num_blocks][2][num_kv_heads][block_size][head_dim]`. One block of one layer is
+contiguous (`block_bytes`), which is what decode attention walks over and what a transport copies in one go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from disaggregated.v1 import kv_pb2
+
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout:
+    """Two pools can exchange blocks when everything but `num_blocks` is equal."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    """Tokens in a block."""
+    dtype: str
+    num_blocks: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer, keys and values."""
+        return 2 * self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all layers."""
+        return self.num_layers * self.block_bytes // self.block_size
+
+    def offset(self, layer: int, block_id: int) -> int:
+        """Where block `block_id` of `layer` begins in the pool, in bytes."""
+        assert 0 <= layer < self.num_layers, f"layer {layer} of {self.num_layers}"
+        assert 0 <= block_id < self.num_blocks, f"block {block_id} of {self.num_blocks}"
+        return (layer * self.num_blocks + block_id) * self.block_bytes
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def difference(self, other: KVLayout) -> str | None:
+        """In words, the first field in which two ends differ; None when they can exchange blocks."""
+        for field in dataclasses.fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name != "num_blocks" and ours != theirs:
+                return f"{field.name} is {ours} here and {theirs} there"
+        return None
+
+    def to_proto(self) -> kv_pb2.KVLayout:
+        return kv_pb2.KVLayout(**dataclasses.asdict(self))
+
+    @classmethod
+    def from_proto(cls, message: kv_pb2.KVLayout) -> KVLayout:
+        return cls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(cls)})

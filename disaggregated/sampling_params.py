@@ -1,0 +1,50 @@
+"""How the next token is chosen. Everything a server needs to continue a sequence that another server began."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disaggregated.v1 import control_pb2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Checked by the orchestrator; servers trust it.
+
+    The random number for the token at position `p` of a sequence (prompt included) depends on `(seed, p)` alone,
+    so a sequence gives the same tokens wherever it is continued.
+    """
+
+    max_tokens: int
+    """Tokens that may still be generated, at least 1."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    seed: int = 0
+    """0 to 2**64 - 1."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """EOS and the client's own. The one that is sampled is reported and ends the sequence."""
+    min_tokens: int = 0
+    """Stop tokens are not sampled before that many tokens."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def after(self, num_tokens: int) -> SamplingParams:
+        """What is left to do once `num_tokens` have been generated elsewhere."""
+        return dataclasses.replace(
+            self, max_tokens=self.max_tokens - num_tokens, min_tokens=max(0, self.min_tokens - num_tokens)
+        )
+
+    def to_proto(self) -> control_pb2.SamplingParams:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return control_pb2.SamplingParams(**{**fields, "stop_token_ids": sorted(self.stop_token_ids)})
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.SamplingParams) -> SamplingParams:
+        fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{**fields, "stop_token_ids": frozenset(message.stop_token_ids)})
