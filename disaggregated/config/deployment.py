@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from disaggregated.config.server import ServerConfig
-
-_NO_ARGS: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     type: str = "round_robin"
     """How a server of the pool is chosen: "round_robin" or "load_balancing"."""
-    args: Mapping[str, object] = _NO_ARGS
+    args: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """The router's other keys, checked: `use_tokens` (bool) counts tokens instead of requests."""
 
 

@@ -54,5 +54,7 @@ class ServerConfig:
     """CPU threads of the engine."""
     cpu_affinity: tuple[int, ...] = ()
     """Cores the process is pinned to; empty: the operating system decides."""
+    log_level: str = "info"
+    """"debug", "info", "warning" or "error"."""
     kv_cache_config: KVCacheConfig = KVCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()

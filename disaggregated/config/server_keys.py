@@ -1,0 +1,269 @@
+"""The keys of a server section, of a server's own `--config` file, and (under the same names) of its flags.
+
+These are TensorRT-LLM's engine arguments and a few of ours. A key that asks for another *result* than ours is
+refused or not built yet; one that only asks for another *way* to the same result has no effect, and says so in a line.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from disaggregated.config.key_table import Alias, Key, KeyTable, honoured, no_effect, not_built, refused
+from disaggregated.config.kinds import ANYTHING, BOOLEAN, CORES, TEXT, choice, integer, number
+
+AT_LEAST_0: Final = integer(0)
+AT_LEAST_1: Final = integer(1)
+FRACTION: Final = number(0, 1)
+
+_DTYPE: Final = choice(
+    "auto",
+    "float32",
+    "bfloat16",
+    "float16",
+    "fp8",
+    "nvfp4",
+    spellings={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"},
+)
+_NO_SUCH_DTYPE: Final = {
+    "float16": "this engine computes in float32 or bfloat16",
+    "fp8": "this engine computes in float32 or bfloat16",
+    "nvfp4": "this engine computes in float32 or bfloat16",
+}
+_INSTEAD: Final = ("DEFAULT", "it is not built yet; DEFAULT is used: shared memory on one host, else TCP")
+_ONE_RANK: Final = "a server has one rank for now, so only 1 starts"
+_DENSE: Final = "only dense models are supported, which have no experts"
+_NO_GRAPHS: Final = "a step is not captured into a CUDA graph, which changes speed only"
+_ALL_TOKENS: Final = "every layer attends to the whole sequence"
+_SAME_TOKENS: Final = "tokens are generated one at a time: the output is the same"
+
+_HONOURED: Final = (
+    honoured("model", TEXT, "Bundled name, Hugging Face directory or GGUF file."),
+    honoured(
+        "dtype",
+        _DTYPE,
+        "Of weights and activations; auto: float32 on CPU, bfloat16 on CUDA.",
+        not_built_values=_NO_SUCH_DTYPE,
+    ),
+    honoured("device", TEXT, "cpu, cuda or cuda:N; auto: CUDA where there is one."),
+    honoured("load_format", choice("auto", "dummy"), "dummy: random weights of the model's shape, for speed work."),
+    honoured("max_batch_size", AT_LEAST_1, "Sequences computed in one step."),
+    honoured(
+        "max_num_tokens", AT_LEAST_1, "Tokens computed in one step; a longer prompt is prefilled in chunks of it."
+    ),
+    honoured("max_seq_len", AT_LEAST_1, "Prompt and generated tokens together; left out: the model's own limit."),
+    honoured("num_threads", AT_LEAST_1, "CPU threads of the engine; left out: the launcher deals the cores out."),
+    honoured("cpu_affinity", CORES, "Cores the server is pinned to; left out: the launcher deals the cores out."),
+    honoured("kv_cache_config.enable_block_reuse", BOOLEAN, "Keep finished blocks for prompts that begin the same."),
+    honoured("kv_cache_config.max_tokens", AT_LEAST_1, "Size of the KV pool in tokens; left out: from the fraction."),
+    honoured(
+        "kv_cache_config.free_gpu_memory_fraction",
+        FRACTION,
+        "KV pool as a part of what is free once the weights are loaded; on CPU, of cpu_memory_budget_bytes.",
+    ),
+    honoured("kv_cache_config.cpu_memory_budget_bytes", AT_LEAST_1, "What a server on CPU may take for KV."),
+    honoured("kv_cache_config.tokens_per_block", AT_LEAST_1, "Block size."),
+    honoured(
+        "kv_cache_config.dtype",
+        _DTYPE,
+        "Of KV entries; auto: that of the activations.",
+        not_built_values=_NO_SUCH_DTYPE,
+    ),
+    honoured(
+        "cache_transceiver_config.backend",
+        choice("DEFAULT", "SHM", "TCP", "UCX", "NIXL", "MPI", "NCCL", "MOONCAKE"),
+        "How KV travels. DEFAULT negotiates the best that both ends have; SHM and TCP are then the only one allowed.",
+        substitutes=dict.fromkeys(("UCX", "NIXL", "MPI", "NCCL", "MOONCAKE"), _INSTEAD),
+    ),
+    honoured(
+        "cache_transceiver_config.max_tokens_in_buffer",
+        AT_LEAST_1,
+        "Tokens of one transfer under way at once; any value works, a long prompt goes in several parts.",
+    ),
+    honoured("cache_transceiver_config.kv_transfer_timeout_ms", AT_LEAST_1, "A transfer without progress ends then."),
+    honoured(
+        "cache_transceiver_config.lease_s",
+        number(0.1),
+        "A context server gives blocks back that nobody has read for so long.",
+    ),
+)
+
+_NOT_BUILT: Final = (
+    not_built("tensor_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
+    not_built("pipeline_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
+    not_built("context_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
+    not_built("moe_expert_parallel_size", AT_LEAST_1, _DENSE, harmless=(1,)),
+    not_built("moe_tensor_parallel_size", AT_LEAST_1, _DENSE, harmless=(1,)),
+    not_built("moe_cluster_parallel_size", AT_LEAST_1, _DENSE, harmless=(1,)),
+    not_built("enable_attention_dp", BOOLEAN, _ONE_RANK, harmless=(False,)),
+    not_built("cp_config", ANYTHING, _ONE_RANK, harmless=({},)),
+    not_built("pp_partition", ANYTHING, _ONE_RANK),
+    not_built("tokenizer", TEXT, "the tokenizer is the model's own"),
+    not_built("custom_tokenizer", TEXT, "the tokenizer is the model's own"),
+    not_built("revision", TEXT, "models are taken as they lie on disk"),
+    not_built("tokenizer_revision", TEXT, "models are taken as they lie on disk"),
+    not_built("served_model_name", TEXT, "a model is served under its own name and its basename"),
+    not_built("chat_template", TEXT, "the chat template is the model's own"),
+    not_built("enable_lora", BOOLEAN, "adapters are not loaded", harmless=(False,)),
+    not_built("lora_config", ANYTHING, "adapters are not loaded"),
+    not_built("quant_config", ANYTHING, "weights are used in the precision of dtype"),
+    not_built("sparse_attention_config", ANYTHING, "attention is dense"),
+    not_built("kv_connector_config", ANYTHING, "KV is not kept outside the servers"),
+    not_built("guided_decoding_backend", TEXT, "output is not constrained by a grammar"),
+    not_built("reasoning_parser", TEXT, "reasoning is returned as part of the content"),
+    not_built("tool_parser", TEXT, "tool calls are returned as text"),
+    not_built("gather_generation_logits", BOOLEAN, "logits are not returned", harmless=(False,)),
+    not_built("env_overrides", ANYTHING, "set the environment of the command itself", harmless=({},)),
+    not_built("max_beam_width", AT_LEAST_1, "there is no beam search", harmless=(1,)),
+    not_built("max_input_len", AT_LEAST_1, "set max_seq_len, which bounds prompt and output together"),
+    not_built("otlp_traces_endpoint", TEXT, "traces are not exported; GET /requests/{id} tells one request's story"),
+    not_built("kv_cache_config.max_attention_window", ANYTHING, _ALL_TOKENS),
+    not_built("kv_cache_config.sink_token_length", AT_LEAST_0, _ALL_TOKENS, harmless=(0,)),
+    not_built("orchestrator_type", choice("rpc", "ray", "mpi"), _ONE_RANK, harmless=("rpc", "mpi")),
+    not_built("mm_encoder_only", BOOLEAN, "only text models are served", harmless=(False,)),
+)
+
+_REFUSED: Final = (
+    refused(
+        "backend",
+        choice(
+            "pytorch", "default", "tensorrt", "_autodeploy", spellings={"trt": "tensorrt", "autodeploy": "_autodeploy"}
+        ),
+        "there is one engine, called pytorch, and no TensorRT engines are run; leave the key out",
+        harmless=("pytorch", "default"),
+    ),
+    refused(
+        "cache_transceiver_config.enable_cache_transceiver",
+        BOOLEAN,
+        "without KV transfer nothing is disaggregated; leave the key out",
+        harmless=(True,),
+    ),
+    refused("skip_tokenizer_init", BOOLEAN, "text is handled by the orchestrator, which needs it", harmless=(False,)),
+    refused("batched_logits_processor", ANYTHING, "code is not loaded from a configuration file"),
+    refused("custom_module_dirs", ANYTHING, "code is not loaded from a configuration file"),
+    refused("use_kv_cache", BOOLEAN, "without a KV cache there is nothing to hand over", harmless=(True,)),
+)
+
+
+def _without_effect(reason: str, *names: str) -> tuple[Key, ...]:
+    return tuple(no_effect(name, ANYTHING, reason) for name in names)
+
+
+_NO_EFFECT: Final = (
+    no_effect(
+        "disable_overlap_scheduler", BOOLEAN, "the scheduler never overlaps steps, in either role", harmless=(True,)
+    ),
+    no_effect(
+        "enable_overlap_scheduler", BOOLEAN, "the scheduler never overlaps steps, in either role", harmless=(False,)
+    ),
+    no_effect(
+        "enable_chunked_prefill",
+        BOOLEAN,
+        "a prompt over max_num_tokens is always prefilled in chunks",
+        harmless=(True,),
+    ),
+    no_effect("trust_remote_code", BOOLEAN, "code of a model's directory is never run", harmless=(False,)),
+    no_effect("use_cuda_graph", BOOLEAN, _NO_GRAPHS, harmless=(False,)),
+    no_effect("enable_autotuner", BOOLEAN, "kernels are not tuned at start", harmless=(False,)),
+    no_effect("torch_compile_enabled", BOOLEAN, "the model is not compiled", harmless=(False,)),
+    no_effect("kv_cache_config.enable_partial_reuse", BOOLEAN, "only whole blocks are reused", harmless=(False,)),
+    no_effect("kv_cache_config.copy_on_partial_reuse", BOOLEAN, "only whole blocks are reused", harmless=(False,)),
+    no_effect("kv_cache_config.use_uvm", BOOLEAN, "KV stays on its device", harmless=(False,)),
+    no_effect("kv_cache_config.host_cache_size", AT_LEAST_0, "KV stays on its device", harmless=(0,)),
+    no_effect("kv_cache_config.disk_cache_size", AT_LEAST_0, "KV stays on its device", harmless=(0,)),
+    no_effect("kv_cache_config.max_gpu_total_bytes", AT_LEAST_0, "the pool follows its fraction", harmless=(0,)),
+    no_effect("num_postprocess_workers", AT_LEAST_0, "servers handle token ids only, never text", harmless=(0,)),
+    no_effect("num_serve_frontends", AT_LEAST_1, "servers handle token ids only, never text", harmless=(1,)),
+    *_without_effect(
+        _NO_GRAPHS,
+        "cuda_graph_config",
+        "cuda_graph_batch_sizes",
+        "cuda_graph_max_batch_size",
+        "cuda_graph_padding_enabled",
+    ),
+    *_without_effect("the model is not compiled", "torch_compile_config", "torch_compile_fullgraph"),
+    *_without_effect(_SAME_TOKENS, "speculative_config"),
+    *_without_effect(_DENSE, "moe_config", "moe_backend", "enable_layerwise_nvtx_marker", "nvfp4_gemm_config"),
+    *_without_effect(_ONE_RANK, "attention_dp_config", "allreduce_strategy", "gpus_per_node", "ray_placement_config"),
+    *_without_effect(_ONE_RANK, "ray_worker_extension_cls", "enable_lm_head_tp_in_adp"),
+    *_without_effect("the best kernel present is used, and named at start", "attn_backend", "sampler_type"),
+    *_without_effect("the best kernel present is used, and named at start", "enable_min_latency"),
+    *_without_effect("adapters are not loaded", "peft_cache_config"),
+    *_without_effect("there is one scheduling policy: first come, first served", "scheduler_config"),
+    *_without_effect(
+        "a step never waits to be filled",
+        "batch_wait_timeout_ms",
+        "batch_wait_timeout_iters",
+        "batch_wait_max_tokens_ratio",
+    ),
+    *_without_effect("every token is streamed as soon as it is there", "stream_interval"),
+    *_without_effect(
+        "statistics are always on and cost nothing extra: /metrics and GET /requests/{id}",
+        "return_perf_metrics",
+        "perf_metrics_max_requests",
+        "enable_iter_perf_stats",
+        "enable_iter_req_stats",
+        "print_iter_log",
+        "iter_stats_max_iterations",
+        "request_stats_max_iterations",
+        "prometheus_metrics_config",
+    ),
+    *_without_effect("weights are read from safetensors or GGUF", "checkpoint_format", "checkpoint_loader"),
+    *_without_effect("weights are never quantised on the way in", "force_dynamic_quantization"),
+    *_without_effect(
+        "text is handled by the orchestrator", "tokenizer_mode", "postprocess_tokenizer_dir", "media_io_kwargs"
+    ),
+    *_without_effect("the collector is tuned already", "garbage_collection_gen0_threshold"),
+    *_without_effect("a server keeps its weights while it runs", "enable_sleep"),
+    *_without_effect(_ALL_TOKENS, "fail_fast_on_attention_window_too_large"),
+    *_without_effect("the first token always goes straight to the client", "enable_early_first_token_response"),
+    *_without_effect("the sizes come from the other keys", "build_config"),
+    *_without_effect(
+        "the KV pool has one layout, with whole blocks reused by content",
+        "kv_cache_config.event_buffer_max_size",
+        "kv_cache_config.attention_dp_events_gather_period_ms",
+        "kv_cache_config.onboard_blocks",
+        "kv_cache_config.cross_kv_cache_fraction",
+        "kv_cache_config.secondary_offload_min_priority",
+        "kv_cache_config.mamba_ssm_cache_dtype",
+        "kv_cache_config.use_kv_cache_manager_v2",
+        "kv_cache_config.max_util_for_resume",
+        "kv_cache_config.avg_seq_len",
+        "kv_cache_config.block_reuse_policy",
+        "kv_cache_config.disk_prefetch_num_reqs",
+        "kv_cache_config.enable_kv_pool_rebalance",
+        "kv_cache_config.enable_swa_scratch_reuse",
+        "kv_cache_config.iteration_stats_interval",
+        "kv_cache_config.kv_cache_event_hash_algo",
+        "kv_cache_config.pool_ratio",
+    ),
+    *_without_effect(
+        "the generation server pulls each chunk as soon as it is published, whatever the setting",
+        "cache_transceiver_config.transceiver_runtime",
+        "cache_transceiver_config.kv_transfer_sender_future_timeout_ms",
+        "cache_transceiver_config.kv_transfer_poll_interval_ms",
+        "cache_transceiver_config.kv_cache_bounce_size_mb",
+        "cache_transceiver_config.enable_pipelined_transfer",
+    ),
+)
+
+_ALIASES: Final = (
+    Alias(name="tp_size", of="tensor_parallel_size"),
+    Alias(name="pp_size", of="pipeline_parallel_size"),
+    Alias(name="cp_size", of="context_parallel_size"),
+    Alias(name="ep_size", of="moe_expert_parallel_size"),
+    Alias(name="expert_parallel_size", of="moe_expert_parallel_size", says="taken as moe_expert_parallel_size"),
+    Alias(name="cluster_size", of="moe_cluster_parallel_size"),
+    Alias(name="kv_cache_dtype", of="kv_cache_config.dtype"),
+    Alias(name="kv_cache_free_gpu_memory_fraction", of="kv_cache_config.free_gpu_memory_fraction", yields=True),
+    Alias(name="free_gpu_memory_fraction", of="kv_cache_config.free_gpu_memory_fraction", yields=True),
+    Alias(
+        name="cache_transceiver_config.max_num_tokens",
+        of="cache_transceiver_config.max_tokens_in_buffer",
+        says="old name, taken as max_tokens_in_buffer",
+    ),
+)
+
+SERVER_KEYS: Final = KeyTable([*_HONOURED, *_NOT_BUILT, *_REFUSED, *_NO_EFFECT], _ALIASES)
+
+FLATTENED: Final = "pytorch_backend_config"
+"""An old sub-section whose keys now stand directly in the section; they are taken as if they did."""
