@@ -1,0 +1,170 @@
+"""Errors cross a real gRPC connection as themselves; ports that are taken are named."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from disaggregated import errors, rpc
+from disaggregated.v1 import control_pb2, control_pb2_grpc
+
+
+class Faulty(control_pb2_grpc.ServerServicer):
+    """Raises what it is told to, or streams until it is closed."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.closed = asyncio.Event()
+
+    async def Describe(self, request: Any, call: Any) -> control_pb2.ServerDescription:
+        if self.error:
+            raise self.error
+        return control_pb2.ServerDescription(role="context")
+
+    async def Watch(self, request: Any, call: Any) -> AsyncIterator[control_pb2.Heartbeat]:
+        try:
+            yield control_pb2.Heartbeat(step=1)
+            if self.error:
+                raise self.error
+            await asyncio.Event().wait()
+        finally:
+            self.closed.set()
+
+    async def Drain(self, request: Any, call: Any) -> control_pb2.DrainReply:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def GetLedger(self, request: Any, call: Any) -> control_pb2.Ledger:
+        return control_pb2.Ledger()
+
+
+@contextlib.asynccontextmanager
+async def served(faulty: Faulty) -> AsyncIterator[tuple[control_pb2_grpc.ServerAsyncStub, str, grpc.aio.Server]]:
+    server = rpc.make_server()
+    control_pb2_grpc.add_ServerServicer_to_server(faulty, server)
+    address = rpc.bind(server, "127.0.0.1", 0)
+    await server.start()
+    try:
+        async with rpc.open_channel(address) as channel:
+            yield control_pb2_grpc.ServerStub(channel), address, server
+    finally:
+        await server.stop(None)
+
+
+def tree(root: type[errors.DisaggregatedError]) -> list[type[errors.DisaggregatedError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in tree(child))]
+
+
+@pytest.mark.parametrize("kind", tree(errors.DisaggregatedError), ids=lambda kind: kind.__name__)
+async def test_every_error_arrives_in_its_own_class(kind: type[errors.DisaggregatedError]) -> None:
+    async with served(Faulty(kind("12 blocks, ß and 漢字"))) as (stub, address, _):
+        with (
+            pytest.raises(errors.DisaggregatedError, match="12 blocks, ß and 漢字") as caught,
+            rpc.errors_from(address),
+        ):
+            await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
+    assert type(caught.value) is kind
+
+
+async def test_the_name_of_a_bad_field_travels_too() -> None:
+    async with served(Faulty(errors.PromptTooLong("9 tokens, limit 8", param="messages"))) as (stub, address, _):
+        with pytest.raises(errors.PromptTooLong) as caught, rpc.errors_from(address):
+            await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
+    assert caught.value.param == "messages"
+
+
+async def test_an_error_after_the_first_message_of_a_stream_arrives_in_its_own_class() -> None:
+    async with served(Faulty(errors.SourceFailed("cancelled"))) as (stub, address, _):
+        beats = stub.Watch(control_pb2.WatchRequest(), timeout=5)
+        assert (await anext(aiter(beats))).step == 1
+        with pytest.raises(errors.SourceFailed), rpc.errors_from(address):
+            await anext(aiter(beats))
+
+
+async def test_an_unexpected_error_is_logged_with_its_traceback_and_is_not_retryable(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served(Faulty(KeyError("block 7"))) as (stub, address, _):
+        with pytest.raises(errors.DisaggregatedError, match="KeyError") as caught, rpc.errors_from(address):
+            await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
+    assert not caught.value.retryable
+    assert "Traceback" in caplog.text
+
+
+async def test_a_message_of_any_length_fits_into_the_trailers() -> None:
+    async with served(Faulty(errors.PeerLost("\N{GRINNING FACE}" * 100_000))) as (stub, address, _):
+        with pytest.raises(errors.PeerLost), rpc.errors_from(address):
+            await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
+
+
+async def test_a_missing_server_is_lost_and_names_the_address() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        async with rpc.open_channel(address) as channel:
+            with pytest.raises(errors.ServerLost, match=address), rpc.errors_from(address):
+                await control_pb2_grpc.ServerStub(channel).Describe(control_pb2.DescribeRequest(), timeout=5)
+
+
+async def test_a_server_that_goes_down_during_a_call_is_lost() -> None:
+    async with served(Faulty()) as (stub, address, server):
+        beats = stub.Watch(control_pb2.WatchRequest(), timeout=5)
+        await anext(aiter(beats))
+        await server.stop(None)
+        with pytest.raises(errors.ServerLost), rpc.errors_from(address):
+            await anext(aiter(beats))
+
+
+async def test_a_call_that_takes_too_long_exceeds_its_deadline() -> None:
+    async with served(Faulty()) as (stub, address, _):
+        with pytest.raises(errors.DeadlineExceeded), rpc.errors_from(address):
+            await stub.Drain(control_pb2.DrainRequest(), timeout=0.05)
+
+
+async def test_a_stream_is_closed_as_soon_as_its_caller_leaves() -> None:
+    faulty = Faulty()
+    async with served(faulty) as (stub, _, _), asyncio.timeout(5):
+        beats = stub.Watch(control_pb2.WatchRequest())
+        await anext(aiter(beats))
+        beats.cancel()
+        await faulty.closed.wait()
+
+
+@pytest.mark.parametrize("kind", ["NotAClass", "annotations", "ClassVar"])
+def test_an_error_of_another_version_is_kept_in_words(kind: str) -> None:
+    rebuilt = rpc.rebuild(kind, "something new")
+    assert type(rebuilt) is errors.DisaggregatedError
+    assert str(rebuilt) == f"{kind}: something new"
+
+
+def test_a_stream_error_is_rebuilt_like_a_status() -> None:
+    message = rpc.to_stream_error(errors.ChecksumMismatch("block 3"))
+    assert message.retryable
+    assert isinstance(rpc.from_stream_error(message), errors.ChecksumMismatch)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+async def test_a_taken_port_is_named_with_the_process_that_has_it(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(errors.PortTaken, match=rf"port {port} is taken by process {os.getpid()} "):
+            rpc.bind(rpc.make_server(), host, port)
+
+
+async def test_two_servers_cannot_share_a_port() -> None:
+    async with served(Faulty()) as (_, address, _):
+        with pytest.raises(errors.PortTaken):
+            rpc.bind(rpc.make_server(), "127.0.0.1", int(address.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize(("host", "says"), [("192.0.2.1", "not an address of this"), ("no.such.host.invalid", "known")])
+async def test_a_host_that_is_not_ours_is_a_configuration_error(host: str, says: str) -> None:
+    with pytest.raises(errors.ConfigError, match=says):
+        rpc.bind(rpc.make_server(), host, 0)
