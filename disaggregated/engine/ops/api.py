@@ -31,6 +31,8 @@ class AttentionBatch:
     """(T) int64: `block_id * block_size + offset` where each token's key and value go."""
     max_context_len: int
     """Longest `first_position + query length` of the rows."""
+    rows: tuple[tuple[int, int], ...] | None = None
+    """(first position, number of tokens) of each row on the host, for implementations that plan there: saves a sync."""
 
 
 class Ops(Protocol):

@@ -1,0 +1,72 @@
+"""Sequences in a paged pool, cut into steps in any way: what the property tests of ops and models are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from disaggregated.engine.ops.api import AttentionBatch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens `[first_position, first_position + num_tokens)` of a sequence whose KV lies in `blocks`."""
+
+    first_position: int
+    num_tokens: int
+    blocks: Sequence[int]
+
+
+def attention_batch(rows: Sequence[Row], block_size: int, device: str = "cpu") -> AttentionBatch:
+    width = max(len(row.blocks) for row in rows)
+    positions = [range(row.first_position, row.first_position + row.num_tokens) for row in rows]
+    slots = [
+        row.blocks[p // block_size] * block_size + p % block_size
+        for row, own in zip(rows, positions, strict=True)
+        for p in own
+    ]
+    starts = [0, *itertools.accumulate(row.num_tokens for row in rows)]
+    return AttentionBatch(
+        query_start=torch.tensor(starts, dtype=torch.int32, device=device),
+        first_position=torch.tensor([row.first_position for row in rows], dtype=torch.int32, device=device),
+        block_tables=torch.tensor(
+            [[*row.blocks, *[0] * (width - len(row.blocks))] for row in rows], dtype=torch.int32, device=device
+        ),
+        positions=torch.tensor(list(itertools.chain(*positions)), dtype=torch.int64, device=device),
+        slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        max_context_len=max(row.first_position + row.num_tokens for row in rows),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceKV:
+    """Queries, keys and values of one whole sequence."""
+
+    q_LND: torch.Tensor
+    k_LGD: torch.Tensor
+    v_LGD: torch.Tensor
+
+    @classmethod
+    def random(cls, length: int, heads: tuple[int, int, int], seed: int, dtype: torch.dtype) -> SequenceKV:
+        """`heads`: query heads, kv heads, head size."""
+        num_heads, num_kv_heads, head_dim = heads
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = (
+            torch.randn(length, n, head_dim, generator=generator).to(dtype)
+            for n in (num_heads, num_kv_heads, num_kv_heads)
+        )
+        return cls(q, k, v)
+
+
+def dense_attention(sequence: SequenceKV, scale: float) -> torch.Tensor:
+    """(L, N, D) in float64: the textbook formula."""
+    heads_per_kv = sequence.q_LND.shape[1] // sequence.k_LGD.shape[1]
+    q = sequence.q_LND.double().transpose(0, 1)
+    k = sequence.k_LGD.double().repeat_interleave(heads_per_kv, 1).transpose(0, 1)
+    v = sequence.v_LGD.double().repeat_interleave(heads_per_kv, 1).transpose(0, 1)
+    scores = q @ k.transpose(1, 2) * scale
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)

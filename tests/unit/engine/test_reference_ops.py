@@ -1,0 +1,259 @@
+"""The law of the op table, measured bit by bit, and each op against its textbook formula."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.engine.ops.row_invariant import exact_row_counts, probe_pair, row_cumsum, split_rows
+from tests.unit.engine.attention_cases import Row, SequenceKV, attention_batch, dense_attention
+
+DTYPES = (torch.float32, torch.bfloat16)
+HEADS = ((9, 3, 64), (4, 4, 16), (8, 1, 32), (32, 8, 128))
+"""Query heads, kv heads, head size: grouped, multi-head, multi-query, large."""
+NUM_BLOCKS = 96
+BATCH_SIZES = (1, 2, 3, 7, 15, 16, 17, 32, 33, 100)
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def ops(request: pytest.FixtureRequest) -> Iterator[ReferenceOps]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield ReferenceOps()
+    torch.set_num_threads(before)
+
+
+def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k", "m"), [(576, 960), (1536, 576), (64, 200), (176, 64), (33, 7)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_linear_row_is_bitwise_the_same_in_any_batch(
+    ops: ReferenceOps, k: int, m: int, dtype: torch.dtype, with_bias: bool
+) -> None:
+    weight, bias = randn(m, k, dtype=dtype), randn(m, seed=1, dtype=dtype) if with_bias else None
+    linear = ops.prepare_linear(weight, bias)
+    x = randn(300, k, seed=2, dtype=dtype)
+    alone = torch.cat([ops.linear(x[i : i + 1].clone(), linear) for i in range(len(x))])
+    for size in BATCH_SIZES:
+        start = random.Random(size).randrange(len(x) - size)
+        assert torch.equal(ops.linear(x[start : start + size].clone(), linear), alone[start : start + size]), size
+    assert torch.equal(ops.linear(x, linear), alone)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    tolerance = 1e-4 if dtype is torch.float32 else 0.3
+    torch.testing.assert_close(alone.double(), expected, rtol=2e-2, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 176, 576, 577, 4096])
+def test_rms_norm_is_its_formula_and_row_invariant(ops: ReferenceOps, width: int, dtype: torch.dtype) -> None:
+    x, weight = randn(100, width, dtype=dtype), randn(width, seed=1, dtype=dtype)
+    alone = torch.cat([ops.rms_norm(x[i : i + 1].clone(), weight, 1e-5) for i in range(len(x))])
+    for size in BATCH_SIZES:
+        assert torch.equal(ops.rms_norm(x[:size].clone(), weight, 1e-5), alone[:size])
+    assert torch.equal(ops.rms_norm(x.view(10, 10, width), weight, 1e-5).view(100, width), alone)
+    wide = x.double()
+    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    torch.testing.assert_close(alone.double(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [22, 176, 1536])
+def test_silu_mul_is_its_formula_and_row_invariant(ops: ReferenceOps, width: int, dtype: torch.dtype) -> None:
+    x = randn(100, 2 * width, dtype=dtype) * 4
+    alone = torch.cat([ops.silu_mul(x[i : i + 1].clone()) for i in range(len(x))])
+    for size in BATCH_SIZES:
+        assert torch.equal(ops.silu_mul(x[:size].clone()), alone[:size])
+    gate, up = x.double().chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(alone.double(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_turns_pairs_by_their_angle_and_is_row_invariant(ops: ReferenceOps, dtype: torch.dtype) -> None:
+    angles = randn(50, 32)
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    x = randn(50, 3, 64, seed=1, dtype=dtype)
+    alone = x.clone()
+    for i in range(len(x)):
+        ops.rope(alone[i : i + 1], cos, sin, positions[i : i + 1].clone())
+    together = x.clone()
+    ops.rope(together, cos, sin, positions)
+    assert torch.equal(together, alone)
+    turned = torch.view_as_complex(torch.stack(x.double().chunk(2, -1), -1))
+    turned = turned * torch.polar(torch.ones(50, 32).double(), angles.double())[positions][:, None]
+    expected = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(together.double(), expected, rtol=1e-2, atol=1e-5 if dtype is torch.float32 else 2e-2)
+
+
+def chunks_of(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, number of tokens), cycling through `sizes`."""
+    cuts: list[tuple[int, int]] = []
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= length:
+            return cuts
+        cuts.append((start, min(size, length - start)))
+        start += size
+    raise AssertionError("cycle() ended")
+
+
+class PagedSequences:
+    """A pool full of NaN, and sequences that get their keys and values only as their chunks are computed."""
+
+    def __init__(self, ops: ReferenceOps, sequences: Sequence[SequenceKV], block_size: int, seed: int) -> None:
+        self.ops, self.sequences, self.block_size = ops, sequences, block_size
+        _, num_kv_heads, head_dim = sequences[0].k_LGD.shape
+        size = (NUM_BLOCKS, 2, num_kv_heads, block_size, head_dim)
+        self.pool = torch.full(size, torch.nan, dtype=sequences[0].q_LND.dtype)
+        free = random.Random(seed).sample(range(NUM_BLOCKS), NUM_BLOCKS)
+        self.blocks = [
+            [free.pop() for _ in range(-(-len(sequence.q_LND) // block_size))] for sequence in self.sequences
+        ]
+        self.out = [torch.full_like(sequence.q_LND, torch.nan) for sequence in sequences]
+
+    def step(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """`parts`: (sequence, start, number of tokens)."""
+        rows = [Row(start, n, self.blocks[i]) for i, start, n in parts]
+        batch = attention_batch(rows, self.block_size)
+        q, k, v = (
+            torch.cat([getattr(self.sequences[i], name)[start : start + n] for i, start, n in parts])
+            for name in ("q_LND", "k_LGD", "v_LGD")
+        )
+        self.ops.store_kv(k, v, self.pool, batch.slots)
+        out = self.ops.paged_attention(q, self.pool, batch, self.scale)
+        for (i, start, n), own in zip(parts, torch.split(out, [n for _, _, n in parts]), strict=True):
+            self.out[i][start : start + n] = own
+
+    @property
+    def scale(self) -> float:
+        return float(self.sequences[0].q_LND.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_attention_is_the_textbook_formula(ops: ReferenceOps, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    sequence = SequenceKV.random(300, heads, 0, dtype)
+    paged = PagedSequences(ops, [sequence], 16, 0)
+    paged.step([(0, 0, 300)])
+    expected = dense_attention(sequence, paged.scale)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(paged.out[0].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_attention_is_bitwise_the_same_for_any_chunking_and_any_blocks(
+    ops: ReferenceOps, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    sequence = SequenceKV.random(300, heads, 0, dtype)
+    whole = PagedSequences(ops, [sequence], 16, 0)
+    whole.step([(0, 0, 300)])
+    for seed, sizes in enumerate(([1], [7], [64], [128], [129, 1, 1], [3, 50, 1]), 1):
+        chunked = PagedSequences(ops, [sequence], 16, seed)
+        for start, n in chunks_of(300, sizes):
+            chunked.step([(0, start, n)])
+        assert torch.equal(chunked.out[0], whole.out[0]), sizes
+
+
+@pytest.mark.parametrize("num_mates", [2, 7, 32])
+def test_attention_is_bitwise_the_same_alone_and_in_a_batch(ops: ReferenceOps, num_mates: int) -> None:
+    """Mates of other lengths, some in prefill and some decoding, in every step."""
+    rng = random.Random(num_mates)
+    lengths = [rng.choice([1, 5, 30, 130, 140]) for _ in range(num_mates)]
+    sequences = [SequenceKV.random(n, (6, 2, 32), i, torch.float32) for i, n in enumerate(lengths)]
+    together = PagedSequences(ops, sequences, 64, 1)
+    parts = [chunks_of(n, [rng.choice([1, 20, 64]), 1]) for n in lengths]
+    for step in range(max(map(len, parts))):
+        together.step([(i, *own[step]) for i, own in enumerate(parts) if step < len(own)])
+    for i, sequence in enumerate(sequences):
+        alone = PagedSequences(ops, [sequence], 64, 2)
+        alone.step([(0, 0, lengths[i])])
+        assert torch.equal(together.out[i], alone.out[0])
+
+
+def test_where_products_disturb_each_other_rows_are_isolated_and_still_right(ops: ReferenceOps) -> None:
+    class IsolatedOps(ReferenceOps):
+        def _attention_rows(self, q_TND: torch.Tensor, num_kv_heads: int, block_size: int) -> tuple[int, ...]:
+            return (1,)
+
+    sequence = SequenceKV.random(150, (6, 2, 32), 0, torch.float32)
+    whole, stepwise = (PagedSequences(IsolatedOps(), [sequence], 32, seed) for seed in range(2))
+    whole.step([(0, 0, 150)])
+    for start, n in chunks_of(150, [50, 1, 2]):
+        stepwise.step([(0, start, n)])
+    assert torch.equal(whole.out[0], stepwise.out[0])
+    torch.testing.assert_close(whole.out[0].double(), dense_attention(sequence, whole.scale), rtol=1e-5, atol=1e-5)
+
+
+def test_block_sizes_that_divide_the_key_tile_give_the_same_bits(ops: ReferenceOps) -> None:
+    sequence = SequenceKV.random(200, (6, 2, 32), 0, torch.float32)
+    outputs = []
+    for block_size in (8, 16, 32, 64, 128):
+        paged = PagedSequences(ops, [sequence], block_size, block_size)
+        paged.step([(0, 0, 200)])
+        outputs.append(paged.out[0])
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_an_odd_block_size_is_right_too(ops: ReferenceOps) -> None:
+    sequence = SequenceKV.random(200, (6, 2, 32), 0, torch.float32)
+    for block_size in (12, 48, 200):
+        paged = PagedSequences(ops, [sequence], block_size, 0)
+        paged.step([(0, 0, 100)])
+        paged.step([(0, 100, 100)])
+        expected = dense_attention(sequence, paged.scale)
+        torch.testing.assert_close(paged.out[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_that_depends_on_its_row_count_is_found_out() -> None:
+    def fickle(rows: torch.Tensor) -> torch.Tensor:
+        return rows.sum(-1, keepdim=True) + (1e-6 if len(rows) in (4, 128) else 0.0)
+
+    assert exact_row_counts(fickle, torch.ones(512, 4), 1.0) == (2, 8, 16, 32, 64, 256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_probe_tells_orders_of_summation_apart_in_any_dtype(dtype: torch.dtype, transposed: bool) -> None:
+    like = torch.empty(40, 200, dtype=dtype).t() if transposed else torch.empty(200, 40, dtype=dtype)
+    rows, matrix = probe_pair(64, like)
+    assert matrix.stride() == like.stride()
+    in_order, in_halves = torch.zeros(2, 64, 40)
+    for k in range(200):
+        in_order += rows[:, k : k + 1].float() * matrix[k].float()
+    for k in [*range(0, 200, 2), *range(1, 200, 2)]:
+        in_halves += rows[:, k : k + 1].float() * matrix[k].float()
+    assert (in_order.to(dtype) != in_halves.to(dtype)).float().mean() > 0.5
+    assert in_order.abs().max() < 1e-3
+
+
+def test_a_product_that_depends_on_the_place_of_a_row_is_found_out() -> None:
+    def placed(rows: torch.Tensor) -> torch.Tensor:
+        return rows.sum(-1, keepdim=True) + torch.arange(len(rows))[:, None] * 1e-6
+
+    assert exact_row_counts(placed, torch.ones(512, 4), 1.0) == (1,)
+
+
+@pytest.mark.parametrize("exact", [(1,), (16,), (2, 16, 64), (2, 4, 8, 16, 32, 64, 128, 256)])
+def test_calls_cover_every_row_with_little_padding(exact: tuple[int, ...]) -> None:
+    for num_rows in range(1, 700):
+        sizes = split_rows(num_rows, exact)
+        assert set(sizes) <= set(exact)
+        assert num_rows <= sum(sizes) < num_rows + max(exact[0], 9, num_rows // 4 + 1)
+
+
+def test_a_running_sum_depends_on_what_came_before_alone() -> None:
+    x = randn(3, 256).abs()
+    whole = row_cumsum(x)
+    torch.testing.assert_close(whole, x.cumsum(-1))
+    for n in (1, 2, 100, 255):
+        assert torch.equal(row_cumsum(x[:, :n]), whole[:, :n])
