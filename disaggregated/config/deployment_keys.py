@@ -1,0 +1,98 @@
+"""The keys of a `disagg-config.yml` besides the engine arguments: at the top level, and of a section of servers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from disaggregated.config.key_table import Alias, KeyTable, honoured, no_effect, not_built, refused
+from disaggregated.config.kinds import ADDRESSES, ANYTHING, BOOLEAN, TEXT, choice, integer, number
+from disaggregated.config.server_cli import LOG_LEVEL
+from disaggregated.config.server_keys import SERVER_KEYS
+
+_NO_DISCOVERY: Final = "servers do not register themselves; name them in urls, or leave the key out to start them here"
+_ONE_ORCHESTRATOR: Final = "there is one orchestrator process"
+_STORIES: Final = "GET /requests/{id} tells each request's story"
+_LOAD_INSTEAD: Final = "it is not built yet; load_balancing is used"
+
+TOP_KEYS: Final = KeyTable(
+    [
+        honoured("hostname", TEXT, "Address the orchestrator listens on."),
+        honoured("port", integer(0, 65535), "Port the orchestrator listens on; 0: any free one, named when ready."),
+        honoured("max_retries", integer(0), "Further dispatches of a request that has not emitted a token."),
+        honoured("perf_metrics_max_requests", integer(0), "Finished requests whose story is kept; 0: none."),
+        honoured(
+            "conditional_disagg_config.max_local_prefill_length",
+            integer(0),
+            "Prompts with at most so many uncached tokens are prefilled on the generation server.",
+            target="max_local_prefill_length",
+        ),
+        honoured(
+            "schedule_style",
+            choice("context_first", "generation_first"),
+            "Both mean the same here: the two halves of a request are called at once.",
+        ),
+        honoured("node_id", integer(0, 255), "Part of the ids this orchestrator gives out."),
+        honoured("request_timeout_s", number(0.001), "From a request's arrival to its last token, queueing included."),
+        honoured("server_start_timeout_s", number(0.001), "How long a server may take to be ready."),
+        honoured("progress_timeout_s", number(0.001), "A server with work that reports no step for so long is lost."),
+        honoured("queue_depth_max", integer(1), "Requests waiting for a dispatch; one more is refused with 429."),
+        honoured("log_level", LOG_LEVEL, "Of the orchestrator and of the servers it starts."),
+        honoured("metrics_log_interval_s", number(0), "A line of totals in the log so often; 0: never."),
+        no_effect("return_perf_metrics", BOOLEAN, f"statistics are always on: {_STORIES}"),
+        no_effect("perf_metrics_output_dir", TEXT, f"nothing is written: {_STORIES}"),
+        no_effect("otlp_config", ANYTHING, f"traces are not exported: {_STORIES}"),
+        no_effect("gen_strip_message_history", BOOLEAN, "servers never get messages, only token ids", harmless=(True,)),
+        no_effect("gen_tokids_ctxbytes", BOOLEAN, "token ids always travel as bytes", harmless=(True,)),
+        not_built("disagg_cluster.cluster_uri", TEXT, _NO_DISCOVERY),
+        no_effect("disagg_cluster.cluster_name", TEXT, "see disagg_cluster.cluster_uri"),
+        no_effect("disagg_cluster.heartbeat_interval_sec", number(0), "see disagg_cluster.cluster_uri"),
+        no_effect("disagg_cluster.inactive_timeout_sec", number(0), "see disagg_cluster.cluster_uri"),
+        no_effect("disagg_cluster.minimal_instances.context_servers", integer(0), "see disagg_cluster.cluster_uri"),
+        no_effect("disagg_cluster.minimal_instances.generation_servers", integer(0), "see disagg_cluster.cluster_uri"),
+        not_built("num_workers", integer(1), _ONE_ORCHESTRATOR, harmless=(1,)),
+        not_built("disagg_coordinator_url", TEXT, _ONE_ORCHESTRATOR),
+        not_built("conversation_affinity_header_for_subagents", TEXT, "requests are not bound to a server"),
+        not_built("subagent_affinity_scope", choice("context", "both"), "requests are not bound to a server"),
+        not_built("internal_request_auth_key", TEXT, "servers trust whoever reaches their port; keep it private"),
+        refused(
+            "allow_request_chat_template",
+            BOOLEAN,
+            "a template that a client sends is a program, and is never run",
+            harmless=(False,),
+        ),
+    ]
+)
+
+SECTION_KEYS: Final = KeyTable(
+    [
+        honoured("num_instances", integer(0), "Servers at start; with urls, their number."),
+        honoured("urls", ADDRESSES, "host:port of servers that run already; left out: local processes are started."),
+        honoured(
+            "router.type",
+            choice("round_robin", "load_balancing", "kv_cache_aware", "conversation"),
+            "How a server of the section is chosen.",
+            substitutes={
+                "kv_cache_aware": ("load_balancing", _LOAD_INSTEAD),
+                "conversation": ("load_balancing", _LOAD_INSTEAD),
+            },
+        ),
+        honoured("router.use_tokens", BOOLEAN, "load_balancing counts tokens, not requests.", target="use_tokens"),
+        *(
+            no_effect(f"router.{name}", ANYTHING, "neither of the routers built so far takes it")
+            for name in (
+                "max_batch_size",
+                "max_num_tokens",
+                "tokens_per_block",
+                "custom_tokenizer",
+                "backfill_block_hashes_on_finish",
+                "match_threshold",
+                "use_token_ids",
+                "hash_skip_count",
+                "max_sessions",
+            )
+        ),
+        *SERVER_KEYS,
+    ],
+    [*SERVER_KEYS.aliases, Alias(name="router.name", of="router.type")],
+)
+"""A section's own keys and the engine arguments; the latter may also stand at the top level, for both sections."""
