@@ -1,0 +1,82 @@
+/* The one inner kernel: a tile of `rows` × `vectors` vectors of output, kept in registers over the whole depth.
+
+       to[r][c] = from[r][c] + sum over k, one after the other, of a[r][k] * b[k][c]
+
+   Each output lives in one lane of one register and takes its products in the order of k, whatever the size of the tile
+   or the place in it. A sum may be put down in memory and taken up again later, which changes no bit. All
+   row invariance of `linear` and of attention stands on this. */
+
+#pragma once
+
+#include "vector.h"
+
+/* As many rows as leave registers for two vectors of b and one of a. */
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
+#define MAX_ROWS 12
+#else
+#define MAX_ROWS 6
+#endif
+#define PANEL (2 * LANES) /* columns of a tile */
+
+typedef struct {
+    const float *a;
+    const float *b;
+    int64_t b_stride; /* floats from one k to the next */
+    int64_t depth;
+    const float *from;
+    int64_t from_stride; /* floats from one row to the next; 0: the same start for every row, e.g. a bias */
+    float *to;
+    int64_t to_stride;
+} tile;
+
+/* `rows`, `vectors`, `a_row`, `a_k` (strides of a, in floats) and `ahead` are compile-time constants once inlined.
+   `ahead`: fetch b so many floats early, for b in DRAM; 0: b is in a cache. */
+INLINE void multiply_fixed(const int rows, const int vectors, const int a_row, const int a_k, const int ahead, tile t)
+{
+    vec sums[MAX_ROWS][2];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            sums[r][v] = load(t.from + r * t.from_stride + v * LANES);
+    for (int64_t k = 0; k < t.depth; k++) {
+        vec b[2];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            b[v] = load(t.b + v * LANES);
+            if (ahead > 0)
+                __builtin_prefetch(t.b + v * LANES + ahead);
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            float a = t.a[r * a_row];
+            UNROLL for (int v = 0; v < vectors; v++)
+                sums[r][v] = sums[r][v] + a * b[v];
+        }
+        t.a += a_k;
+        t.b += t.b_stride;
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            store(t.to + r * t.to_stride + v * LANES, sums[r][v]);
+}
+
+#define TILE_CASE(rows, ...) \
+    case rows: \
+        multiply_fixed(rows, __VA_ARGS__); \
+        break;
+#if MAX_ROWS == 12
+#define TILE_CASES_ABOVE_6(X) X(7) X(8) X(9) X(10) X(11) X(12)
+#else
+#define TILE_CASES_ABOVE_6(X)
+#endif
+#define TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) TILE_CASES_ABOVE_6(X)
+
+/* Rows of `a` interleaved, `a[k * rows + r]`: how linear packs its input and attention its queries. */
+static void multiply_interleaved(int rows, bool b_in_dram, tile t)
+{
+#define STREAMED(rows) TILE_CASE(rows, 2, 1, rows, 4 * 1024 / 4, t)
+#define CACHED(rows) TILE_CASE(rows, 2, 1, rows, 0, t)
+    if (b_in_dram)
+        switch (rows) { TILE_CASES(STREAMED) }
+    else
+        switch (rows) { TILE_CASES(CACHED) }
+#undef STREAMED
+#undef CACHED
+}

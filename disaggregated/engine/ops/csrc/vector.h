@@ -1,0 +1,101 @@
+/* The vector type of the kernels, and the few things C has no operator for.
+
+   The sources are written once with the vector extension of GCC and clang and compiled once for each instruction set
+   (VECTOR_BYTES says how wide). Three rules keep results equal between rows, thread counts and vector widths:
+
+     - a multiply-add is written `c + a * b` and nothing else is, so that the compiler has one way to contract it;
+     - what is summed over lanes is summed in 16 partial sums whatever the width, then in one fixed tree;
+     - a partial vector is padded with zeros and goes through the very same code.
+
+   So AVX2 and AVX-512 give the same bits. Without fused multiply-add (the x86 baseline) they are rounded differently. */
+
+#pragma once
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef VECTOR_BYTES
+#define VECTOR_BYTES 16
+#endif
+
+#define LANES (VECTOR_BYTES / 4)
+#define PARTIAL_SUMS 16
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vec_int __attribute__((vector_size(VECTOR_BYTES)));
+typedef float vec_anywhere __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE vec load(const float *from) { return *(const vec_anywhere *)from; }
+INLINE void store(float *to, vec x) { *(vec_anywhere *)to = x; }
+INLINE vec broadcast(float x) { return x - (vec){0}; }
+INLINE vec select_lanes(vec_int mask, vec yes, vec no) { return (vec)(((vec_int)yes & mask) | ((vec_int)no & ~mask)); }
+INLINE vec larger(vec a, vec b) { return select_lanes(a > b, a, b); }
+
+/* The first `count` floats, the other lanes 0. */
+INLINE vec load_some(const float *from, int64_t count)
+{
+    if (count >= LANES)
+        return load(from);
+    float padded[LANES] = {0};
+    memcpy(padded, from, (size_t)count * sizeof(float));
+    return load(padded);
+}
+
+INLINE void store_some(float *to, vec x, int64_t count)
+{
+    if (count >= LANES) {
+        store(to, x);
+        return;
+    }
+    float padded[LANES];
+    store(padded, x);
+    memcpy(to, padded, (size_t)count * sizeof(float));
+}
+
+/* The 16 partial sums as one number: halves are added until one is left. */
+INLINE float sum_of(const vec partial[PARTIAL_SUMS / LANES])
+{
+    float sums[PARTIAL_SUMS];
+    for (int v = 0; v < PARTIAL_SUMS / LANES; v++)
+        store(sums + v * LANES, partial[v]);
+    for (int half = PARTIAL_SUMS / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            sums[i] += sums[i + half];
+    return sums[0];
+}
+
+/* e^x within 2 ulp; 0 below the smallest normal number, clamped at e^88, NaN stays NaN.
+
+   x = n·ln 2 + r with |r| <= ln 2 / 2, then e^r by the polynomial of Cephes. Adding and taking away 1.5·2^23 rounds to an
+   integer, which then also stands in the low bits of the sum, where the exponent of 2^n is made from it. */
+INLINE vec exponential(vec x)
+{
+    const vec lowest = broadcast(-87.0f), highest = broadcast(88.0f), rounder = broadcast(12582912.0f);
+    vec_int underflow = x < lowest;
+    vec y = select_lanes(underflow, lowest, x);
+    y = select_lanes(y > highest, highest, y);
+    vec shifted = rounder + y * 1.44269504088896341f;
+    vec n = shifted - rounder;
+    vec r = y + n * -0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = broadcast(1.9875691500e-4f);
+    p = 1.3981999507e-3f + p * r;
+    p = 8.3334519073e-3f + p * r;
+    p = 4.1665795894e-2f + p * r;
+    p = 1.6666665459e-1f + p * r;
+    p = 5.0000001201e-1f + p * r;
+    p = r + p * (r * r);
+    vec power = (vec)(((vec_int)shifted << 23) + 0x3f800000);
+    return select_lanes(underflow, (vec){0}, (p + 1.0f) * power);
+}

@@ -1,0 +1,240 @@
+"""The op table in C, for float32 on CPUs. Legend of tensor names: see api.py.
+
+The kernels are in `csrc/`: plain C functions that take raw pointers, called through ctypes, which lets go of the GIL.
+This file checks what C cannot, once for each call, because a wrong shape there would read foreign memory.
+
+Rows are independent by construction (see csrc/tile.h), so results are also the same for any number of threads,
+and bit for bit the same on AVX2 and AVX-512.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import logging
+import os
+import platform
+import weakref
+from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import Any, Final
+
+import torch
+
+from disaggregated.engine.ops.api import AttentionBatch, Ops
+from disaggregated.engine.ops.native_build import ISA_FLAGS, NativeUnavailable, library
+
+log = logging.getLogger(__name__)
+
+HEAD_DIMS: Final = range(16, 257, 16)
+
+_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "team_start": (c_void_p, [c_int]),
+    "team_stop": (None, [c_void_p]),
+    "linear_packed_floats": (c_int64, [c_int64] * 2),
+    "linear_pack": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
+    "linear": (None, [c_void_p] * 3 + [c_int64] * 3 + [c_void_p]),
+    "rms_norm": (None, [c_void_p] * 2 + [c_int64] * 4 + [c_void_p, c_float, c_void_p]),
+    "silu_mul": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
+    "rope": (c_int64, [c_void_p] + [c_int64] * 4 + [c_void_p] * 2 + [c_int64, c_void_p]),
+    "store_kv": (c_int64, [c_void_p, c_int64, c_void_p, c_int64] + [c_void_p] * 2 + [c_int64] * 5),
+    "paged_attention": (c_int64, [c_void_p] * 2 + [c_int64] + [c_void_p] * 4 + [c_int64] * 8 + [c_float, c_void_p]),
+}
+"""Return type and arguments of each function of the library; csrc/ says what they mean."""
+
+
+def load(num_threads: int, isa: str | None = None) -> Ops | None:
+    """The native op table, or None, with the reason logged, when this machine has none.
+
+    `isa` is one of `native_build.ISA_FLAGS`; by default $DISAGG_NATIVE_ISA, else the best that the CPU can run.
+    The table belongs to one thread at a time: its ops share working memory.
+    """
+    assert num_threads >= 1, f"num_threads must be at least 1, is {num_threads}"
+    chosen = isa or os.environ.get("DISAGG_NATIVE_ISA") or best_isa()
+    try:
+        if chosen not in runnable_isas():
+            raise NativeUnavailable(f"this CPU cannot run {chosen}; it can run {', '.join(runnable_isas())}")
+        return NativeOps(_open(chosen), chosen, num_threads)
+    except NativeUnavailable as error:
+        log.warning("native_kernels_unavailable: %s", error)
+        return None
+
+
+def runnable_isas() -> tuple[str, ...]:
+    """What of `ISA_FLAGS` this CPU can run, best first."""
+    isas = tuple(ISA_FLAGS)
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        return isas[-1:]
+    first = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2)
+    return isas[first:]
+
+
+def best_isa() -> str:
+    return runnable_isas()[0]
+
+
+def _open(isa: str) -> ctypes.CDLL:
+    path = library(isa)
+    try:
+        kernels = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path}: {error}; delete it to have it compiled again") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(kernels, name)
+        function.restype, function.argtypes = result, arguments
+    return kernels
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight and its bias as `linear` reads them; the original may be freed."""
+
+    panels: torch.Tensor
+    num_columns: int
+    depth: int
+
+
+class NativeOps:
+    """Implements `Ops`. Tensors are float32, on the CPU and contiguous, but q, k, v and the input of rms_norm may be
+    slices of a wider tensor's last dimension: their tokens may lie any stride apart. head_dim is a multiple of 16 up
+    to 256; block_size is any."""
+
+    def __init__(self, kernels: ctypes.CDLL, isa: str, num_threads: int) -> None:
+        self.name = f"native-{isa}"
+        self._kernels = kernels
+        self._team = kernels.team_start(num_threads)
+        if not self._team:
+            raise NativeUnavailable("no memory for the threads' book-keeping")
+        weakref.finalize(self, kernels.team_stop, self._team)
+
+    def prepare_linear(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None) -> PackedLinear:
+        weight_MK = weight_MK.to(torch.float32).contiguous()
+        num_columns, depth = weight_MK.shape
+        assert weight_MK.numel() > 0, f"empty weight {tuple(weight_MK.shape)}"
+        if bias_M is not None:
+            _check_shape(bias_M, (num_columns,))
+            bias_M = bias_M.to(torch.float32).contiguous()
+        bias = None if bias_M is None else bias_M.data_ptr()
+        panels = torch.empty(self._kernels.linear_packed_floats(num_columns, depth), dtype=torch.float32)
+        self._kernels.linear_pack(weight_MK.data_ptr(), bias, num_columns, depth, panels.data_ptr())
+        return PackedLinear(panels, num_columns, depth)
+
+    def linear(self, x_TK: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        num_tokens, depth = x_TK.shape
+        _check_floats(x_TK)
+        _check_shape(x_TK, (num_tokens, weight.depth))
+        out_TM = _empty(num_tokens, weight.num_columns)
+        self._kernels.linear(
+            self._team, x_TK.data_ptr(), weight.panels.data_ptr(), num_tokens, depth, weight.num_columns,
+            out_TM.data_ptr(),
+        )  # fmt: skip
+        return out_TM
+
+    def embedding(self, token_ids_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(token_ids_T, table_VH)
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        width = x_TH.shape[-1]
+        _check_floats(weight_H)
+        _check_shape(weight_H, (width,))
+        if x_TH.dim() == 3:
+            (num_tokens, rows_of_token, _), stride = x_TH.shape, _token_stride(x_TH)
+        else:
+            _check_floats(x_TH)
+            num_tokens, rows_of_token, stride = x_TH.numel() // width, 1, width
+        out_TH = _empty(*x_TH.shape)
+        self._kernels.rms_norm(
+            self._team, x_TH.data_ptr(), stride, num_tokens, rows_of_token, width, weight_H.data_ptr(), eps,
+            out_TH.data_ptr(),
+        )  # fmt: skip
+        return out_TH
+
+    def silu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        num_tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
+        _check_floats(gate_up_TF2)
+        _check_shape(gate_up_TF2, (num_tokens, 2 * width))
+        out_TF = _empty(num_tokens, width)
+        self._kernels.silu_mul(self._team, gate_up_TF2.data_ptr(), num_tokens, width, out_TF.data_ptr())
+        return out_TF
+
+    def rope(self, x_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, positions_T: torch.Tensor) -> None:
+        num_tokens, num_heads, head_dim = x_TND.shape
+        assert head_dim % 2 == 0, f"head_dim {head_dim} has no halves"
+        for table in (cos_PD, sin_PD):
+            _check_floats(table)
+            _check_shape(table, (len(cos_PD), head_dim // 2))
+        _check_indices(positions_T, torch.int64, (num_tokens,))
+        wrong = self._kernels.rope(
+            x_TND.data_ptr(), _token_stride(x_TND), num_tokens, num_heads, head_dim, cos_PD.data_ptr(),
+            sin_PD.data_ptr(), len(cos_PD), positions_T.data_ptr(),
+        )  # fmt: skip
+        assert wrong < 0, f"token {wrong} is at position {positions_T[wrong]}, the tables have {len(cos_PD)}"
+
+    def store_kv(
+        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor, pool_B2GSD: torch.Tensor, slots_T: torch.Tensor
+    ) -> None:
+        num_tokens, num_kv_heads, head_dim = key_TGD.shape
+        num_blocks, _, _, block_size, _ = pool_B2GSD.shape
+        _check_floats(pool_B2GSD)
+        _check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
+        _check_shape(value_TGD, (num_tokens, num_kv_heads, head_dim))
+        _check_indices(slots_T, torch.int64, (num_tokens,))
+        wrong = self._kernels.store_kv(
+            key_TGD.data_ptr(), _token_stride(key_TGD), value_TGD.data_ptr(), _token_stride(value_TGD),
+            pool_B2GSD.data_ptr(), slots_T.data_ptr(), num_tokens, num_blocks, num_kv_heads, head_dim, block_size,
+        )  # fmt: skip
+        assert wrong < 0, f"token {wrong} goes to slot {slots_T[wrong]}, the pool has {num_blocks} blocks"
+
+    def paged_attention(
+        self, q_TND: torch.Tensor, pool_B2GSD: torch.Tensor, batch: AttentionBatch, scale: float
+    ) -> torch.Tensor:
+        num_tokens, num_heads, head_dim = q_TND.shape
+        num_blocks, _, num_kv_heads, block_size, _ = pool_B2GSD.shape
+        num_rows, max_blocks = batch.block_tables.shape
+        _check_floats(pool_B2GSD)
+        _check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
+        assert num_heads % num_kv_heads == 0, f"{num_heads} query heads, {num_kv_heads} kv heads"
+        assert head_dim in HEAD_DIMS, f"head_dim {head_dim}: must be a multiple of 16 up to {HEAD_DIMS[-1]}"
+        _check_indices(batch.query_start, torch.int32, (num_rows + 1,))
+        _check_indices(batch.first_position, torch.int32, (num_rows,))
+        _check_indices(batch.block_tables, torch.int32, (num_rows, max_blocks))
+        out_TND = _empty(num_tokens, num_heads, head_dim)
+        wrong = self._kernels.paged_attention(
+            self._team, q_TND.data_ptr(), _token_stride(q_TND), pool_B2GSD.data_ptr(), batch.query_start.data_ptr(),
+            batch.first_position.data_ptr(), batch.block_tables.data_ptr(), max_blocks, num_tokens, num_blocks,
+            num_rows, num_heads, num_kv_heads, head_dim, block_size, scale, out_TND.data_ptr(),
+        )  # fmt: skip
+        assert wrong < 0, (
+            f"row {wrong} does not lie within {num_tokens} tokens, {max_blocks} blocks a row and {num_blocks} in the "
+            f"pool: tokens {batch.query_start[wrong : wrong + 2].tolist()}, first position {batch.first_position[wrong]}, "
+            f"blocks {batch.block_tables[wrong].tolist()}"
+        )
+        return out_TND
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def _check_floats(x: torch.Tensor) -> None:
+    assert x.dtype is torch.float32, f"dtype {x.dtype}, must be float32"
+    assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)} are not contiguous"
+
+
+def _check_shape(x: torch.Tensor, shape: tuple[int, ...]) -> None:
+    assert x.shape == shape, f"shape {tuple(x.shape)}, must be {shape}"
+
+
+def _check_indices(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert x.dtype is dtype, f"dtype {x.dtype}, must be {dtype}"
+    assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)} are not contiguous"
+    _check_shape(x, shape)
+
+
+def _token_stride(x_TND: torch.Tensor) -> int:
+    """Floats from one token to the next, of a tensor whose tokens are contiguous each."""
+    assert x_TND.dtype is torch.float32, f"dtype {x_TND.dtype}, must be float32"
+    _, num_heads, head_dim = x_TND.shape
+    token_stride, head_stride, lane_stride = x_TND.stride()
+    assert lane_stride == 1, f"strides {x_TND.stride()}: the last dimension is not contiguous"
+    assert head_stride == head_dim or num_heads == 1, f"strides {x_TND.stride()}: a token is not contiguous"
+    return token_stride
