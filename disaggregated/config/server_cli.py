@@ -24,6 +24,7 @@ from disaggregated.config.server import ServerConfig
 from disaggregated.config.server_keys import SERVER_KEYS
 from disaggregated.config.yaml_file import read_yaml
 from disaggregated.errors import ConfigError
+from disaggregated.parent_death import die_with_parent
 
 _NO_DISCOVERY: Final = "servers do not look for their orchestrator; name them in its urls"
 
@@ -67,6 +68,7 @@ def server_command(role: str, main: Callable[[ServerConfig], int]) -> click.Comm
     """The click command of one role. It exits with what `main` returns, or with a StartupError's code and one line."""
 
     def run(model: str, config_file: Path | None, **flags: object) -> None:
+        die_with_parent()
         sys.exit(main(server_config(role, model, config_file, _flags_found(flags))))
 
     config_help = "YAML file with these keys, as TensorRT-LLM's extra_llm_api_options; a flag wins over it."

@@ -1,0 +1,49 @@
+"""Which cores a local server computes on: each gets a share of its own for as long as the machine has one to give.
+
+An engine whose threads share cores with another's loses far more than its half (its threads wait for each other at
+every layer), so that servers are pinned unless the file says `num_threads` or `cpu_affinity` itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+_CGROUP_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
+
+
+class CoreAllocation:
+    """Deals `cores` out in shares of equal size. A share whose owner is gone is dealt again; when there are more owners
+    than shares, the shares with the fewest owners are shared."""
+
+    def __init__(self, cores: Sequence[int], *, num_servers: int) -> None:
+        assert cores, "a process runs on at least one core"
+        has_spare = len(cores) > num_servers  # It is the orchestrator's then.
+        usable = len(cores) - 1 if has_spare else len(cores)
+        self.share_size = max(1, usable // max(1, num_servers))
+        num_shares = max(1, usable // self.share_size)
+        self._shares = [tuple(cores[n * self.share_size : (n + 1) * self.share_size]) for n in range(num_shares)]
+        self._owners: dict[str, int] = {}
+
+    def take(self, owner: str) -> tuple[int, ...]:
+        """The cores of `owner`, the same ones until it gives them back."""
+        if owner not in self._owners:
+            taken = list(self._owners.values())
+            self._owners[owner] = min(range(len(self._shares)), key=taken.count)
+        return self._shares[self._owners[owner]]
+
+    def give_back(self, owner: str) -> None:
+        self._owners.pop(owner, None)
+
+
+def available_cores() -> tuple[int, ...]:
+    """The cores this process may use: its affinity, and no more of them than its cgroup's quota pays for."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    try:
+        quota, period = _CGROUP_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else cores[: max(1, math.ceil(int(quota) / int(period)))]

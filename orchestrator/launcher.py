@@ -1,0 +1,239 @@
+"""Runs the servers of a deployment as local processes: starts them, restarts crashed ones, scales, stops them all.
+
+What to do is decided by `LaunchPlan`; here is only the doing. One loop takes events (a ready line, an exit, a drained
+server, a call of `scale`) and carries out the decisions; one task a process reads its output and reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Final, Protocol
+
+from disaggregated import logs
+from disaggregated.config.deployment import DeploymentConfig, PoolConfig
+from disaggregated.config.server import ServerConfig
+from disaggregated.errors import DisaggregatedError, InvalidRequest, StartupError
+from orchestrator.core_allocation import CoreAllocation, available_cores
+from orchestrator.launch_plan import (
+    Decision,
+    Drain,
+    Join,
+    Kill,
+    LaunchLimits,
+    LaunchPlan,
+    Leave,
+    Phase,
+    Start,
+    Terminate,
+)
+from orchestrator.server_child import READY_LINE, ServerChild
+
+log = logs.get(__name__)
+
+_EVENTS_MAX: Final = 1024
+"""Events not handled yet. Whoever reports one more waits, which loses nothing."""
+INSTANCES_MAX: Final = 256
+"""More servers on one machine is a slip of the keyboard."""
+
+Event = Callable[[float], Iterable[Decision]]
+"""Tells the plan what happened, given the time, and gives its decisions."""
+
+
+class Pools(Protocol):
+    """The part of ServerPools that a launcher acts on."""
+
+    def add(self, role: str, address: str) -> None: ...
+    async def drain(self, role: str, address: str, deadline_s: float) -> int: ...
+    async def remove(self, role: str, address: str) -> None: ...
+
+
+class Launcher:
+    """Owns every local server process. Nothing it started outlives `run()`."""
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        pools: Pools,
+        *,
+        limits: LaunchLimits | None = None,
+        environ: Mapping[str, str] = os.environ,
+        show: Callable[[str], object] = lambda line: sys.stderr.write(f"{line}\n"),
+    ) -> None:
+        self._pools = pools
+        self._configs = {"context": config.context, "generation": config.generation}
+        self._environ = environ
+        self._show = show
+        self.plan = LaunchPlan(limits or LaunchLimits(start_timeout_s=config.server_start_timeout_s))
+        num_servers = sum(pool.num_instances for pool in self._local_pools().values())
+        self._cores = CoreAllocation(available_cores(), num_servers=num_servers)
+        self._events: asyncio.Queue[Event] = asyncio.Queue(_EVENTS_MAX)
+        self._changed = asyncio.Condition()
+        self._children: dict[str, ServerChild] = {}
+        self._last_words: dict[str, str] = {}
+        self._has_been_ready = False
+
+    @property
+    def has_work(self) -> bool:
+        """Some pool of the deployment is made of local processes."""
+        return bool(self._local_pools())
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Starts the deployment's servers and keeps them as wanted until `stop` is set; then stops them all.
+
+        Raises StartupError when the deployment cannot start; its servers are gone by then.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                stopping = group.create_task(self._report_stop(stop))
+                for role, pool in self._local_pools().items():
+                    self._carry_out(self.plan.scale(role, pool.num_instances, now_s=time.monotonic()), group)
+                await self._loop(group, stopping)
+        except ExceptionGroup as group_error:
+            raise group_error.exceptions[0] from group_error
+        finally:
+            self.kill_all()
+
+    async def scale(self, role: str, count: int) -> None:
+        """Returns when exactly `count` servers of the role are ready, and those let go are drained and gone.
+
+        Raises InvalidRequest for a role or count that cannot be, DisaggregatedError when a new server cannot start.
+        """
+        if role not in self._configs:
+            raise InvalidRequest(f"there is no role {role}; the roles are context and generation", param="role")
+        if role not in self._local_pools():
+            raise InvalidRequest(f"the {role} servers have urls and are run by somebody else", param=role)
+        lowest = 1 if role == "generation" else 0
+        if not lowest <= count <= INSTANCES_MAX:
+            raise InvalidRequest(f"{role}: must be between {lowest} and {INSTANCES_MAX}, is {count}", param=role)
+        await self._events.put(lambda now_s: self.plan.scale(role, count, now_s=now_s))
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._scale_is_over(role, count))
+        failed = [name for name, i in self.plan.instances.items() if i.role == role and i.phase is Phase.FAILED]
+        if failed:
+            raise DisaggregatedError(f"{failed[0]} cannot start: {self._last_words.get(failed[0], 'it said nothing')}")
+        if self.plan.wanted(role) != count:
+            raise DisaggregatedError(f"{role}: {self.plan.wanted(role)} servers are wanted by now, no longer {count}")
+
+    def describe(self) -> list[dict[str, object]]:
+        """Every local server as an operator wants to see it."""
+        now_s = time.monotonic()
+        return [
+            {
+                "name": instance.name,
+                "role": instance.role,
+                "phase": str(instance.phase),
+                "phase_s": round(now_s - instance.since_s, 3),
+                "address": instance.address,
+                "pid": self._children[instance.name].pid if instance.name in self._children else None,
+                "restarts": instance.restarts,
+                "failures_in_a_row": instance.failures_in_a_row,
+                "last_exit": instance.last_exit,
+            }
+            for instance in self.plan.instances.values()
+        ]
+
+    def kill_all(self) -> None:
+        for child in self._children.values():
+            child.kill()
+
+    def _local_pools(self) -> dict[str, PoolConfig]:
+        return {role: pool for role, pool in self._configs.items() if not pool.urls}
+
+    def _scale_is_over(self, role: str, count: int) -> bool:
+        failed = any(i.phase is Phase.FAILED for i in self.plan.instances.values() if i.role == role)
+        return failed or self.plan.wanted(role) != count or self.plan.is_settled(role)
+
+    async def _report_stop(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        await self._events.put(lambda now_s: self.plan.stop_all(now_s=now_s))
+
+    async def _loop(self, group: asyncio.TaskGroup, stopping: asyncio.Task[None]) -> None:
+        while not (stopping.done() and self._events.empty() and not self.plan.instances):
+            deadline_s = self.plan.next_deadline_s()
+            timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            decisions: list[Decision] = []
+            try:
+                async with asyncio.timeout(timeout_s):
+                    event = await self._events.get()
+                decisions += event(time.monotonic())
+            except TimeoutError:
+                decisions += self.plan.wake(now_s=time.monotonic())
+            self._carry_out(decisions, group)
+            self._check_start()
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _check_start(self) -> None:
+        """A deployment whose first servers cannot start ends; one that has served goes on with what it has."""
+        instances = self.plan.instances.values()
+        self._has_been_ready = self._has_been_ready or any(i.phase is Phase.READY for i in instances)
+        failed = [i for i in instances if i.phase is Phase.FAILED]
+        if failed and not self._has_been_ready:
+            raise _start_failure(failed[0].last_exit, self._last_words.get(failed[0].name, "it said nothing"))
+
+    def _carry_out(self, decisions: Iterable[Decision], group: asyncio.TaskGroup) -> None:
+        for decision in decisions:
+            match decision:
+                case Start(name, role):
+                    group.create_task(self._attend(name, role), name=name)
+                case Join(role, address):
+                    self._pools.add(role, address)
+                case Leave(role, address):
+                    group.create_task(self._pools.remove(role, address))
+                case Drain():
+                    group.create_task(self._drain(decision))
+                case Terminate(name) if name in self._children:
+                    self._children[name].terminate()
+                case Kill(name) if name in self._children:
+                    self._children[name].kill()
+                case Terminate() | Kill():  # Not started yet; `_attend` looks at the plan once it is.
+                    pass
+
+    async def _drain(self, drain: Drain) -> None:
+        num_left = await self._pools.drain(drain.role, drain.address, drain.timeout_s)
+        await self._events.put(lambda now_s: self.plan.drained(drain.name, num_left=num_left, now_s=now_s))
+
+    async def _attend(self, name: str, role: str) -> None:
+        """One process from start to exit."""
+        child = await ServerChild.start(name, self._server_config(name, role), self._environ)
+        self._children[name] = child
+        try:
+            if self.plan.instances[name].phase is not Phase.STARTING:
+                child.terminate()
+            log.info("server_started", name=name, pid=child.pid)
+            while (line := await child.next_line()) is not None:
+                self._show(f"{name} | {line}")
+                if match := READY_LINE.match(line):
+                    await self._events.put(partial(self._on_ready, name, match[1]))
+            code = await child.wait()
+        finally:
+            child.kill()
+            del self._children[name]
+            self._cores.give_back(name)
+        self._last_words[name] = child.last_words[-1] if child.last_words else "it said nothing"
+        log.info("server_exited", name=name, code=code)
+        await self._events.put(lambda now_s: self.plan.exited(name, code, now_s=now_s))
+
+    def _on_ready(self, name: str, address: str, now_s: float) -> list[Decision]:
+        return self.plan.ready(name, address, now_s=now_s)
+
+    def _server_config(self, name: str, role: str) -> ServerConfig:
+        pool = self._configs[role]
+        if not pool.spread_threads:
+            return pool.server
+        cores = self._cores.take(name)
+        return dataclasses.replace(pool.server, num_threads=len(cores), cpu_affinity=cores)
+
+
+def _start_failure(last_exit: str, last_words: str) -> StartupError:
+    """The server's own message and exit code, as if the one command had failed itself."""
+    for kind in StartupError.__subclasses__():
+        if last_exit == f"exit code {kind.exit_code}":
+            return kind(last_words)
+    return StartupError(last_words)

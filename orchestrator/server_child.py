@@ -1,0 +1,86 @@
+"""One server process that belongs to this orchestrator: started, read line by line, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from disaggregated.config.server import ServerConfig
+from disaggregated.config.server_cli import to_arguments
+from disaggregated.parent_death import PARENT_PID
+
+READY_LINE: Final = re.compile(r"^READY (?:context|generation) (\S+:\d+)\b")
+_MODULES: Final = {"context": "context_server", "generation": "generation_server"}
+_LINE_BYTES_MAX: Final = 16 << 10
+_CODE_FOLDER: Final = str(Path(__file__).parents[1])
+
+
+class ServerChild:
+    """Owns one process. `last_words` are its latest lines, for the message when it cannot start."""
+
+    def __init__(self, name: str, child: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self.last_words: deque[str] = deque(maxlen=20)
+        self._child = child
+
+    @classmethod
+    async def start(cls, name: str, config: ServerConfig, environ: Mapping[str, str]) -> ServerChild:
+        """The process has a session of its own, so that a Ctrl-C in the terminal reaches only the orchestrator."""
+        folders = [_CODE_FOLDER, *filter(None, [environ.get("PYTHONPATH")])]
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            _MODULES[config.role],
+            *to_arguments(config),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={
+                **environ,
+                "PYTHONPATH": os.pathsep.join(folders),
+                PARENT_PID: str(os.getpid()),
+                "PYTHONUNBUFFERED": "1",
+            },
+            start_new_session=True,
+        )
+        return cls(name, child)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    async def next_line(self) -> str | None:
+        """None when its output has ended. A line longer than a screenful comes in parts."""
+        assert self._child.stdout is not None
+        try:
+            raw = await self._child.stdout.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            raw = error.partial
+        except asyncio.LimitOverrunError:
+            raw = await self._child.stdout.readexactly(_LINE_BYTES_MAX)
+        if not raw:
+            return None
+        line = raw.decode(errors="replace").rstrip()
+        self.last_words.append(line)
+        return line
+
+    async def wait(self) -> int:
+        """Its exit code; negative for a signal."""
+        return await self._child.wait()
+
+    def terminate(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._child.returncode is None:
+            self._child.send_signal(number)
