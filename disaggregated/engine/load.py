@@ -1,0 +1,231 @@
+"""From a server's configuration to an engine that can run: files, weights, KV pool, in that order.
+
+Everything that can be wrong with the model, the machine or the configuration is found here, before the server is
+ready, and said in one message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import psutil
+import torch
+
+from disaggregated.config.server import ServerConfig
+from disaggregated.engine.api import ScheduledSequence
+from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.fingerprint import fingerprint, weights_digest
+from disaggregated.engine.kv_cache import Allocate, KVCache
+from disaggregated.engine.models.decoder import Decoder, DecoderShape
+from disaggregated.engine.models.rope import rope_tables
+from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.ops.select import select
+from disaggregated.engine.runner import TorchModelRunner
+from disaggregated.engine.weights import (
+    DummySource,
+    SafetensorsSource,
+    load_weights,
+    num_parameters,
+    safetensors_paths,
+)
+from disaggregated.errors import ConfigError, NotEnoughMemory
+from disaggregated.kv_layout import KVLayout
+from disaggregated.model_files import ModelConfig, ModelFiles, resolve
+from disaggregated.sampling_params import SamplingParams
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MIB: Final = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedEngine:
+    engine: LLMEngine
+    layout: KVLayout
+    fingerprint: str
+    """Servers with the same one may exchange KV."""
+    files: ModelFiles
+    config: ModelConfig
+    device: str
+    dtype: str
+    ops_name: str
+    max_seq_len: int
+    num_parameters: int
+
+
+def load_engine(config: ServerConfig, *, allocate: Allocate) -> LoadedEngine:
+    """
+    `allocate` gives the memory of the KV pool on CPU, once its layout is known; the engine uses it until the end.
+
+    Raises:
+        ModelUnavailable: missing, damaged or unsupported.
+        NotEnoughMemory: with the numbers.
+        ConfigError: a value that this model or machine cannot have.
+    """
+    torch.set_num_threads(config.num_threads)
+    device, dtype = _device(config), _dtype(config)
+    is_dummy = _is_dummy(config)
+    files = resolve(config.model, weights=not is_dummy)
+    model_config = ModelConfig.load(files.path)
+    max_seq_len = _max_seq_len(config, model_config)
+    _check_weights_fit(model_config, device, dtype)
+
+    ops = select(device, dtype, head_dim=model_config.head_dim, num_threads=config.num_threads)
+    model = _load_model(files, model_config, ops, device, dtype, num_positions=max_seq_len, is_dummy=is_dummy)
+    layout = kv_layout(config, model_config, device, dtype)
+    runner = TorchModelRunner(model, KVCache(layout, device=device, allocate=allocate), device)
+    _warm_up(runner, min(config.max_num_tokens, max_seq_len, layout.block_size))
+    return LoadedEngine(
+        engine=LLMEngine(
+            runner,
+            num_blocks=layout.num_blocks,
+            block_size=layout.block_size,
+            max_num_tokens=config.max_num_tokens,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=max_seq_len,
+            enable_block_reuse=config.kv_cache_config.enable_block_reuse,
+        ),
+        layout=layout,
+        fingerprint=_fingerprint(files, model_config, ops, dtype, is_dummy=is_dummy),
+        files=files,
+        config=model_config,
+        device=str(device),
+        dtype=_name(dtype),
+        ops_name=ops.name,
+        max_seq_len=max_seq_len,
+        num_parameters=num_parameters(model_config),
+    )
+
+
+def kv_layout(config: ServerConfig, model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> KVLayout:
+    """The pool that the configuration asks for and the device has room for, weights already loaded.
+
+    Raises:
+        NotEnoughMemory: it does not fit, or holds not even one block.
+    """
+    kv_config = config.kv_cache_config
+    if kv_config.dtype not in ("auto", _name(dtype)):
+        raise ConfigError(f"kv_cache_config.dtype: must be auto or the model's {_name(dtype)}, is {kv_config.dtype!r}")
+    one_block = KVLayout(
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=kv_config.tokens_per_block,
+        dtype=_name(dtype),
+        num_blocks=1,
+    )
+    available = available_bytes(device)
+    if kv_config.max_tokens is not None:
+        num_blocks = one_block.num_blocks_for(kv_config.max_tokens)
+    else:
+        budget = available if device.type != "cpu" else min(kv_config.cpu_memory_budget_bytes, available)
+        num_blocks = int(budget * kv_config.free_gpu_memory_fraction) // one_block.pool_bytes
+    layout = dataclasses.replace(one_block, num_blocks=max(1, num_blocks))
+    if layout.pool_bytes > available:
+        raise NotEnoughMemory(
+            f"a KV pool of {layout.num_blocks * layout.block_size} tokens takes {_mib(layout.pool_bytes)} "
+            f"({layout.token_bytes} bytes a token); {_mib(available)} are available on {device}"
+        )
+    return layout
+
+
+def available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _check_weights_fit(model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    needed, available = num_parameters(model_config) * dtype.itemsize, available_bytes(device)
+    if needed > available:
+        raise NotEnoughMemory(
+            f"the weights, {num_parameters(model_config) / 1e6:.0f} million parameters in {_name(dtype)}, take "
+            f"{_mib(needed)}; {_mib(available)} are available on {device}"
+        )
+
+
+def _load_model(
+    files: ModelFiles,
+    config: ModelConfig,
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_positions: int,
+    is_dummy: bool,
+) -> Decoder:
+    with torch.inference_mode():
+        if is_dummy:
+            weights = load_weights(DummySource(config, device), config, ops, device=device, dtype=dtype)
+        else:
+            with SafetensorsSource(files.path) as source:
+                weights = load_weights(source, config, ops, device=device, dtype=dtype)
+        cos, sin = rope_tables(
+            theta=config.rope_theta, scaling=config.rope_scaling, head_dim=config.head_dim, num_positions=num_positions
+        )
+    shape = DecoderShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+    )
+    return Decoder(shape, weights, ops, (cos.to(device), sin.to(device)))
+
+
+def _warm_up(runner: TorchModelRunner, num_tokens: int) -> None:
+    """A short prompt into block 0, which nobody holds yet: what is measured or built at first use is done by now."""
+    sampling = SamplingParams(max_tokens=1)
+    for count in {1, num_tokens}:
+        prompt = ScheduledSequence(
+            request_id="warm-up", token_ids=[0] * count, first_position=0, block_table=[0], sampling=sampling
+        )
+        runner.execute([prompt])
+
+
+def _fingerprint(files: ModelFiles, config: ModelConfig, ops: Ops, dtype: torch.dtype, *, is_dummy: bool) -> str:
+    weights = "dummy" if is_dummy else weights_digest(safetensors_paths(files.path))
+    return fingerprint(weights, dataclasses.asdict(config), _name(dtype), ops.name)
+
+
+def _device(config: ServerConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, is {config.device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, is {config.device!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {config.device} is not there, torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(config: ServerConfig) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if _device(config).type == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: must be auto, {' or '.join(DTYPES)}, is {name!r}")
+    return DTYPES[name]
+
+
+def _is_dummy(config: ServerConfig) -> bool:
+    if config.load_format not in ("auto", "dummy"):
+        raise ConfigError(f"load_format: must be auto or dummy, is {config.load_format!r}")
+    return config.load_format == "dummy"
+
+
+def _max_seq_len(config: ServerConfig, model_config: ModelConfig) -> int:
+    limit = model_config.max_position_embeddings
+    if config.max_seq_len is not None and not 1 <= config.max_seq_len <= limit:
+        raise ConfigError(f"max_seq_len: must be 1 to {limit}, the model's limit, is {config.max_seq_len}")
+    return config.max_seq_len or limit
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:,.0f} MiB"

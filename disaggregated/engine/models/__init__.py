@@ -1,0 +1,1 @@
+"""Model definitions, made of the op table."""

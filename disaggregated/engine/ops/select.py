@@ -1,0 +1,46 @@
+"""Which implementation of the op table a server runs.
+
+Native kernels where they are built and know the dtype and the head size, else the torch reference. The environment
+variable `DISAGG_OPS` insists: `torch`, or `native`, which then is an error where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import torch
+
+from disaggregated.engine.ops import native
+from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.errors import ConfigError
+
+VARIABLE: Final = "DISAGG_OPS"
+
+
+def select(device: torch.device, dtype: torch.dtype, *, head_dim: int, num_threads: int) -> Ops:
+    """
+    Raises:
+        ConfigError: `DISAGG_OPS` asks for what is not there.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "torch", "native"):
+        raise ConfigError(f"{VARIABLE}: must be torch or native, is {wanted!r}")
+    if wanted == "torch":
+        return ReferenceOps()
+    reason = _unsupported(device, dtype, head_dim)
+    ops = None if reason else native.load(num_threads)
+    if ops is None and wanted == "native":
+        raise ConfigError(f"{VARIABLE}: native kernels are not available: {reason or 'the log says why'}")
+    return ops or ReferenceOps()
+
+
+def _unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cpu":
+        return f"they run on CPU, not on {device}"
+    if dtype is not torch.float32:
+        return f"they compute in float32, not in {str(dtype).removeprefix('torch.')}"
+    if head_dim % 16 or head_dim > native.MAX_HEAD_DIM:
+        return f"head size {head_dim} is not a multiple of 16 up to {native.MAX_HEAD_DIM}"
+    return None
