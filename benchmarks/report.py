@@ -45,7 +45,8 @@ def machine() -> str:
             break
     gib = psutil.virtual_memory().total / 2**30
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} × {model}, {gib:.0f} GiB, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{cores} × {model}, {gib:.0f} GiB, {system}"
 
 
 def commit() -> str:
