@@ -135,8 +135,11 @@ class ConnectReply(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     OFFERS_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     epoch: _builtins.int
+    lease_s: _builtins.float
+    """how long a transfer lives here without a sign of life from its destination"""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
@@ -148,10 +151,11 @@ class ConnectReply(_message.Message):
         epoch: _builtins.int = ...,
         layout: Global___KVLayout | None = ...,
         offers: _abc.Iterable[Global___TransportOffer] | None = ...,
+        lease_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance_id", b"instance_id", "layout", b"layout", "offers", b"offers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance_id", b"instance_id", "layout", b"layout", "lease_s", b"lease_s", "offers", b"offers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,174 @@
+"""A blocking socket that speaks frames and waits no longer than it is told.
+
+Timeouts are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO): one system call moves megabytes while the interpreter lock is
+released, where Python's own socket timeouts would poll before each.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import math
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from disaggregated.errors import PeerLost
+from kvtransfer import frames
+from kvtransfer.deadline import Deadline
+from kvtransfer.frames import Kind, MalformedFrame
+from kvtransfer.transport import PROGRESS_TIMEOUT_S, ReadStop
+
+_NEVER: Final = Deadline(math.inf)
+_VECTORS_MAX: Final = 64
+"""Buffers of one system call; the kernel takes 1024, but handing over what it will not reach costs more."""
+_DESCRIPTORS_MAX: Final = 8
+_INT_BYTES: Final = array.array("i").itemsize
+
+
+class FrameSocket:
+    """Owns `sock`. Used by one thread at a time; `shut` may come from any."""
+
+    def __init__(self, sock: socket.socket, *, progress_timeout_s: float = PROGRESS_TIMEOUT_S) -> None:
+        self._sock = sock
+        self._progress_timeout_s = progress_timeout_s
+        self._deadline = _NEVER
+        sock.setblocking(True)
+        if sock.family in {socket.AF_INET, socket.AF_INET6}:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+
+    def stopped_by(self, stop: ReadStop) -> contextlib.AbstractContextManager[None]:
+        return stop.shuts(self._sock)
+
+    def limit_waits(self, deadline: Deadline) -> None:
+        """From here on each system call waits until `deadline`, and at most the progress timeout."""
+        deadline.check("a peer")
+        self._deadline = deadline
+        self._set_timeouts(min(deadline.left_s(), self._progress_timeout_s))
+
+    def wait_for_ever(self) -> None:
+        """Only for an idle connection, whose owner shuts it to end the wait."""
+        self._deadline = _NEVER
+        self._set_timeouts(0.0)
+
+    def send(self, frame: bytes) -> None:
+        self.send_views([memoryview(frame)])
+
+    def send_views(self, views: Sequence[memoryview]) -> None:
+        """Send all of `views`, in order, without copying them together."""
+        for pending in _batches(views):
+            while pending:
+                with self._broken_as_peer_lost():
+                    sent = self._sock.sendmsg(pending)
+                _consume(pending, sent)
+                self._deadline.check("a peer to take its blocks")
+
+    def receive_into(self, views: Sequence[memoryview]) -> None:
+        """Fill all of `views`, in order, straight from the kernel."""
+        for pending in _batches(views):
+            while pending:
+                with self._broken_as_peer_lost():
+                    received = self._sock.recvmsg_into(pending, 0, socket.MSG_WAITALL)[0]
+                if received == 0:
+                    raise PeerLost("the peer closed the connection")
+                _consume(pending, received)
+                self._deadline.check("bytes of a peer")
+
+    def receive_header(self) -> tuple[Kind, int]:
+        return frames.unpack_header(self._receive(frames.HEADER.size))
+
+    def receive_frame(self, *allowed: Kind) -> tuple[Kind, bytes]:
+        """One frame of a bounded kind. A REFUSED is raised as the error it carries."""
+        return self.finish_frame(*self.receive_header(), allowed=allowed)
+
+    def finish_frame(self, kind: Kind, length: int, *, allowed: Sequence[Kind]) -> tuple[Kind, bytes]:
+        """The body of a frame whose header has been read."""
+        if kind is Kind.REFUSED:
+            raise frames.unpack_refused(self._receive(length))
+        if kind not in allowed:
+            raise MalformedFrame(f"a {kind.name} where {' or '.join(each.name for each in allowed)} belongs")
+        return kind, self._receive(length)
+
+    def send_with_descriptor(self, frame: bytes, fd: int) -> None:
+        """Unix sockets only; the peer gets a descriptor of its own."""
+        with self._broken_as_peer_lost():
+            sent = socket.send_fds(self._sock, [frame], [fd])
+        self.send(frame[sent:])
+
+    def receive_with_descriptor(self) -> tuple[bytes, int]:
+        """A WELCOME's body and the descriptor that came with it, which is the caller's to close.
+
+        Raises MalformedFrame when not exactly one came; none is left open then.
+        """
+        with self._broken_as_peer_lost():
+            space = socket.CMSG_SPACE(_DESCRIPTORS_MAX * _INT_BYTES)
+            first, ancillary, _, _ = self._sock.recvmsg(frames.HEADER.size, space, socket.MSG_CMSG_CLOEXEC)
+        fds = _descriptors(ancillary)
+        try:
+            header = first + self._receive(frames.HEADER.size - len(first))
+            _, body = self.finish_frame(*frames.unpack_header(header), allowed=[Kind.WELCOME])
+            if len(fds) != 1:
+                raise MalformedFrame(f"a WELCOME with {len(fds)} descriptors where one belongs")
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return body, fds[0]
+
+    def shut(self) -> None:
+        """Whoever waits in this socket returns at once. From any thread, while the owner has not closed it."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _receive(self, length: int) -> bytes:
+        received = bytearray(length)
+        if length:
+            self.receive_into([memoryview(received)])
+        return bytes(received)
+
+    @contextlib.contextmanager
+    def _broken_as_peer_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError as error:
+            raise PeerLost(f"the peer moved no byte for {self._progress_timeout_s} s") from error
+        except OSError as error:
+            raise PeerLost(f"the link broke: {error}") from error
+
+    def _set_timeouts(self, seconds: float) -> None:
+        """0 waits for ever, as the kernel has it."""
+        interval = struct.pack("@ll", int(seconds), max(int(seconds % 1 * 1e6), 1 if seconds else 0))
+        with self._broken_as_peer_lost():
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+
+def _batches(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    for begin in range(0, len(views), _VECTORS_MAX):
+        yield list(views[begin : begin + _VECTORS_MAX])
+
+
+def _consume(pending: list[memoryview], num_bytes: int) -> None:
+    """Drop the first `num_bytes` of `pending`, in place."""
+    done = 0
+    while done < len(pending) and num_bytes >= len(pending[done]):
+        num_bytes -= len(pending[done])
+        done += 1
+    del pending[:done]
+    if num_bytes:
+        pending[0] = pending[0][num_bytes:]
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % _INT_BYTES])
+    return list(fds)

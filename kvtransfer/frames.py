@@ -1,0 +1,165 @@
+"""The bytes between two ends of a transport: small framed messages, every length bounded before it is believed.
+
+    destination                      source
+    HELLO  secret, epoch, who   ──▶
+                                ◀──  WELCOME epoch, size of the region      (over a unix socket: its descriptor, too)
+    READ   lease, layers, runs  ──▶
+                                ◀──  BLOCKS  num_bytes, then the bytes      (shared memory: 0 bytes, "go ahead")
+                                ◀──  REFUSED error class, sentence          (instead of WELCOME or BLOCKS)
+
+A frame is a 16-byte header (magic, version, kind, length of the body) and its body; integers are little-endian.
+Block bytes follow a BLOCKS header layer by layer, within a layer in the order of the runs that were asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+from typing import Any, Final
+
+from disaggregated import errors
+from disaggregated.errors import TransferError
+from kvtransfer.runs import Run
+from kvtransfer.transport import LEASE_KEY_BYTES
+
+MAGIC: Final = b"KVTR"
+VERSION: Final = 1
+SECRET_BYTES: Final = 16
+RUNS_MAX: Final = 8192
+"""Block runs in one READ; a reader with more asks again."""
+
+HEADER: Final = struct.Struct("<4sHHQ")
+_HELLO: Final = struct.Struct(f"<{SECRET_BYTES}sQ128s")
+_WELCOME: Final = struct.Struct("<QQ")
+_READ: Final = struct.Struct(f"<{LEASE_KEY_BYTES}sQIII")
+_RUN: Final = struct.Struct("<II")
+
+
+class Kind(enum.IntEnum):
+    HELLO = 1
+    WELCOME = 2
+    READ = 3
+    BLOCKS = 4
+    REFUSED = 5
+
+
+BODY_BYTES_MAX: Final = {
+    Kind.HELLO: _HELLO.size,
+    Kind.WELCOME: _WELCOME.size,
+    Kind.READ: _READ.size + RUNS_MAX * _RUN.size,
+    Kind.REFUSED: 1024,
+}
+"""BLOCKS is missing: its length must be exactly what was asked for."""
+
+
+class MalformedFrame(TransferError):
+    """These bytes are not our protocol; whoever sent them is disconnected."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    secret: bytes
+    epoch: int
+    """Of the source, as Connect told; another one answers when the source was restarted at this address."""
+    peer_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    epoch: int
+    region_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRequest:
+    lease_key: bytes
+    epoch: int
+    layers: range
+    blocks: tuple[Run, ...]
+
+
+def pack(kind: Kind, body: bytes) -> bytes:
+    return HEADER.pack(MAGIC, VERSION, kind, len(body)) + body
+
+
+def pack_blocks_header(num_bytes: int) -> bytes:
+    return HEADER.pack(MAGIC, VERSION, Kind.BLOCKS, num_bytes)
+
+
+def unpack_header(header: bytes) -> tuple[Kind, int]:
+    """The kind and the body's length, which is within the kind's bound."""
+    magic, version, number, length = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise MalformedFrame(f"a frame begins with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise MalformedFrame(f"the peer speaks version {version} of the block protocol, we speak {VERSION}")
+    try:
+        kind = Kind(number)
+    except ValueError as error:
+        raise MalformedFrame(f"a frame of unknown kind {number}") from error
+    if kind in BODY_BYTES_MAX and length > BODY_BYTES_MAX[kind]:
+        raise MalformedFrame(f"a {kind.name} of {length} bytes; at most {BODY_BYTES_MAX[kind]} are allowed")
+    return kind, length
+
+
+def pack_hello(hello: Hello) -> bytes:
+    return pack(Kind.HELLO, _HELLO.pack(hello.secret, hello.epoch, hello.peer_id.encode()[:128]))
+
+
+def unpack_hello(body: bytes) -> Hello:
+    secret, epoch, peer_id = _unpack(_HELLO, body)
+    return Hello(secret=secret, epoch=epoch, peer_id=peer_id.rstrip(b"\0").decode(errors="replace"))
+
+
+def pack_welcome(welcome: Welcome) -> bytes:
+    return pack(Kind.WELCOME, _WELCOME.pack(welcome.epoch, welcome.region_bytes))
+
+
+def unpack_welcome(body: bytes) -> Welcome:
+    epoch, region_bytes = _unpack(_WELCOME, body)
+    return Welcome(epoch=epoch, region_bytes=region_bytes)
+
+
+def pack_read(read: ReadRequest) -> bytes:
+    assert len(read.blocks) <= RUNS_MAX, f"{len(read.blocks)} runs in one read; at most {RUNS_MAX} fit"
+    head = _READ.pack(read.lease_key, read.epoch, read.layers.start, len(read.layers), len(read.blocks))
+    return pack(Kind.READ, head + b"".join(_RUN.pack(run.first, run.count) for run in read.blocks))
+
+
+def unpack_read(body: bytes, *, num_layers: int, num_blocks: int) -> ReadRequest:
+    """Every layer and block of the result exists in a pool of that size."""
+    lease_key, epoch, first_layer, layer_count, num_runs = _unpack(_READ, body[: _READ.size])
+    tail = body[_READ.size :]
+    if len(tail) != num_runs * _RUN.size or num_runs == 0:
+        raise MalformedFrame(f"a READ of {num_runs} runs with {len(tail)} bytes of them")
+    if layer_count == 0 or first_layer + layer_count > num_layers:
+        raise MalformedFrame(f"layers {first_layer} to {first_layer + layer_count} of {num_layers}")
+    blocks = tuple(Run(first, count) for first, count in _RUN.iter_unpack(tail))
+    for run in blocks:
+        if run.count == 0 or run.end > num_blocks:
+            raise MalformedFrame(f"blocks {run.first} to {run.end} of {num_blocks}")
+    if sum(run.count for run in blocks) > num_blocks:
+        raise MalformedFrame("a READ of more blocks than the pool has")
+    return ReadRequest(
+        lease_key=lease_key, epoch=epoch, layers=range(first_layer, first_layer + layer_count), blocks=blocks
+    )
+
+
+def pack_refused(error: TransferError) -> bytes:
+    return pack(Kind.REFUSED, f"{type(error).__name__}: {error}".encode()[:1024])
+
+
+def unpack_refused(body: bytes) -> TransferError:
+    """The error as the source raised it; an unknown class becomes a plain TransferError."""
+    name, _, sentence = body.decode(errors="replace").partition(": ")
+    named = getattr(errors, name, None)
+    if isinstance(named, type) and issubclass(named, TransferError):
+        return named(sentence)
+    return TransferError(f"refused by the source: {name}: {sentence}")
+
+
+def _unpack(layout: struct.Struct, body: bytes) -> tuple[Any, ...]:
+    if len(body) != layout.size:
+        raise MalformedFrame(f"a body of {len(body)} bytes where {layout.size} belong")
+    return layout.unpack(body)

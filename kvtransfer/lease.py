@@ -1,0 +1,194 @@
+"""The source's book of promises: which blocks of which transfer may be read, by whom who knows the key, until when.
+
+Three kinds of threads come here: the engine's publishes, the transport's ask before each read, the event loop follows,
+releases and reaps. Nothing is computed under the lock.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import secrets
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from disaggregated.errors import LeaseExpired, StaleEpoch, TransferError
+from kvtransfer.machine import SourcePhase, SourceTransfer
+from kvtransfer.runs import Run
+from kvtransfer.transport import LEASE_KEY_BYTES
+
+ENDED_REMEMBERED: Final = 4096
+"""Of the transfers that are over, so many last ones can still say how they ended; older ones are unknown."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Blocks that became readable together; the first is number `first_block` of the prompt's."""
+
+    first_block: int
+    block_ids: tuple[int, ...]
+    checksums: tuple[int, ...]
+    num_tokens: int
+    """Of the prompt, covered up to the end of this chunk."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a finished prefill says about the whole transfer."""
+
+    num_tokens: int
+    num_blocks: int
+    first_token: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    phase: SourcePhase
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class Lease:
+    """One live transfer. Ended ones are not kept, so a key that is found is a key that holds."""
+
+    transfer: SourceTransfer
+    key: bytes
+    opened_at_s: float
+    expires_at_s: float
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
+    readable: set[int] = dataclasses.field(default_factory=set)
+    num_blocks: int = 0
+    outcome: Outcome | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a follower has not been told yet."""
+
+    chunks: tuple[Chunk, ...]
+    key: bytes
+    outcome: Outcome | None
+
+
+class LeaseBook:
+    """Thread-safe.
+
+    Invariants: a transfer is live or ended, never both; keys are unique; `readable` is what was published.
+    """
+
+    def __init__(self, *, epoch: int, lease_s: float) -> None:
+        self.epoch = epoch
+        self.lease_s = lease_s
+        self._lock = threading.Lock()
+        self._live: dict[str, Lease] = {}
+        self._by_key: dict[bytes, Lease] = {}
+        self._ended: collections.OrderedDict[str, Ending] = collections.OrderedDict()
+
+    def open(self, transfer_id: str, *, now_s: float) -> None:
+        """Raises TransferError when that id is live, or was used before."""
+        with self._lock:
+            if transfer_id in self._live or transfer_id in self._ended:
+                raise TransferError(f"transfer {transfer_id} exists already; an id is used once")
+            key = secrets.token_bytes(LEASE_KEY_BYTES)
+            transfer = SourceTransfer(transfer_id)
+            lease = Lease(transfer=transfer, key=key, opened_at_s=now_s, expires_at_s=now_s + self.lease_s)
+            self._live[transfer_id] = self._by_key[key] = lease
+
+    def num_published_blocks(self, transfer_id: str) -> int | None:
+        """None when it is not live: there is nobody to publish for."""
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            return lease.num_blocks if lease else None
+
+    def publish(self, transfer_id: str, chunk: Chunk, outcome: Outcome | None, *, now_s: float) -> bool:
+        """Make a chunk readable. False when the transfer has ended meanwhile; nothing is revived."""
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            if lease is None:
+                return False
+            assert chunk.first_block == lease.num_blocks, f"{transfer_id}: {chunk} after {lease.num_blocks} blocks"
+            lease.transfer.advance(SourcePhase.FINISHED if outcome else SourcePhase.PUBLISHING, now_s=now_s)
+            lease.chunks.append(chunk)
+            lease.readable.update(chunk.block_ids)
+            lease.num_blocks += len(chunk.block_ids)
+            lease.outcome = outcome
+            return True
+
+    def progress(self, transfer_id: str, *, after: int) -> Progress | Ending | None:
+        """All chunks from number `after` on; how it ended; None when it has not been opened (as far as is known)."""
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            if lease is None:
+                return self._ended.get(transfer_id)
+            return Progress(chunks=tuple(lease.chunks[after:]), key=lease.key, outcome=lease.outcome)
+
+    def renew(self, transfer_id: str, *, now_s: float) -> bool:
+        """A sign of life from the destination. False when the lease is over."""
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            if lease is None:
+                return False
+            lease.expires_at_s = now_s + self.lease_s
+            return True
+
+    def end(self, transfer_id: str, phase: SourcePhase, reason: str, *, now_s: float) -> bool:
+        """True for the one call that ended it: its blocks may be given back. The key opens nothing from here on.
+
+        Raises TransferError when a destination claims to have landed what was never finished.
+        """
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            if lease is None:
+                self._remember(transfer_id, Ending(phase=phase, reason=reason))
+                return False
+            if phase is SourcePhase.RELEASED and lease.outcome is None:
+                raise TransferError(f"transfer {transfer_id} cannot have landed: it is {lease.transfer.phase}")
+            ended = lease.transfer.end(phase, now_s=now_s)
+            assert ended, f"{transfer_id} is live and over: {lease.transfer.story}"
+            del self._live[transfer_id], self._by_key[lease.key]
+            self._remember(transfer_id, Ending(phase=phase, reason=reason))
+            return True
+
+    def due(self, *, now_s: float) -> list[str]:
+        """The transfers whose lease has run out."""
+        with self._lock:
+            return [transfer_id for transfer_id, lease in self._live.items() if lease.expires_at_s <= now_s]
+
+    def next_expiry_s(self) -> float | None:
+        """When the earliest lease runs out unless it is renewed."""
+        with self._lock:
+            return min((lease.expires_at_s for lease in self._live.values()), default=None)
+
+    def live(self) -> list[tuple[str, int, float]]:
+        """Transfer id, blocks published so far, when it was opened."""
+        with self._lock:
+            return [(name, lease.num_blocks, lease.opened_at_s) for name, lease in self._live.items()]
+
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], now_s: float) -> None:
+        """See `ReadGate`. A read that passes is a sign of life."""
+        if epoch != self.epoch:
+            raise StaleEpoch(f"this source is epoch {self.epoch}, the read is for {epoch}")
+        with self._lock:
+            lease = self._by_key.get(lease_key)
+            if lease is None or lease.expires_at_s <= now_s:
+                raise LeaseExpired("no lease has this key (any more)")
+            for run in blocks:
+                if not lease.readable.issuperset(range(run.first, run.end)):
+                    name = lease.transfer.transfer_id
+                    raise TransferError(f"blocks {run.first} to {run.end - 1} are not published by {name}")
+            lease.expires_at_s = now_s + self.lease_s
+
+    def check_integrity(self) -> None:
+        with self._lock:
+            assert self._live.keys().isdisjoint(self._ended), "a transfer is live and over"
+            assert len(self._live) == len(self._by_key), f"{len(self._live)} leases, {len(self._by_key)} keys"
+            for lease in self._live.values():
+                published = [block_id for chunk in lease.chunks for block_id in chunk.block_ids]
+                assert lease.readable == set(published), f"{lease.transfer.transfer_id}: readable is not published"
+
+    def _remember(self, transfer_id: str, ending: Ending) -> None:
+        """The first ending stands."""
+        self._ended.setdefault(transfer_id, ending)
+        while len(self._ended) > ENDED_REMEMBERED:
+            self._ended.popitem(last=False)

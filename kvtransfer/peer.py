@@ -1,0 +1,231 @@
+"""One source as a destination holds it: its control channel, the agreed transport, and what went over it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import grpc
+
+from disaggregated import logs, rpc
+from disaggregated.errors import (
+    DeadlineExceeded,
+    LayoutMismatch,
+    PeerLost,
+    ServerLost,
+    StaleEpoch,
+    TransferError,
+    TransferTimeout,
+)
+from disaggregated.kv_layout import KVLayout
+from disaggregated.v1 import kv_pb2, kv_pb2_grpc
+from kvtransfer import negotiate, shm
+from kvtransfer.deadline import Deadline
+from kvtransfer.off_loop import run_to_end
+from kvtransfer.transport import DestinationTransport, Offer, PeerLink, SourceIdentity
+
+log = logs.get(__name__)
+
+
+class Ticket(Protocol):
+    """Where the blocks of one transfer are; `control_pb2.TransferTicket` is one."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def instance_id(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def transfer_id(self) -> str: ...
+
+
+@dataclasses.dataclass(slots=True)
+class PeerStatistics:
+    """What the metrics, the log and the dashboard say about one link."""
+
+    peer_id: str
+    transport: str
+    why: str
+    """Why this transport, in words; names every better one that failed."""
+    fallbacks: int = 0
+    """Better transports that failed at connect time."""
+    bytes_total: int = 0
+    seconds_total: float = 0.0
+    transfers_total: int = 0
+    failures_total: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Who we are, as Connect tells the source."""
+
+    instance_id: str
+    epoch: int
+    fingerprint: str
+    layout: KVLayout
+    backend: str
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class SourcePeer:
+    """Owns the channel and the link. Closed by `TransferDestination`, once nobody pulls through it."""
+
+    address: str
+    identity: SourceIdentity
+    lease_s: float
+    channel: grpc.aio.Channel
+    stub: kv_pb2_grpc.KVSourceAsyncStub
+    link: PeerLink
+    statistics: PeerStatistics
+    num_pulls: int = 0
+    is_forgotten: bool = False
+    """No new pull uses it; the last one to end closes it."""
+
+
+@contextlib.contextmanager
+def source_errors(address: str) -> Iterator[None]:
+    """Around a call to a source: every error it may raise is a TransferError.
+
+    A missing server is PeerLost, a missing answer TransferTimeout; what the source raised keeps its class.
+    """
+    try:
+        with rpc.errors_from(address):
+            yield
+    except ServerLost as error:
+        raise PeerLost(str(error)) from error
+    except DeadlineExceeded as error:
+        raise TransferTimeout(str(error)) from error
+
+
+async def connect(
+    ticket: Ticket,
+    us: Destination,
+    transports: Mapping[str, DestinationTransport],
+    executor: concurrent.futures.Executor,
+    *,
+    deadline: Deadline,
+) -> SourcePeer:
+    """Agree with the source of `ticket` on layout, model and transport.
+
+    Raises:
+        LayoutMismatch, FingerprintMismatch: the two pools cannot exchange blocks.
+        StaleEpoch: another incarnation, or another instance, answers at this address.
+        PeerLost, TransferTimeout: nobody answers.
+        TransferError: no transport works; names each with its reason.
+    """
+    channel = rpc.open_channel(ticket.address)
+    try:
+        stub = kv_pb2_grpc.KVSourceStub(channel)
+        reply = await _introduce(stub, ticket, us, tuple(transports), deadline)
+        identity = SourceIdentity(
+            instance_id=reply.instance_id, epoch=reply.epoch, layout=KVLayout.from_proto(reply.layout)
+        )
+        _check(identity, ticket, us.layout)
+        offers = [_to_offer(offer) for offer in reply.offers]
+        ways = negotiate.candidates(us.backend, offers, our_host_key=shm.host_key())
+        link, statistics = await _first_that_connects(ways, identity, transports, executor, deadline)
+        log.info("kv_source_connected", source=reply.instance_id, transport=statistics.transport, why=statistics.why)
+        return SourcePeer(
+            address=ticket.address,
+            identity=identity,
+            lease_s=reply.lease_s,
+            channel=channel,
+            stub=stub,
+            link=link,
+            statistics=statistics,
+        )
+    except BaseException:
+        await channel.close()
+        raise
+
+
+async def _introduce(
+    stub: kv_pb2_grpc.KVSourceAsyncStub,
+    ticket: Ticket,
+    us: Destination,
+    transports: Sequence[str],
+    deadline: Deadline,
+) -> kv_pb2.ConnectReply:
+    request = kv_pb2.ConnectRequest(
+        peer_id=us.instance_id,
+        peer_epoch=us.epoch,
+        fingerprint=us.fingerprint,
+        layout=us.layout.to_proto(),
+        transports=transports,
+        host_key=shm.host_key(),
+    )
+    with source_errors(ticket.address):
+        return await stub.Connect(request, timeout=deadline.left_s())
+
+
+def _check(identity: SourceIdentity, ticket: Ticket, layout: KVLayout) -> None:
+    if (identity.instance_id, identity.epoch) != (ticket.instance_id, ticket.epoch):
+        raise StaleEpoch(
+            f"{ticket.address} is {identity.instance_id} epoch {identity.epoch}, "
+            f"the ticket is for {ticket.instance_id} epoch {ticket.epoch}"
+        )
+    if difference := layout.difference(identity.layout):
+        raise LayoutMismatch(f"destination here, source {identity.instance_id} there: {difference}")
+
+
+def _to_offer(offer: kv_pb2.TransportOffer) -> Offer:
+    return Offer(name=offer.name, address=offer.address, host_key=offer.host_key)
+
+
+async def _first_that_connects(
+    ways: Sequence[negotiate.Candidate],
+    identity: SourceIdentity,
+    transports: Mapping[str, DestinationTransport],
+    executor: concurrent.futures.Executor,
+    deadline: Deadline,
+) -> tuple[PeerLink, PeerStatistics]:
+    """Falls to the next way only when there is one, and never without a word."""
+    failed: list[str] = []
+    for number, way in enumerate(ways):
+        name = way.offer.name
+        try:
+            link = await _open_link(transports[name], way.offer, identity, executor, deadline)
+        except TransferError as error:
+            failed.append(f"{name} failed: {error}")
+            if number + 1 == len(ways):
+                raise TransferError(f"no transport to {identity.instance_id}: {'; '.join(failed)}") from error
+            log.warning("kv_transport_fell_back", source=identity.instance_id, failed=name, reason=str(error))
+            continue
+        why = "; ".join([way.why, *failed])
+        return link, PeerStatistics(identity.instance_id, transport=name, why=why, fallbacks=len(failed))
+    raise AssertionError("negotiation left no way to try")
+
+
+async def _open_link(
+    transport: DestinationTransport,
+    offer: Offer,
+    identity: SourceIdentity,
+    executor: concurrent.futures.Executor,
+    deadline: Deadline,
+) -> PeerLink:
+    """On a thread, which its own deadlines end. A link that was made for a caller who has gone is closed."""
+    made: list[PeerLink] = []
+
+    def dial() -> None:
+        made.append(transport.connect(offer, identity, deadline=deadline))
+
+    try:
+        await run_to_end(executor, dial, stop=lambda: None)
+    except BaseException:
+        for link in made:
+            link.close(deadline=Deadline.after(1.0))  # At once: nothing reads through it.
+        raise
+    return made[0]
+
+
+async def close_peer(peer: SourcePeer, *, deadline_s: float = 5.0) -> None:
+    """End its reads, unmap its memory, close its sockets and its channel."""
+    try:
+        await asyncio.to_thread(peer.link.close, deadline=Deadline.after(deadline_s))
+    finally:
+        await peer.channel.close()

@@ -1,0 +1,214 @@
+"""One transfer, seen from where it lands.
+
+    receiver task    follows the source's publications, notes when each came
+    renewing task    tells the source that we are alive, and finds out whether it is
+    the pull itself  reads each published chunk on a worker thread while later ones are still computed, verifies,
+                     has the lease confirmed
+
+The first that fails stops the others. Our caller gives the blocks back, so the pull ends only after its read has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import grpc
+
+from disaggregated.errors import ChecksumMismatch, LeaseExpired, PeerLost, SourceFailed, TransferError
+from disaggregated.v1 import kv_pb2
+from kvtransfer.deadline import Deadline
+from kvtransfer.landing import BlockBatch, Lander, PublishedBlocks
+from kvtransfer.machine import DestinationPhase, DestinationTransfer
+from kvtransfer.off_loop import run_to_end
+from kvtransfer.peer import SourcePeer, source_errors
+from kvtransfer.transport import PROGRESS_TIMEOUT_S, ReadStop
+
+_PUBLICATIONS_MAX: Final = 256
+"""Received and not yet read. When full we stop receiving, and gRPC's flow control makes the source wait."""
+_RENEWALS_PER_LEASE: Final = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """A transfer of which every byte is here, verified, and confirmed by its source."""
+
+    first_token: int
+    num_tokens: int
+    """Of the prompt."""
+    num_bytes: int
+    """That travelled; blocks that were skipped did not."""
+    transfer_s: float
+    """First block asked for to last block verified; 0 when nothing travelled."""
+    exposed_s: float
+    """Last publication received to last block verified: what the prefill did not hide."""
+    transport: str
+
+
+@dataclasses.dataclass(slots=True)
+class _Times:
+    first_read_s: float | None = None
+    last_publication_s: float = 0.0
+    verified_s: float = 0.0
+
+
+class Pull:
+    """Used once. Its owner has checked that `published` and `lander` fit each other."""
+
+    def __init__(
+        self,
+        peer: SourcePeer,
+        transfer: DestinationTransfer,
+        published: PublishedBlocks,
+        lander: Lander,
+        executor: concurrent.futures.Executor,
+        *,
+        deadline: Deadline,
+        overlap: bool,
+    ) -> None:
+        """`overlap=False` reads nothing before the last publication: only for measuring what overlap hides."""
+        self._peer = peer
+        self._transfer = transfer
+        self._published = published
+        self._lander = lander
+        self._executor = executor
+        self._deadline = deadline
+        self._overlap = overlap
+        self._arrived: asyncio.Queue[kv_pb2.Publication] = asyncio.Queue(_PUBLICATIONS_MAX)
+        self._times = _Times()
+        self._num_bytes = 0
+
+    async def run(self) -> Landed:
+        """Raises a TransferError when it did not land; then, and when cancelled, nothing can land any more."""
+        request = kv_pb2.FollowRequest(
+            transfer_id=self._transfer.transfer_id,
+            epoch=self._peer.identity.epoch,
+        )
+        self._advance(DestinationPhase.FOLLOWING)
+        follow = self._peer.stub.Follow(request, timeout=self._deadline.left_s())
+        try:
+            async with asyncio.TaskGroup() as group:
+                receiving = group.create_task(self._receive(follow))
+                renewing = group.create_task(self._renew())
+                await self._land_all()
+                await self._confirm()
+                receiving.cancel()
+                renewing.cancel()
+        except BaseExceptionGroup as group_error:
+            self._transfer.fail(now_s=time.monotonic())
+            raise group_error.exceptions[0] from group_error
+        except asyncio.CancelledError:
+            self._transfer.cancel(now_s=time.monotonic())
+            raise
+        finally:
+            follow.cancel()  # Before a release this tells the source that we have given up.
+            assert not self._transfer.is_writable, f"a pull ends while it can write: {self._transfer.story}"
+        self._advance(DestinationPhase.LANDED)
+        return self._landed()
+
+    async def _receive(self, follow: grpc.aio.UnaryStreamCall[kv_pb2.FollowRequest, kv_pb2.Publication]) -> None:
+        """Until the last publication; ends the pull when the stream ends before that."""
+        with self._deciding_failure(), source_errors(self._peer.address):
+            async for publication in follow:
+                if publication.failure:
+                    raise SourceFailed(f"{self._peer.identity.instance_id}: {publication.failure}")
+                self._times.last_publication_s = time.monotonic()
+                await self._arrived.put(publication)
+                if publication.HasField("landing"):
+                    return
+            raise PeerLost(f"{self._peer.identity.instance_id} ended the transfer before its last block")
+
+    async def _renew(self) -> None:
+        """Each renewal is also a probe: a source that does not answer one is lost, whatever its sockets say."""
+        request = kv_pb2.RenewRequest(transfer_id=self._transfer.transfer_id, epoch=self._peer.identity.epoch)
+        while True:
+            await asyncio.sleep(self._peer.lease_s / _RENEWALS_PER_LEASE)
+            with self._deciding_failure(), source_errors(self._peer.address):
+                await self._peer.stub.Renew(request, timeout=self._deadline.no_later_than(PROGRESS_TIMEOUT_S).left_s())
+
+    async def _land_all(self) -> None:
+        while self._published.landing is None:
+            self._published.add(await self._arrived.get())
+            while not self._arrived.empty():
+                self._published.add(self._arrived.get_nowait())
+            if self._overlap or self._published.landing is not None:
+                await self._land(self._published.take())
+        self._times.verified_s = time.monotonic()
+
+    async def _land(self, batch: BlockBatch | None) -> None:
+        if batch is None:
+            return
+        if self._times.first_read_s is None:
+            self._times.first_read_s = time.monotonic()
+        stop = ReadStop()
+
+        def job() -> None:
+            self._lander.land(batch, stop=stop, deadline=self._deadline)
+
+        def decide_and_stop() -> None:
+            self._transfer.cancel(now_s=time.monotonic())
+            stop.request()
+
+        self._advance(DestinationPhase.READING)
+        try:
+            await run_to_end(self._executor, job, stop=decide_and_stop)
+        except ChecksumMismatch as error:
+            self._transfer.read_ended(now_s=time.monotonic())
+            await self._explain(error)
+            raise
+        except BaseException:
+            self._transfer.read_ended(now_s=time.monotonic())
+            raise
+        self._transfer.read_ended(now_s=time.monotonic())
+        layout = self._lander.layout
+        self._num_bytes += len(batch.into) * layout.block_bytes * layout.num_layers
+
+    async def _explain(self, mismatch: ChecksumMismatch) -> None:
+        """Blocks that were given back while we read are no damage: raises LeaseExpired when that is what happened."""
+        if not await self._release(landed=False):
+            raise LeaseExpired("the source gave its blocks back while they were read") from mismatch
+
+    async def _confirm(self) -> None:
+        self._advance(DestinationPhase.CONFIRMING)
+        if not await self._release(landed=True):
+            raise LeaseExpired("the lease had ended before the read was confirmed")
+
+    async def _release(self, *, landed: bool) -> bool:
+        """True when the lease held until now."""
+        request = kv_pb2.ReleaseRequest(
+            transfer_id=self._transfer.transfer_id, epoch=self._peer.identity.epoch, landed=landed
+        )
+        timeout_s = self._deadline.no_later_than(PROGRESS_TIMEOUT_S).left_s()
+        with source_errors(self._peer.address):
+            reply = await self._peer.stub.Release(request, timeout=timeout_s)
+        return reply.lease_was_valid
+
+    @contextlib.contextmanager
+    def _deciding_failure(self) -> Iterator[None]:
+        """The outcome is decided where the failure is seen; the cancelled read beside it only completes it."""
+        try:
+            yield
+        except TransferError:
+            self._transfer.fail(now_s=time.monotonic())
+            raise
+
+    def _advance(self, to: DestinationPhase) -> None:
+        self._transfer.advance(to, now_s=time.monotonic())
+
+    def _landed(self) -> Landed:
+        landing = self._published.landing
+        assert landing is not None, "landed without a landing"
+        times = self._times
+        return Landed(
+            first_token=landing.first_token,
+            num_tokens=landing.num_tokens,
+            num_bytes=self._num_bytes,
+            transfer_s=0.0 if times.first_read_s is None else times.verified_s - times.first_read_s,
+            exposed_s=times.verified_s - times.last_publication_s,
+            transport=self._peer.link.transport,
+        )

@@ -1,0 +1,201 @@
+"""The source of transfers, as its server sees it: open, publish while computing, finish or fail, get blocks back once.
+
+engine thread          publish(), finish(): checksum the new blocks, make them readable
+event loop             KVSource service, reaper, on_released
+transport's threads    serve reads, after asking the lease book
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from disaggregated import logs
+from disaggregated.kv_layout import KVLayout
+from disaggregated.v1 import kv_pb2_grpc
+from kvtransfer import negotiate, shm
+from kvtransfer.checksum import block_checksums
+from kvtransfer.deadline import Deadline
+from kvtransfer.lease import Chunk, LeaseBook, Outcome
+from kvtransfer.machine import SourcePhase
+from kvtransfer.region import Region
+from kvtransfer.runs import Run
+from kvtransfer.shm import ShmEndpoint
+from kvtransfer.source_service import KVSourceService
+from kvtransfer.tcp import TcpEndpoint
+from kvtransfer.transport import EndpointStatistics, SourceEndpoint
+
+log = logs.get(__name__)
+
+
+class TransferSource:
+    """Offers the blocks of `region` to destinations. Start it on the event loop that serves its gRPC calls.
+
+    Invariant: `on_released` is called exactly once for each transfer that was opened, on the event loop: when the
+    destination has released it or gone, when it failed, when its lease expired, or when we close.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        layout: KVLayout,
+        *,
+        fingerprint: str,
+        instance_id: str,
+        epoch: int,
+        on_released: Callable[[str], None],
+        lease_s: float = 30.0,
+        host: str = "127.0.0.1",
+        transports: Sequence[str] = negotiate.BEST_FIRST,
+        endpoints: Sequence[SourceEndpoint] | None = None,
+    ) -> None:
+        """`host` is what the TCP endpoint binds; `endpoints`, when given, replaces those named by `transports`."""
+        self._pool = region.buffer
+        self._layout = layout
+        self._on_released = on_released
+        self._book = LeaseBook(epoch=epoch, lease_s=lease_s)
+        self._endpoints = tuple(
+            [_make_endpoint(name, region, layout, epoch=epoch, host=host) for name in transports]
+            if endpoints is None
+            else endpoints
+        )
+        self._service = KVSourceService(
+            self._book, layout, self._endpoints, fingerprint=fingerprint, instance_id=instance_id, end=self._end
+        )
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._reaper: asyncio.Task[None] | None = None
+        self._opened = asyncio.Event()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add the KVSource service, before the server starts."""
+        kv_pb2_grpc.add_KVSourceServicer_to_server(self._service, server)
+
+    async def start(self) -> None:
+        """Listen. Raises TransferError when an endpoint cannot."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            for endpoint in self._endpoints:
+                endpoint.start(self)
+        except BaseException:
+            await self.close()
+            raise
+        self._reaper = asyncio.create_task(self._reap(), name="kv-reaper")
+
+    async def close(self, *, deadline_s: float = 5.0) -> None:
+        """End every transfer, then every connection and thread. Idempotent.
+
+        Close it before the gRPC server stops, so that followers hear why.
+        """
+        if self._closing:
+            return
+        for transfer_id, _, _ in self._book.live():
+            self._end(transfer_id, SourcePhase.FAILED, "the source is shutting down")
+        self._closing = True
+        if self._reaper is not None:
+            self._reaper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reaper
+        deadline = Deadline.after(deadline_s)
+        for endpoint in self._endpoints:
+            await asyncio.to_thread(endpoint.close, deadline=deadline)
+
+    # Called by the server, from any thread.
+
+    def open(self, transfer_id: str) -> None:
+        """Begin a lease, before the first publication. A destination may be waiting already.
+
+        Raises TransferError when the id was used before.
+        """
+        self._book.open(transfer_id, now_s=time.monotonic())
+        self._call_soon(self._opened.set)
+        self._tell(transfer_id)
+
+    def publish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int) -> bool:
+        """`block_ids` is the whole table so far, with the KV of the first `num_tokens` written.
+
+        Only full blocks are published; a partial one waits for `finish`. False: nobody wants this transfer any more
+        (released, failed, expired, or never opened), and the prefill behind it can be cancelled.
+        """
+        return self._publish(transfer_id, block_ids, num_tokens, outcome=None)
+
+    def finish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, first_token: int) -> bool:
+        """The prompt is computed: publish what is left and the outcome. The blocks stay leased until `on_released`."""
+        num_blocks = self._layout.num_blocks_for(num_tokens)
+        outcome = Outcome(num_tokens=num_tokens, num_blocks=num_blocks, first_token=first_token)
+        return self._publish(transfer_id, block_ids, num_tokens, outcome=outcome)
+
+    def fail(self, transfer_id: str, reason: str) -> None:
+        """The prefill failed or was cancelled. Harmless when the transfer is over; final when it was never opened."""
+        self._end(transfer_id, SourcePhase.FAILED, reason)
+
+    def ledger(self) -> list[tuple[str, int, float]]:
+        """Each live transfer: its id, the blocks published so far, its age in seconds."""
+        now_s = time.monotonic()
+        return [(transfer_id, num_blocks, now_s - opened_s) for transfer_id, num_blocks, opened_s in self._book.live()]
+
+    def statistics(self) -> dict[str, EndpointStatistics]:
+        return {endpoint.name: endpoint.statistics() for endpoint in self._endpoints}
+
+    def check_integrity(self) -> None:
+        self._book.check_integrity()
+
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run]) -> None:
+        """The gate of our endpoints; see `ReadGate`."""
+        self._book.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks, now_s=time.monotonic())
+
+    def _publish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, *, outcome: Outcome | None) -> bool:
+        begin = self._book.num_published_blocks(transfer_id)
+        if begin is None:
+            return False
+        end = outcome.num_blocks if outcome else num_tokens // self._layout.block_size
+        assert end <= len(block_ids), f"{transfer_id}: {num_tokens} tokens need {end} blocks, {len(block_ids)} given"
+        if begin >= end and outcome is None:
+            return True
+        fresh = tuple(block_ids[begin:end])
+        checksums = block_checksums(self._pool, self._layout, fresh)
+        covered = outcome.num_tokens if outcome else end * self._layout.block_size
+        chunk = Chunk(first_block=begin, block_ids=fresh, checksums=checksums, num_tokens=covered)
+        published = self._book.publish(transfer_id, chunk, outcome, now_s=time.monotonic())
+        self._tell(transfer_id)
+        return published
+
+    def _end(self, transfer_id: str, phase: SourcePhase, reason: str) -> bool:
+        """True when this call ended it; then its blocks go back, once."""
+        ended = self._book.end(transfer_id, phase, reason, now_s=time.monotonic())
+        if ended:
+            log.debug("kv_lease_ended", transfer_id=transfer_id, phase=str(phase), reason=reason)
+            self._call_soon(self._on_released, transfer_id)
+        self._tell(transfer_id)
+        return ended
+
+    def _tell(self, transfer_id: str) -> None:
+        self._call_soon(self._service.changed, transfer_id)
+
+    def _call_soon(self, call: Callable[..., object], *args: object) -> None:
+        """On the event loop. Once we are closed nobody is left to be told."""
+        if self._loop is not None and not self._closing:
+            self._loop.call_soon_threadsafe(call, *args)
+
+    async def _reap(self) -> None:
+        """Ends leases on time, whether or not anything else ever happens here."""
+        while True:
+            next_s = self._book.next_expiry_s()
+            self._opened.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if next_s is None else max(0.0, next_s - time.monotonic())):
+                    await self._opened.wait()
+            for transfer_id in self._book.due(now_s=time.monotonic()):
+                log.warning("kv_lease_expired", transfer_id=transfer_id, lease_s=self._book.lease_s)
+                self._end(transfer_id, SourcePhase.EXPIRED, f"no sign of life for {self._book.lease_s} s")
+
+
+def _make_endpoint(name: str, region: Region, layout: KVLayout, *, epoch: int, host: str) -> SourceEndpoint:
+    negotiate.check_backend(name)
+    if name == shm.NAME:
+        return ShmEndpoint(region, layout, epoch=epoch)
+    return TcpEndpoint(region, layout, epoch=epoch, host=host)

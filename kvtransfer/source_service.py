@@ -1,0 +1,147 @@
+"""The control plane of a source: who may connect, what is ready, whether a lease still holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Final, Protocol
+
+from disaggregated.errors import FingerprintMismatch, LayoutMismatch, LeaseExpired, QueueFull, StaleEpoch, TransferError
+from disaggregated.kv_layout import KVLayout
+from disaggregated.v1 import kv_pb2, kv_pb2_grpc
+from kvtransfer.lease import Ending, LeaseBook, Progress
+from kvtransfer.machine import SourcePhase
+from kvtransfer.transport import SourceEndpoint
+
+FOLLOWERS_MAX: Final = 4096
+"""Follow calls at once; one more is refused as QueueFull."""
+
+
+class EndTransfer(Protocol):
+    def __call__(self, transfer_id: str, phase: SourcePhase, reason: str) -> bool: ...
+
+
+class KVSourceService(kv_pb2_grpc.KVSourceServicer):
+    """Errors leave as exceptions; the gRPC server of `disaggregated.rpc` carries them to the caller."""
+
+    def __init__(
+        self,
+        book: LeaseBook,
+        layout: KVLayout,
+        endpoints: Sequence[SourceEndpoint],
+        *,
+        fingerprint: str,
+        instance_id: str,
+        end: EndTransfer,
+    ) -> None:
+        self._book = book
+        self._layout = layout
+        self._endpoints = endpoints
+        self._fingerprint = fingerprint
+        self._instance_id = instance_id
+        self._end = end
+        self._followers: dict[str, asyncio.Event] = {}
+
+    def changed(self, transfer_id: str) -> None:
+        """Wake the follower of this transfer, if there is one. On the event loop."""
+        if follower := self._followers.get(transfer_id):
+            follower.set()
+
+    async def Connect(self, request: kv_pb2.ConnectRequest, call: Any) -> kv_pb2.ConnectReply:
+        if request.fingerprint != self._fingerprint:
+            raise FingerprintMismatch(
+                f"{request.peer_id} serves {request.fingerprint}, {self._instance_id} serves {self._fingerprint}"
+            )
+        theirs = KVLayout.from_proto(request.layout)
+        if difference := self._layout.difference(theirs):
+            raise LayoutMismatch(f"source {self._instance_id}, destination {request.peer_id}: {difference}")
+        offers = [endpoint.describe() for endpoint in self._endpoints if endpoint.name in request.transports]
+        return kv_pb2.ConnectReply(
+            instance_id=self._instance_id,
+            epoch=self._book.epoch,
+            layout=self._layout.to_proto(),
+            offers=[kv_pb2.TransportOffer(**dataclasses.asdict(offer)) for offer in offers],
+            lease_s=self._book.lease_s,
+        )
+
+    async def Follow(self, request: kv_pb2.FollowRequest, call: Any) -> AsyncIterator[kv_pb2.Publication]:
+        """Ends when the lease does. A stream that breaks before that is a destination that gave up, or has gone."""
+        self._check_epoch(request.epoch)
+        transfer_id = request.transfer_id
+        with self._following(transfer_id) as changed:
+            self._book.renew(transfer_id, now_s=time.monotonic())
+            sent = 0
+            told_outcome = False
+            while True:
+                changed.clear()
+                progress = self._book.progress(transfer_id, after=sent)
+                if isinstance(progress, Ending):
+                    if failure := _failure(progress):
+                        yield kv_pb2.Publication(epoch=self._book.epoch, failure=failure)
+                    return
+                if progress is not None and not told_outcome:
+                    for publication in _publications(progress, self._book.epoch):
+                        yield publication
+                    sent += len(progress.chunks)
+                    told_outcome = progress.outcome is not None
+                await changed.wait()
+
+    async def Release(self, request: kv_pb2.ReleaseRequest, call: Any) -> kv_pb2.ReleaseReply:
+        self._check_epoch(request.epoch)
+        if request.landed:
+            held = self._end(request.transfer_id, SourcePhase.RELEASED, "landed")
+        else:
+            held = self._end(request.transfer_id, SourcePhase.GIVEN_UP, "the destination gave up")
+        return kv_pb2.ReleaseReply(lease_was_valid=held)
+
+    async def Renew(self, request: kv_pb2.RenewRequest, call: Any) -> kv_pb2.RenewReply:
+        self._check_epoch(request.epoch)
+        if not self._book.renew(request.transfer_id, now_s=time.monotonic()):
+            raise LeaseExpired(f"transfer {request.transfer_id} is over")
+        return kv_pb2.RenewReply(lease_s=self._book.lease_s)
+
+    @contextlib.contextmanager
+    def _following(self, transfer_id: str) -> Iterator[asyncio.Event]:
+        if transfer_id in self._followers:
+            raise TransferError(f"transfer {transfer_id} is followed by another destination")
+        if len(self._followers) >= FOLLOWERS_MAX:
+            raise QueueFull(f"{FOLLOWERS_MAX} transfers are followed already")
+        changed = self._followers[transfer_id] = asyncio.Event()
+        try:
+            yield changed
+        finally:
+            del self._followers[transfer_id]
+            if self._book.num_published_blocks(transfer_id) is not None:
+                self._end(transfer_id, SourcePhase.GIVEN_UP, "the destination stopped following")
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch != self._book.epoch:
+            raise StaleEpoch(f"{self._instance_id} is epoch {self._book.epoch}, {epoch} was asked for")
+
+
+def _publications(progress: Progress, epoch: int) -> Iterator[kv_pb2.Publication]:
+    """One a chunk; the outcome goes with the last chunk, the key with each."""
+    for chunk in progress.chunks:
+        last = chunk is progress.chunks[-1]
+        outcome = progress.outcome if last else None
+        yield kv_pb2.Publication(
+            epoch=epoch,
+            first_block=chunk.first_block,
+            block_ids=chunk.block_ids,
+            checksums=chunk.checksums,
+            num_tokens=chunk.num_tokens,
+            lease_key=progress.key,
+            landing=kv_pb2.Landing(**dataclasses.asdict(outcome)) if outcome else None,
+        )
+
+
+def _failure(ending: Ending) -> str | None:
+    """None when the stream just ends: the destination itself has ended the transfer."""
+    if ending.phase is SourcePhase.FAILED:
+        return ending.reason
+    if ending.phase is SourcePhase.EXPIRED:
+        raise LeaseExpired(ending.reason)
+    return None

@@ -1,0 +1,143 @@
+"""TCP: any two hosts. Blocks go from the source's pool into its kernel, and from our kernel into our pool.
+
+Neither end buffers: what is in flight is what one read asked for, and the kernel's socket buffers.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from typing import Final
+
+from disaggregated.errors import PeerLost, TransferError
+from disaggregated.kv_layout import KVLayout
+from kvtransfer import frames
+from kvtransfer.deadline import Deadline
+from kvtransfer.frame_socket import FrameSocket
+from kvtransfer.frames import Hello, Kind, ReadRequest, Welcome
+from kvtransfer.link import FramedLink
+from kvtransfer.listener import EndpointSecret, FrameServer
+from kvtransfer.region import Region
+from kvtransfer.runs import runs, views
+from kvtransfer.transport import (
+    PROGRESS_TIMEOUT_S,
+    BlockRead,
+    EndpointStatistics,
+    Offer,
+    PeerLink,
+    ReadGate,
+    ReadStop,
+    SourceIdentity,
+)
+
+NAME: Final = "TCP"
+
+
+class TcpEndpoint:
+    """Serves the pool on a port of its own."""
+
+    name = NAME
+
+    def __init__(self, region: Region, layout: KVLayout, *, epoch: int, host: str = "127.0.0.1", port: int = 0) -> None:
+        """`host` is the address we bind and the one that peers are told; port 0 takes any free one."""
+        self._pool = region.buffer
+        self._layout = layout
+        self._bind_to = (host, port)
+        self._expected = EndpointSecret(secret=secrets.token_bytes(frames.SECRET_BYTES), epoch=epoch)
+        self._address = ""
+        self._server: FrameServer | None = None
+
+    def start(self, gate: ReadGate) -> None:
+        host, port = self._bind_to
+        try:
+            listening = socket.create_server(
+                (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
+            )
+        except OSError as error:
+            raise TransferError(f"no TCP socket for blocks on {host}:{port}: {error}") from error
+        self._address = f"{host}:{listening.getsockname()[1]}/{self._expected.secret.hex()}"
+        self._server = FrameServer(listening, self, gate, name=self.name, layout=self._layout, expected=self._expected)
+        self._server.start()
+
+    def describe(self) -> Offer:
+        return Offer(name=self.name, address=self._address)
+
+    def close(self, *, deadline: Deadline) -> None:
+        if self._server is not None:
+            self._server.close(deadline=deadline)
+
+    def statistics(self) -> EndpointStatistics:
+        return self._server.statistics if self._server else EndpointStatistics()
+
+    def is_welcome(self, accepted: socket.socket) -> bool:
+        return True
+
+    def greet(self, connection: FrameSocket) -> None:
+        welcome = Welcome(epoch=self._expected.epoch, region_bytes=self._layout.pool_bytes)
+        connection.send(frames.pack_welcome(welcome))
+
+    def answer(self, connection: FrameSocket, read: ReadRequest) -> int:
+        num_bytes = sum(run.count for run in read.blocks) * len(read.layers) * self._layout.block_bytes
+        head = memoryview(frames.pack_blocks_header(num_bytes))
+        connection.send_views([head, *views(self._pool, self._layout, read.blocks, read.layers)])
+        return num_bytes
+
+
+class TcpTransport:
+    """Receives a source's blocks straight into our pool."""
+
+    name = NAME
+
+    def __init__(self, region: Region, layout: KVLayout, *, peer_id: str) -> None:
+        self._pool = region.buffer
+        self._layout = layout
+        self._peer_id = peer_id
+
+    def connect(self, offer: Offer, source: SourceIdentity, *, deadline: Deadline) -> PeerLink:
+        dialler = _TcpDialler(offer, source, peer_id=self._peer_id, pool=self._pool, layout=self._layout)
+        link = FramedLink(dialler, transport=self.name, block_bytes=self._layout.block_bytes)
+        link.open(deadline=deadline)
+        return link
+
+
+class _TcpDialler:
+    def __init__(
+        self, offer: Offer, source: SourceIdentity, *, peer_id: str, pool: memoryview, layout: KVLayout
+    ) -> None:
+        address, _, secret = offer.address.partition("/")
+        host, _, port = address.rpartition(":")
+        self._address = (host, int(port))
+        self._hello = Hello(secret=bytes.fromhex(secret), epoch=source.epoch, peer_id=peer_id)
+        self._pool = pool
+        self._layout = layout
+        self._source = source
+
+    def dial(self, *, deadline: Deadline) -> FrameSocket:
+        deadline.check("a TCP connection to the source")
+        try:
+            sock = socket.create_connection(self._address, timeout=min(deadline.left_s(), PROGRESS_TIMEOUT_S))
+        except OSError as error:
+            raise PeerLost(f"no TCP connection to {self._address[0]}:{self._address[1]}: {error}") from error
+        connection = FrameSocket(sock)
+        try:
+            connection.limit_waits(deadline)
+            connection.send(frames.pack_hello(self._hello))
+            _, body = connection.receive_frame(Kind.WELCOME)
+            self._check(frames.unpack_welcome(body))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def num_bytes_sent(self, read: BlockRead) -> int:
+        return len(read.source) * len(read.layers) * self._layout.block_bytes
+
+    def land(self, connection: FrameSocket, read: BlockRead, *, stop: ReadStop) -> None:
+        connection.receive_into(views(self._pool, self._layout, runs(read.into), read.layers))
+
+    def close(self) -> None:
+        """Nothing but connections, which the link closes."""
+
+    def _check(self, welcome: Welcome) -> None:
+        if welcome.region_bytes != (expected := self._source.layout.pool_bytes):
+            raise TransferError(f"the source's region is {welcome.region_bytes} bytes, its layout {expected}")

@@ -1,0 +1,187 @@
+"""What a transport is: how bytes of published blocks get from a source's pool into ours.
+
+    source process                               destination process
+    SourceEndpoint ── describe() → Offer ─────▶  DestinationTransport.connect(offer) → PeerLink
+        │  asks its ReadGate about each read        │  read(): blocking, called on a worker thread
+        ▼                                           ▼
+    blocks of the pool ══════════ bytes ═════════▶ blocks of our own pool
+
+Control (what is ready, checksums, leases) goes over gRPC and knows no transport. A transport moves bytes, names the
+lease on each read, and makes one promise that everything else rests on:
+
+    *when `PeerLink.read` has returned or raised, no byte of that read can land any more.*
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
+
+from disaggregated.errors import TransferError
+from disaggregated.kv_layout import KVLayout
+from kvtransfer.deadline import Deadline
+from kvtransfer.runs import Run
+
+LEASE_KEY_BYTES: Final = 16
+PROGRESS_TIMEOUT_S: Final = 2.0
+"""No byte for that long means the peer is lost, however long the transfer as a whole may take."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """How to reach one endpoint. `address` is opaque, and a capability: it carries the endpoint's secret."""
+
+    name: str
+    address: str
+    host_key: str = ""
+    """Equal on both ends when they can share memory; "" where that does not matter."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SourceIdentity:
+    """Whom we expect behind an offer, as its Connect reply told."""
+
+    instance_id: str
+    epoch: int
+    layout: KVLayout
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRead:
+    """`source[i]` lands in our block `into[i]`, for each of `layers`."""
+
+    lease_key: bytes
+    epoch: int
+    source: Sequence[int]
+    into: Sequence[int]
+    layers: range
+
+
+class ReadGate(Protocol):
+    """Asked by an endpoint, on its own threads, before it serves a byte."""
+
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run]) -> None:
+        """Returns when each of `blocks` is published under a live lease.
+
+        Raises StaleEpoch, LeaseExpired (or never was), or TransferError for blocks the lease does not hold.
+        """
+
+
+@dataclasses.dataclass(slots=True)
+class EndpointStatistics:
+    """Counters since start. A snapshot may lag by one read."""
+
+    connections_open: int = 0
+    connections_refused: int = 0
+    """Too many, wrong uid, wrong secret, or bytes that are not our protocol."""
+    reads_total: int = 0
+    reads_refused: int = 0
+    bytes_total: int = 0
+
+
+class SourceEndpoint(Protocol):
+    """One way into a source's pool. Owns its socket and threads from `start` to `close`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, gate: ReadGate) -> None:
+        """Listen. Raises TransferError when it cannot."""
+
+    def describe(self) -> Offer:
+        """Valid from `start` on."""
+
+    def close(self, *, deadline: Deadline) -> None:
+        """End every connection and wait for every thread. Idempotent."""
+
+    def statistics(self) -> EndpointStatistics: ...
+
+
+class ReadStop:
+    """Ends a blocking read soon, from any thread: by a flag between copies, by shutting its socket inside them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requested = False
+        self._socket: socket.socket | None = None
+
+    def request(self) -> None:
+        """Idempotent. The read raises; until it has, its blocks are writable."""
+        with self._lock:
+            self._requested = True
+            if self._socket is not None:
+                _shut(self._socket)
+
+    def check(self) -> None:
+        """Raises ReadStopped once a stop was requested."""
+        if self._requested:
+            raise ReadStopped("the read was stopped")
+
+    @contextlib.contextmanager
+    def shuts(self, blocking: socket.socket) -> Iterator[None]:
+        """While inside, `request` shuts `blocking`, so that whoever waits in it returns at once."""
+        with self._lock:
+            self.check()
+            self._socket = blocking
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._socket = None
+
+
+class ReadStopped(TransferError):
+    """We ended this read ourselves; never seen outside of a pull."""
+
+
+class PeerLink(Protocol):
+    """Our side of one source: sockets, mapped memory. Thread-safe; each read uses a connection of its own."""
+
+    @property
+    def transport(self) -> str: ...
+
+    def read(self, read: BlockRead, *, stop: ReadStop, deadline: Deadline) -> None:
+        """Copy blocks into our pool. Blocks the calling thread; terminal when it returns or raises.
+
+        Raises:
+            PeerLost: the link broke, or nothing came for PROGRESS_TIMEOUT_S.
+            TransferTimeout: the deadline passed.
+            LeaseExpired, StaleEpoch, TransferError: the source refused.
+            ReadStopped: `stop` was requested.
+        """
+
+    def drain(self, *, deadline: Deadline) -> None:
+        """Stop every running read and return once none can write any more. Raises TransferTimeout."""
+
+    def close(self, *, deadline: Deadline) -> None:
+        """Drain, then give sockets and mappings back. Idempotent."""
+
+    def statistics(self) -> LinkCounters: ...
+
+
+@dataclasses.dataclass(slots=True)
+class LinkCounters:
+    bytes_total: int = 0
+    seconds_total: float = 0.0
+    """Spent inside `read`; two reads at once count twice."""
+    reads_total: int = 0
+    failures_total: int = 0
+
+
+class DestinationTransport(Protocol):
+    """Makes links of one kind into our own pool."""
+
+    @property
+    def name(self) -> str: ...
+
+    def connect(self, offer: Offer, source: SourceIdentity, *, deadline: Deadline) -> PeerLink:
+        """Blocking. Raises PeerLost, TransferTimeout, StaleEpoch, or TransferError with the reason of a refusal."""
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # The peer may have closed it already.
+        sock.shutdown(socket.SHUT_RDWR)
