@@ -15,13 +15,16 @@ BlockHash = NewType("BlockHash", int)
 """128 bits: a collision would let one user attend to another's prompt."""
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, *, salt: str = "") -> Iterator[BlockHash]:
+def block_hashes(
+    token_ids: Sequence[int], block_size: int, *, salt: str = "", parent: BlockHash | None = None
+) -> Iterator[BlockHash]:
     """The hash of each full block of `token_ids`, in order; a partial last block has none.
 
-    `salt` separates caches that must not share blocks (another adapter, another tenant).
+    `parent` is the hash of the block just before `token_ids[0]`, for a sequence that grows; None at its beginning.
+    `salt` separates caches that must not share blocks (another adapter, another tenant); a parent already carries it.
     """
-    parent = xxhash.xxh3_128_digest(salt.encode())
+    digest = xxhash.xxh3_128_digest(salt.encode()) if parent is None else parent.to_bytes(16, "big")
+    tokens = np.asarray(token_ids, dtype=np.uint32)
     for end in range(block_size, len(token_ids) + 1, block_size):
-        tokens = np.asarray(token_ids[end - block_size : end], dtype=np.uint32).tobytes()
-        parent = xxhash.xxh3_128_digest(parent + tokens)
-        yield BlockHash(int.from_bytes(parent, "big"))
+        digest = xxhash.xxh3_128_digest(digest + tokens[end - block_size : end].tobytes())
+        yield BlockHash(int.from_bytes(digest, "big"))

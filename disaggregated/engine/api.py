@@ -118,7 +118,11 @@ class EngineStatistics:
     num_waiting_tokens: int
     num_blocks: int
     num_blocks_free: int
+    """Including cached blocks that can be evicted."""
     num_blocks_leased: int
+    """Held for a transfer, on either side; quarantined ones among them."""
+    num_blocks_quarantined: int = 0
+    """Of a cancelled transfer that may still write into them."""
     prompt_tokens_total: int
     prompt_cached_tokens_total: int
     generation_tokens_total: int

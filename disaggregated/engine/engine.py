@@ -1,0 +1,312 @@
+"""The engine of a server: requests in, one forward pass a step, events out.
+
+It ties the scheduler, which decides, to a `ModelRunner`, which computes, and is itself neither: no tensors and no
+threads here, so that the same code runs in a server, in a simulation of a cluster and against a fake runner.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from disaggregated.engine.api import (
+    ChunkComputed,
+    EngineEvent,
+    EngineRequest,
+    EngineStatistics,
+    FinishReason,
+    ModelRunner,
+    RequestKind,
+    Reservation,
+    ScheduledSequence,
+    TokensSampled,
+)
+from disaggregated.engine.block_pool import BlockPool, LedgerEntry
+from disaggregated.engine.scheduler import Chunk, Scheduler, SchedulerLimits
+from disaggregated.engine.sequence import Phase, Sequence
+from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull
+
+
+class LLMEngine:
+    """Owned by one thread: nothing here locks.
+
+    A request is known from submit() or reserve() until it has ended; then its id may be used again. What the runner
+    raises leaves step() as it is: the books are no longer to be trusted, and the owner must let the process end.
+
+    Invariant: every block that is held belongs to a request known here, and the ledger names it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_tokens: int,
+        max_batch_size: int,
+        max_seq_len: int,
+        enable_block_reuse: bool = True,
+        num_waiting_max: int = 4096,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        num_blocks: size of the runner's pool, in blocks of `block_size` tokens.
+        max_num_tokens: computed in one step, of prompts and of decoding sequences together.
+        max_batch_size: sequences in one step.
+        max_seq_len: prompt and generated tokens of one sequence.
+        num_waiting_max: requests that wait to start; submit() refuses when there are as many.
+        """
+        assert min(block_size, max_num_tokens, max_batch_size, max_seq_len) > 0, "a limit is not positive"
+        self._runner = runner
+        self._clock = clock
+        self._max_seq_len = max_seq_len
+        self._num_waiting_max = num_waiting_max
+        self._limits = SchedulerLimits(
+            block_size=block_size,
+            max_num_tokens=max_num_tokens,
+            max_batch_size=max_batch_size,
+            enable_block_reuse=enable_block_reuse,
+        )
+        self._pool = BlockPool(num_blocks)
+        self._scheduler = Scheduler(self._pool, self._limits)
+        self._sequences: dict[str, Sequence] = {}
+        self._unsent: list[EngineEvent] = []
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._step_finished_s = clock()
+        self._prompt_tokens_total = 0
+        self._prompt_cached_tokens_total = 0
+        self._generation_tokens_total = 0
+
+    @property
+    def max_seq_len(self) -> int:
+        """Prompt and generated tokens at which a sequence ends, its last token needing no room in the pool."""
+        return min(self._max_seq_len, self._pool.num_blocks * self._limits.block_size + 1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has something to do. Not so when all that is left waits for a transfer: call again after
+        the next admit(), release() or cancel()."""
+        return bool(self._unsent) or self._scheduler.has_work
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a FULL or PREFILL_ONLY request.
+
+        Raises:
+            InvalidRequest, PromptTooLong: it can't be served by anyone with these limits.
+            PoolExhausted: its prompt is larger than this pool.
+            QueueFull: `num_waiting_max` requests wait already.
+        """
+        assert request.kind is not RequestKind.FROM_REMOTE, f"{request.request_id}: reserve() is for FROM_REMOTE"
+        self._check(request)
+        if self._scheduler.num_waiting >= self._num_waiting_max:
+            raise QueueFull(
+                f"{self._scheduler.num_waiting} requests wait already, the limit is {self._num_waiting_max}"
+            )
+        sequence = self._new_sequence(request)
+        self._scheduler.enqueue(sequence, now_s=self._clock())
+        self._sequences[request.request_id] = sequence
+
+    def reserve(self, request: EngineRequest) -> Reservation:
+        """Hold the blocks of a FROM_REMOTE request's prompt, to be filled by a transfer.
+
+        They are the caller's until admit() or release(). The prefix cache may cover the whole prompt here: the token
+        after it comes from the other server.
+
+        Raises:
+            InvalidRequest, PromptTooLong: as in submit().
+            PoolExhausted: no room now; nothing is held.
+        """
+        assert request.kind is RequestKind.FROM_REMOTE, f"{request.request_id}: submit() is for {request.kind}"
+        self._check(request)
+        sequence = self._new_sequence(request)
+        self._scheduler.reserve(sequence, now_s=self._clock())
+        self._sequences[request.request_id] = sequence
+        return Reservation(
+            request_id=request.request_id,
+            block_ids=tuple(sequence.block_table),
+            num_cached_blocks=sequence.num_cached_prompt_tokens // self._limits.block_size,
+        )
+
+    def admit(self, request_id: str, first_token: int) -> bool:
+        """The reserved blocks are filled and verified, and no transfer will write into them again.
+
+        The sequence goes on as prompt + [first_token]; its events begin at the position after `first_token`. If that
+        token already ends it, one event without tokens says so. False when the request was cancelled meanwhile: its
+        blocks are back now.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.phase is not Phase.RESERVED:
+            self.release(request_id)
+            return False
+        self._scheduler.land(sequence, now_s=self._clock())
+        self._count_prompt(sequence)
+        finish_reason = sequence.append(first_token)
+        if finish_reason is not None:
+            self._unsent.append(self._tokens_sampled(sequence, (), finish_reason))
+            self._end(sequence)
+        return True
+
+    def release(self, request_id: str) -> None:
+        """No transfer reads or writes the request's blocks any more: they go back, whatever was left to do.
+
+        For a PREFILL_ONLY in any phase, a reservation that failed and a cancelled one. Anything else, also an id that
+        has ended, is left alone: a late release is not a mistake.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        if sequence.kind is RequestKind.PREFILL_ONLY or sequence.phase in {Phase.RESERVED, Phase.QUARANTINED}:
+            self._end(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop the request; no event of it follows. Idempotent, also for an id that has ended.
+
+        Its blocks are back afterwards, except those that a transfer may still touch, which wait for release(): a
+        reservation's are quarantined, and those of a PREFILL_ONLY of which a chunk was computed stay leased.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        if sequence.phase is Phase.RESERVED:
+            self._scheduler.quarantine(sequence, now_s=self._clock())
+        elif sequence.phase in {Phase.QUARANTINED, Phase.LEASED}:
+            return
+        elif sequence.kind is RequestKind.PREFILL_ONLY and sequence.phase is Phase.RUNNING:
+            self._scheduler.lease(sequence, now_s=self._clock())
+        else:
+            self._end(sequence)
+
+    def step(self) -> list[EngineEvent]:
+        """One forward pass, if there is something to compute; what it brought, chunks before tokens."""
+        events, self._unsent = self._unsent, []
+        chunks = self._scheduler.schedule(now_s=self._clock())
+        if not chunks:
+            return events
+        sampled = self._runner.execute([self._row(chunk) for chunk in chunks])
+        assert len(sampled) == len(chunks), f"{len(chunks)} rows, {len(sampled)} results"
+        self._num_steps += 1
+        self._step_finished_s = self._clock()
+        for chunk in chunks:
+            events += self._chunk_events(chunk)
+        for (sequence, _), token_id in zip(chunks, sampled, strict=True):
+            if sequence.num_to_compute == 0:
+                assert token_id is not None, f"{sequence.request_id}: no token at its position {sequence.num_computed}"
+                events.append(self._take_token(sequence, token_id))
+        return events
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            step=self._num_steps,
+            step_age_s=self._clock() - self._step_finished_s if self.has_work else 0.0,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_waiting_tokens=self._scheduler.num_prompt_tokens_left,
+            num_blocks=self._pool.num_blocks,
+            num_blocks_free=self._pool.num_free,
+            num_blocks_leased=self._pool.num_leased,
+            num_blocks_quarantined=self._pool.num_quarantined,
+            prompt_tokens_total=self._prompt_tokens_total,
+            prompt_cached_tokens_total=self._prompt_cached_tokens_total,
+            generation_tokens_total=self._generation_tokens_total,
+            preemptions_total=self._scheduler.preemptions_total,
+        )
+
+    def ledger(self) -> list[LedgerEntry]:
+        """(kind, owner, num_blocks, age_s) of everyone who holds blocks, the oldest first; empty when idle."""
+        return self._pool.ledger(self._clock())
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        for entry in self.ledger():
+            assert entry.owner in self._sequences, f"{entry} belongs to no request"
+        for request_id, sequence in self._sequences.items():
+            assert sequence.phase not in {Phase.NEW, Phase.ENDED}, f"{request_id} is known and {sequence.phase}"
+        num_holding = sum(sequence.holding is not None for sequence in self._sequences.values())
+        assert num_holding == len(self.ledger()), f"{num_holding} requests hold blocks, {len(self.ledger())} holdings"
+
+    # Parts of the above.
+
+    def _check(self, request: EngineRequest) -> None:
+        num_tokens = len(request.token_ids)
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
+        if num_tokens == 0:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if request.sampling.max_tokens < 1:
+            raise InvalidRequest(
+                f"max_tokens is {request.sampling.max_tokens}, it must be at least 1", param="max_tokens"
+            )
+        if num_tokens >= self._max_seq_len:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens; with one token after it, {self._max_seq_len} is the limit",
+                param="prompt",
+            )
+        if self._limits.num_blocks_for(num_tokens) > self._pool.num_blocks:
+            raise PoolExhausted(
+                f"the prompt of {num_tokens} tokens wants {self._limits.num_blocks_for(num_tokens)} KV blocks, "
+                f"the whole pool has {self._pool.num_blocks}"
+            )
+
+    def _new_sequence(self, request: EngineRequest) -> Sequence:
+        self._num_arrivals += 1
+        return Sequence(request, arrival=self._num_arrivals, num_tokens_max=self.max_seq_len)
+
+    def _row(self, chunk: Chunk) -> ScheduledSequence:
+        """The block table is the sequence's own, not a copy: it holds during this step only."""
+        sequence, num_tokens = chunk
+        first = sequence.num_computed
+        return ScheduledSequence(
+            request_id=sequence.request_id,
+            token_ids=sequence.token_ids[first : first + num_tokens],
+            first_position=first,
+            block_table=sequence.block_table,
+            sampling=sequence.sampling if num_tokens == sequence.num_to_compute else None,
+            forbidden_token_ids=sequence.forbidden_token_ids,
+        )
+
+    def _chunk_events(self, chunk: Chunk) -> list[EngineEvent]:
+        """Book a chunk as computed. Progress in the prompt is told once: not again when it is computed again."""
+        sequence = chunk.sequence
+        self._scheduler.computed(chunk)
+        if sequence.num_generated:
+            return []
+        num_blocks = self._limits.num_blocks_for(sequence.num_computed)
+        return [
+            ChunkComputed(
+                request_id=sequence.request_id,
+                num_computed_tokens=sequence.num_computed,
+                num_cached_tokens=sequence.num_cached_prompt_tokens,
+                block_ids=tuple(sequence.block_table[:num_blocks]),
+            )
+        ]
+
+    def _take_token(self, sequence: Sequence, token_id: int) -> TokensSampled:
+        if sequence.num_generated == 0:
+            self._count_prompt(sequence)
+        finish_reason = sequence.append(token_id)
+        self._generation_tokens_total += 1
+        event = self._tokens_sampled(sequence, (token_id,), finish_reason)
+        if sequence.kind is RequestKind.PREFILL_ONLY:
+            self._scheduler.lease(sequence, now_s=self._step_finished_s)
+        elif finish_reason is not None:
+            self._end(sequence)
+        return event
+
+    def _tokens_sampled(
+        self, sequence: Sequence, token_ids: tuple[int, ...], finish_reason: FinishReason | None
+    ) -> TokensSampled:
+        return TokensSampled(
+            request_id=sequence.request_id,
+            first_position=len(sequence.token_ids) - len(token_ids),
+            token_ids=token_ids,
+            finish_reason=finish_reason,
+        )
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        self._prompt_tokens_total += sequence.num_prompt_tokens
+        self._prompt_cached_tokens_total += sequence.num_cached_prompt_tokens
+
+    def _end(self, sequence: Sequence) -> None:
+        self._scheduler.end(sequence, now_s=self._clock())
+        del self._sequences[sequence.request_id]

@@ -1,0 +1,303 @@
+"""What is computed next: requests and free blocks in, the rows of one forward pass out. No I/O, no tensors, no clock.
+
+A step has a budget of tokens and a number of rows. Whoever decodes goes first, with one token each, so that a long
+prompt slows a running conversation down by one chunk and never stops it; what is left of the budget goes to prompts,
+first come, first served. A sequence gets the blocks of all tokens it has when it starts, and one more whenever it
+fills them; when there is none left, the youngest gives its blocks up and is computed again later.
+
+Why everybody ends: the oldest that runs is preempted only when blocks held for transfers leave no room for it, and
+those come back by themselves; nobody who came later gets a block that the first in the queue is waiting for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import NamedTuple
+
+from disaggregated.engine.block_pool import BlockPool, HoldingKind
+from disaggregated.engine.sequence import Phase, Sequence
+from disaggregated.errors import PoolExhausted
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    block_size: int
+    """Tokens in a block."""
+    max_num_tokens: int
+    """Tokens computed in one step."""
+    max_batch_size: int
+    """Sequences in one step."""
+    enable_block_reuse: bool = True
+
+    @property
+    def max_rows(self) -> int:
+        """Each row takes a token at least, so that everybody in the batch moves in every step."""
+        return min(self.max_batch_size, self.max_num_tokens)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+class Chunk(NamedTuple):
+    """The next `num_tokens` tokens of a sequence that have no KV yet."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+class Scheduler:
+    """Moves sequences between phases and decides on blocks; the only one to touch the block pool.
+
+    Invariant: a sequence is in the queue of its phase and in no other; RUNNING, RESERVED, LANDED, LEASED and
+    QUARANTINED ones hold blocks, WAITING ones hold none; at most `max_rows` are RUNNING.
+    """
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.preemptions_total = 0
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._landed: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: OrderedDict[str, Sequence] = OrderedDict()
+        self._num_growing = 0
+        """Sequences that hold blocks and will want more."""
+        self._num_waiting_tokens = 0
+        self._head_wants = 0
+        """Blocks kept for the first in the queue, which was preempted or refused; 0 while it has not been."""
+        self._head_refused_at = -1
+        """The pool's `num_returns` when the first in the queue found too few blocks."""
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._landed)
+
+    @property
+    def num_prompt_tokens_left(self) -> int:
+        """Tokens to compute before everybody who waits or prefills is decoding."""
+        return self._num_waiting_tokens + sum(s.num_to_compute for s in self._running.values() if s.num_to_compute > 1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute anything. Not so when all who wait need blocks that are held for transfers."""
+        return bool(self._running or self._landed or (self._waiting and not self._head_is_refused))
+
+    # What happens to sequences.
+
+    def enqueue(self, sequence: Sequence, *, now_s: float) -> None:
+        sequence.advance(Phase.WAITING, now_s=now_s)
+        self._waiting[sequence.request_id] = sequence
+        self._num_waiting_tokens += sequence.num_to_compute
+
+    def reserve(self, sequence: Sequence, *, now_s: float) -> None:
+        """Take the blocks of a whole prompt for a transfer to fill.
+
+        Raises:
+            PoolExhausted: there are too few, or those that there are belong to the first in the queue.
+        """
+        num_tokens = sequence.num_prompt_tokens
+        cached = self._find_cached(sequence, num_tokens // self.limits.block_size)
+        num_new = self.limits.num_blocks_for(num_tokens) - len(cached)
+        wanted = self.pool.num_wanted(cached, num_new)
+        free = self.pool.num_free - max(self._num_growing, self._head_wants)
+        if wanted > free:
+            raise PoolExhausted.of(wanted=wanted, free=max(0, free))
+        self._hold(sequence, HoldingKind.RESERVED, cached, num_new, now_s)
+        sequence.advance(Phase.RESERVED, now_s=now_s)
+
+    def land(self, sequence: Sequence, *, now_s: float) -> None:
+        """The prompt's KV is in the reserved blocks: they can be found, and the sequence joins at the next step.
+
+        The caller adds the token after the prompt, which is what the sequence computes first.
+        """
+        assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
+        sequence.num_computed = sequence.num_prompt_tokens
+        self._offer_to_cache(sequence)
+        self.pool.change_kind(sequence.holding, HoldingKind.SEQUENCE, now_s=now_s)
+        sequence.advance(Phase.LANDED, now_s=now_s)
+        self._landed[sequence.request_id] = sequence
+
+    def lease(self, sequence: Sequence, *, now_s: float) -> None:
+        """Stop computing; another server may be reading the blocks."""
+        assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
+        del self._running[sequence.request_id]
+        self.pool.change_kind(sequence.holding, HoldingKind.LEASED, now_s=now_s)
+        sequence.advance(Phase.LEASED, now_s=now_s)
+
+    def quarantine(self, sequence: Sequence, *, now_s: float) -> None:
+        """A reservation is given up while its transfer may still write."""
+        assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
+        num_shared = sequence.num_cached_prompt_tokens // self.limits.block_size
+        self.pool.quarantine(sequence.holding, num_shared=num_shared, now_s=now_s)
+        self._num_growing -= 1
+        sequence.advance(Phase.QUARANTINED, now_s=now_s)
+
+    def end(self, sequence: Sequence, *, now_s: float) -> None:
+        """From any phase: the blocks are back."""
+        if sequence.phase is Phase.WAITING:
+            self._leave_queue(sequence)
+        self._give_back(sequence)
+        self._running.pop(sequence.request_id, None)
+        self._landed.pop(sequence.request_id, None)
+        sequence.advance(Phase.ENDED, now_s=now_s)
+
+    # What to do next.
+
+    def schedule(self, *, now_s: float) -> list[Chunk]:
+        """The rows of the next step; each is within budget, and its sequence holds the blocks for it."""
+        num_preemptions = self.preemptions_total
+        self._join_landed(now_s)
+        chunks = self._decode_chunks(now_s)
+        budget = self.limits.max_num_tokens - len(chunks)
+        for sequence in self._running.values():
+            if budget and sequence.num_to_compute > 1:
+                chunks.append(Chunk(sequence, min(budget, sequence.num_to_compute)))
+                budget -= chunks[-1].num_tokens
+        if num_preemptions == self.preemptions_total:  # Who was just preempted would only be preempted again.
+            self._start_waiting(chunks, budget, now_s)
+        return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """The chunk's KV is in the pool; blocks that it filled can be found from now on."""
+        sequence, num_tokens = chunk
+        sequence.num_computed += num_tokens
+        if sequence.num_computed // self.limits.block_size > sequence.num_findable_blocks:
+            self._offer_to_cache(sequence)
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
+        for phase, queue in (
+            (Phase.WAITING, self._waiting),
+            (Phase.LANDED, self._landed),
+            (Phase.RUNNING, self._running),
+        ):
+            for sequence in queue.values():
+                assert sequence.phase is phase, f"{sequence.request_id} is {sequence.phase}, in the queue of {phase}"
+                assert (sequence.holding is None) == (phase is Phase.WAITING), f"{sequence.request_id}: {phase}"
+                assert sequence.num_to_compute > 0, f"{sequence.request_id}: {phase} with nothing to compute"
+        waiting_tokens = sum(sequence.num_to_compute for sequence in self._waiting.values())
+        assert waiting_tokens == self._num_waiting_tokens, f"{self._num_waiting_tokens} counted, {waiting_tokens} wait"
+        assert len(self._running) <= self.limits.max_rows, f"{len(self._running)} rows of {self.limits.max_rows}"
+
+    # The parts of a step.
+
+    def _join_landed(self, now_s: float) -> None:
+        """Rows for those whose KV came from elsewhere, but not the row of somebody in the queue who came earlier."""
+        while self._landed:
+            sequence = next(iter(self._landed.values()))
+            head = next(iter(self._waiting.values()), None)
+            head_goes_first = head is not None and head.arrival < sequence.arrival and not self._head_is_refused
+            if len(self._running) + head_goes_first >= self.limits.max_rows:
+                return
+            del self._landed[sequence.request_id]
+            self._run(sequence, now_s)
+
+    def _decode_chunks(self, now_s: float) -> list[Chunk]:
+        """One token of everybody who has just one to compute, the oldest first: only the younger are preempted."""
+        decoding = sorted((s for s in self._running.values() if s.num_to_compute == 1), key=lambda s: s.arrival)
+        return [Chunk(sequence, 1) for sequence in decoding if self._make_room(sequence, now_s)]
+
+    def _make_room(self, sequence: Sequence, now_s: float) -> bool:
+        """A block for its next token, if need be taken from the youngest; False when that is `sequence` itself."""
+        while sequence.phase is Phase.RUNNING:
+            if sequence.num_computed < len(sequence.block_table) * self.limits.block_size:
+                return True
+            if self.pool.num_free > 0:
+                assert sequence.holding is not None
+                self.pool.grow(sequence.holding)
+                return True
+            candidates = [s for queue in (self._running, self._landed) for s in queue.values() if s.can_grow]
+            self._preempt(max(candidates, key=lambda s: s.arrival), now_s)
+        return False
+
+    def _preempt(self, sequence: Sequence, now_s: float) -> None:
+        """Back to the head of the queue without blocks. The prefix cache may still have them when it returns."""
+        self._running.pop(sequence.request_id, None)
+        self._landed.pop(sequence.request_id, None)
+        self._give_back(sequence)
+        sequence.num_computed = 0
+        sequence.num_findable_blocks = 0
+        self.enqueue(sequence, now_s=now_s)
+        self._waiting.move_to_end(sequence.request_id, last=False)
+        self._head_wants = self.limits.num_blocks_for(len(sequence.token_ids))
+        self.preemptions_total += 1
+
+    def _start_waiting(self, chunks: list[Chunk], budget: int, now_s: float) -> None:
+        while budget and self._waiting and len(self._running) < self.limits.max_rows:
+            sequence = next(iter(self._waiting.values()))
+            if self._head_is_refused or not self._try_start(sequence, now_s):
+                return
+            chunks.append(Chunk(sequence, min(budget, sequence.num_to_compute)))
+            budget -= chunks[-1].num_tokens
+
+    def _try_start(self, sequence: Sequence, now_s: float) -> bool:
+        """Give the first in the queue blocks for all its tokens, or note how many it lacks.
+
+        One block more for each who grows must stay free, or the next steps would preempt whom this one started.
+        The last token is always computed, even when all of the prompt is cached: its logits choose the next one.
+        """
+        num_tokens = len(sequence.token_ids)
+        cached = self._find_cached(sequence, (num_tokens - 1) // self.limits.block_size)
+        num_new = self.limits.num_blocks_for(num_tokens) - len(cached)
+        wanted = self.pool.num_wanted(cached, num_new) + self._num_growing
+        if wanted > self.pool.num_free:
+            self._head_wants = wanted
+            self._head_refused_at = self.pool.num_returns
+            return False
+        self._leave_queue(sequence)
+        self._hold(sequence, HoldingKind.SEQUENCE, cached, num_new, now_s)
+        sequence.num_computed = len(cached) * self.limits.block_size
+        self._run(sequence, now_s)
+        return True
+
+    # Books.
+
+    @property
+    def _head_is_refused(self) -> bool:
+        """No block has come back since the first in the queue found too few."""
+        return self._head_refused_at == self.pool.num_returns
+
+    def _run(self, sequence: Sequence, now_s: float) -> None:
+        sequence.advance(Phase.RUNNING, now_s=now_s)
+        self._running[sequence.request_id] = sequence
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        del self._waiting[sequence.request_id]
+        self._num_waiting_tokens -= sequence.num_to_compute
+        self._head_wants = 0  # Another one is the first now.
+        self._head_refused_at = -1
+
+    def _find_cached(self, sequence: Sequence, num_blocks_max: int) -> list[int]:
+        if not self.limits.enable_block_reuse:
+            return []
+        return self.pool.prefix_cache.find(sequence.hash_blocks(num_blocks_max, self.limits.block_size))
+
+    def _hold(self, sequence: Sequence, kind: HoldingKind, cached: list[int], num_new: int, now_s: float) -> None:
+        sequence.holding = self.pool.hold(sequence.request_id, kind, cached=cached, num_new=num_new, now_s=now_s)
+        sequence.num_findable_blocks = len(cached)
+        if not sequence.was_started:
+            sequence.num_cached_prompt_tokens = len(cached) * self.limits.block_size
+            sequence.was_started = True
+        self._num_growing += sequence.can_grow
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence.holding is None:
+            return
+        grows = sequence.can_grow and sequence.phase is not Phase.QUARANTINED
+        self.pool.give_back(sequence.holding)
+        sequence.holding = None
+        self._num_growing -= grows
+
+    def _offer_to_cache(self, sequence: Sequence) -> None:
+        """Blocks that are full and computed by now. Those of a reservation are offered when they have landed."""
+        if not self.limits.enable_block_reuse:
+            return
+        num_full = sequence.num_computed // self.limits.block_size
+        hashes = sequence.hash_blocks(num_full, self.limits.block_size)
+        for index in range(sequence.num_findable_blocks, num_full):
+            self.pool.prefix_cache.add(sequence.block_table[index], hashes[index])
+        sequence.num_findable_blocks = num_full

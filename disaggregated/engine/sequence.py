@@ -1,0 +1,143 @@
+"""One request's way through an engine.
+
+                  ┌──── preempted ────┐
+submit → WAITING ─┴→ RUNNING ─────────┼→ ENDED          FULL
+                        │  └→ LEASED ─┼→ ENDED          PREFILL_ONLY: leased until released
+reserve → RESERVED → LANDED → RUNNING ┴→ ENDED          FROM_REMOTE: landed, waiting for a row in the batch
+             └→ QUARANTINED → ENDED                     cancelled while the transfer may still write
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Final
+
+from disaggregated.block_hash import BlockHash, block_hashes
+from disaggregated.engine.api import EngineRequest, FinishReason, RequestKind
+from disaggregated.engine.block_pool import Holding
+from disaggregated.errors import DisaggregatedError
+
+
+class Phase(enum.StrEnum):
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    RESERVED = "reserved"
+    LANDED = "landed"
+    LEASED = "leased"
+    QUARANTINED = "quarantined"
+    ENDED = "ended"
+
+
+NEXT: Final[Mapping[Phase, frozenset[Phase]]] = {
+    Phase.NEW: frozenset({Phase.WAITING, Phase.RESERVED}),
+    Phase.WAITING: frozenset({Phase.RUNNING, Phase.ENDED}),
+    Phase.RUNNING: frozenset({Phase.WAITING, Phase.LEASED, Phase.ENDED}),  # WAITING: preempted
+    Phase.RESERVED: frozenset({Phase.LANDED, Phase.QUARANTINED, Phase.ENDED}),
+    Phase.LANDED: frozenset({Phase.RUNNING, Phase.WAITING, Phase.ENDED}),  # WAITING: preempted
+    Phase.LEASED: frozenset({Phase.ENDED}),
+    Phase.QUARANTINED: frozenset({Phase.ENDED}),
+    Phase.ENDED: frozenset(),
+}
+
+
+class InvalidTransition(DisaggregatedError, AssertionError):
+    """Our own mistake: a sequence was moved where it can't go."""
+
+
+class Sequence:
+    """The tokens known so far, how many of them have their KV in the pool, and the blocks that hold it.
+
+    Invariant: the first `num_computed` tokens have their KV in `block_table`, and at least one token has not, but in
+    RESERVED, LEASED and QUARANTINED. The last token sampled is always known before it is computed.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_hashes",
+        "holding",
+        "kind",
+        "num_cached_prompt_tokens",
+        "num_computed",
+        "num_findable_blocks",
+        "num_prompt_tokens",
+        "num_tokens_max",
+        "phase",
+        "request_id",
+        "sampling",
+        "story",
+        "token_ids",
+        "was_started",
+    )
+
+    def __init__(self, request: EngineRequest, *, arrival: int, num_tokens_max: int) -> None:
+        self.request_id = request.request_id
+        self.kind = request.kind
+        self.sampling = request.sampling
+        self.token_ids = list(request.token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_tokens_max = num_tokens_max
+        """Prompt and generated tokens at which it ends, whatever the request says."""
+        self.arrival = arrival
+        """Who came earlier goes first, and is preempted last."""
+        self.phase = Phase.NEW
+        self.story: list[tuple[float, Phase]] = []
+        self.num_computed = 0
+        self.was_started = False
+        """It has held blocks; when it holds some again, it was preempted."""
+        self.num_cached_prompt_tokens = 0
+        """Found in the prefix cache at its first start."""
+        self.holding: Holding | None = None
+        self.block_hashes: list[BlockHash] = []
+        self.num_findable_blocks = 0
+        """Blocks of the table, from the first on, that have been offered to the prefix cache."""
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def can_grow(self) -> bool:
+        """It decodes here, so it will want more blocks, and it can be preempted.
+
+        The blocks of a PREFILL_ONLY may already be read by another server: they stay where they are.
+        """
+        return self.kind is not RequestKind.PREFILL_ONLY
+
+    @property
+    def block_table(self) -> list[int]:
+        assert self.holding is not None, f"{self.request_id} is {self.phase} and holds no blocks"
+        return self.holding.block_ids
+
+    def advance(self, to: Phase, *, now_s: float) -> None:
+        if to not in NEXT[self.phase]:
+            raise InvalidTransition(f"{self.request_id}: {self.phase} -> {to}; story={self.story}")
+        self.phase = to
+        self.story.append((now_s, to))
+
+    def hash_blocks(self, num_blocks: int, block_size: int) -> list[BlockHash]:
+        """Hashes of the first `num_blocks` blocks, all of them full. Each block is hashed once in a sequence's life."""
+        known = len(self.block_hashes)
+        if known < num_blocks:
+            parent = self.block_hashes[-1] if known else None
+            tokens = self.token_ids[known * block_size : num_blocks * block_size]
+            self.block_hashes.extend(block_hashes(tokens, block_size, parent=parent))
+        return self.block_hashes[:num_blocks]
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token; says whether it was the last one."""
+        self.token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        if self.num_generated >= self.sampling.max_tokens or len(self.token_ids) >= self.num_tokens_max:
+            return FinishReason.LENGTH
+        return None
+
+    @property
+    def forbidden_token_ids(self) -> frozenset[int]:
+        return self.sampling.stop_token_ids if self.num_generated < self.sampling.min_tokens else frozenset()
