@@ -1,33 +1,38 @@
 """Whether two servers may exchange KV: same weights, same numerics.
 
-Weights are told apart by their files' sizes, headers and samples of their bytes, not by reading gigabytes at start.
+Weights are told apart by names, shapes and a few kilobytes of every tensor, not by reading gigabytes at start: training
+changes all of a tensor, so a sample of each tells one checkpoint from the next.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import xxhash
 
-SAMPLES_PER_FILE: Final = 64
+from disaggregated.errors import ModelUnavailable
+
 SAMPLE_BYTES: Final = 4096
-HEADER_BYTES_MAX: Final = 16 << 20
+HEADER_BYTES_MAX: Final = 100 << 20
+"""The format's own limit."""
 
 
 def weights_digest(paths: Sequence[Path]) -> str:
-    """Of safetensors files: size, header (names, shapes, dtypes) and evenly spread samples of each, in name order."""
+    """Of safetensors files, in name order: size, header, and the beginning and the middle of each tensor."""
     digest = xxhash.xxh3_128()
     for path in sorted(paths, key=lambda path: path.name):
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
-            header_size = min(int.from_bytes(file.read(8), "little"), HEADER_BYTES_MAX)
-            digest.update(file.read(header_size))
-            for i in range(SAMPLES_PER_FILE):
-                file.seek(header_size + 8 + (size - header_size - 8) * i // SAMPLES_PER_FILE)
-                digest.update(file.read(SAMPLE_BYTES))
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = file.read(min(header_bytes, HEADER_BYTES_MAX))
+            digest.update(header)
+            for begin, end in _tensor_ranges(header, path):
+                for start in (begin, (begin + end) // 2):
+                    file.seek(8 + header_bytes + start)
+                    digest.update(file.read(min(SAMPLE_BYTES, end - start)))
     return digest.hexdigest()
 
 
@@ -37,3 +42,12 @@ def fingerprint(weights: str, *numerics: object) -> str:
     for item in numerics:
         digest.update(repr(item).encode() + b"\0")
     return digest.hexdigest()
+
+
+def _tensor_ranges(header: bytes, path: Path) -> list[tuple[int, int]]:
+    """Where each tensor begins and ends, counted from the end of the header."""
+    try:
+        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
+        return sorted((int(begin), int(end)) for begin, end in (t["data_offsets"] for t in tensors.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelUnavailable(f"{path}: not a readable safetensors file: {error!r}") from error

@@ -117,7 +117,7 @@ class _Draws:
 def _chunks(weights_RV: torch.Tensor) -> torch.Tensor:
     """(R, C, W), padded with zeros."""
     padding = -weights_RV.shape[1] % CHUNK_WIDTH
-    return torch.nn.functional.pad(weights_RV, (0, padding)).unflatten(1, (-1, CHUNK_WIDTH))
+    return torch.nn.functional.pad(weights_RV, (0, padding)).view(len(weights_RV), -1, CHUNK_WIDTH)
 
 
 def _running_mass(weights_RCW: torch.Tensor) -> torch.Tensor:

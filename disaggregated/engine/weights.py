@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import xxhash
@@ -84,7 +84,7 @@ class SafetensorsSource:
     def __init__(self, directory: Path) -> None:
         self._paths = safetensors_paths(directory)
         self._stack = contextlib.ExitStack()
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, Any] = {}
 
     def __enter__(self) -> SafetensorsSource:
         for path in self._paths:
@@ -122,7 +122,7 @@ class DummySource:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape, device=self._device)
-        generator = torch.Generator(self._device).manual_seed(xxhash.xxh3_64_intdigest(name) >> 1)
+        generator = torch.Generator(self._device).manual_seed(xxhash.xxh3_64_intdigest(name.encode()) >> 1)
         bound = DUMMY_STD * math.sqrt(3)
         return torch.empty(shape, device=self._device).uniform_(-bound, bound, generator=generator)
 

@@ -42,7 +42,10 @@ def rope_tables(
 
 def _llama3(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
     """Slow rotations are slowed by `factor`, fast ones kept, those between blended."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high, original, factor = (
+        float(scaling[key])
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "factor")
+    )
+    turns = original * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+    return (1 - kept) * frequencies / factor + kept * frequencies

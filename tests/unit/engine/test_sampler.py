@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +28,8 @@ KNOWN_ANSWERS = [
 ]
 
 
-def row(position: int = 0, forbidden: frozenset[int] = frozenset(), **params: float) -> SampleRow:
-    return SampleRow(SamplingParams(max_tokens=1, **params), position, forbidden)  # type: ignore[arg-type]
+def row(position: int = 0, *, forbidden: Sequence[int] = (), **params: Any) -> SampleRow:
+    return SampleRow(SamplingParams(max_tokens=1, **params), position, frozenset(forbidden))
 
 
 def random_logits(num_rows: int, vocab_size: int = VOCAB_SIZE, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -88,7 +90,7 @@ def test_temperature_zero_takes_the_likeliest_token_and_the_first_of_equals() ->
     ],
     ids=str,
 )
-def test_tokens_are_drawn_with_their_probability(params: dict[str, float]) -> None:
+def test_tokens_are_drawn_with_their_probability(params: dict[str, Any]) -> None:
     num_draws = 20_000
     logits = random_logits(1, 600)
     rows = [row(position, seed=11, **params) for position in range(num_draws)]
@@ -119,7 +121,7 @@ def any_rows(num_rows: int, seed: int) -> list[SampleRow]:
     return [
         row(
             rng.randrange(10_000),
-            forbidden=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 3]))),
+            forbidden=rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 3])),
             temperature=rng.choice([0.0, 0.3, 1.0, 2.5]),
             top_p=rng.choice([1.0, 1.0, 0.9, 0.999]),
             top_k=rng.choice([0, 0, 1, 40, 700]),
@@ -144,7 +146,7 @@ def test_a_row_draws_the_same_token_in_any_batch(seed: int) -> None:
 def test_forbidden_tokens_are_never_taken(temperature: float) -> None:
     logits = torch.zeros(200, 10)
     logits[:, :3] = 50.0
-    rows = [row(i, forbidden=frozenset({0, 1, 2}), temperature=temperature, seed=5) for i in range(200)]
+    rows = [row(i, forbidden=(0, 1, 2), temperature=temperature, seed=5) for i in range(200)]
     tokens = sample(logits, rows)
     assert min(tokens) >= 3
     assert (len(set(tokens)) > 1) == (temperature > 0)

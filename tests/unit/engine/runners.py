@@ -1,0 +1,107 @@
+"""A runner for a model directory without a server around it, and sequences that a test drives by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from disaggregated.engine.api import ScheduledSequence
+from disaggregated.engine.kv_cache import KVCache
+from disaggregated.engine.models.decoder import Decoder, DecoderShape
+from disaggregated.engine.models.rope import rope_tables
+from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.engine.runner import TorchModelRunner
+from disaggregated.engine.weights import SafetensorsSource, load_weights
+from disaggregated.kv_layout import KVLayout
+from disaggregated.model_files import ModelConfig
+from disaggregated.sampling_params import SamplingParams
+
+NUM_BLOCKS = 160
+GREEDY = SamplingParams(max_tokens=1)
+
+
+def make_runner(
+    path: Path, *, dtype: str = "float32", block_size: int = 16, device: str = "cpu", ops: Ops | None = None
+) -> TorchModelRunner:
+    """Its pool is full of NaN to begin with, so nothing stale can go unnoticed."""
+    config, ops = ModelConfig.load(path), ops or ReferenceOps()
+    target, torch_dtype = torch.device(device), getattr(torch, dtype)
+    with torch.inference_mode(), SafetensorsSource(path) as source:
+        weights = load_weights(source, config, ops, device=target, dtype=torch_dtype)
+    cos, sin = rope_tables(
+        theta=config.rope_theta, scaling=config.rope_scaling, head_dim=config.head_dim, num_positions=1024
+    )
+    shape = DecoderShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+    )
+    layout = KVLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        num_blocks=NUM_BLOCKS,
+    )
+    cache = KVCache(layout, device=target, allocate=lambda layout: bytearray(b"\xff" * layout.pool_bytes))
+    assert target.type != "cpu" or bool(cache.layers[0].isnan().all())
+    decoder = Decoder(shape, weights, ops, (cos.to(target), sin.to(target)))
+    return TorchModelRunner(decoder, cache, target)
+
+
+@dataclasses.dataclass(slots=True)
+class Driven:
+    """A sequence that a test takes through a runner, chunk by chunk."""
+
+    token_ids: list[int]
+    block_table: list[int]
+    sampling: SamplingParams = GREEDY
+    num_computed: int = 0
+
+    @property
+    def prompt_left(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    def take(self, num_tokens: int) -> ScheduledSequence:
+        """The next `num_tokens`; sampling after the last one known."""
+        start, end = self.num_computed, min(self.num_computed + num_tokens, len(self.token_ids))
+        self.num_computed = end
+        return ScheduledSequence(
+            request_id="driven",
+            token_ids=self.token_ids[start:end],
+            first_position=start,
+            block_table=self.block_table[: -(-end // 16)],
+            sampling=self.sampling if end == len(self.token_ids) else None,
+        )
+
+
+def generate(
+    runner: TorchModelRunner, sequences: Sequence[Driven], num_tokens: int, chunk_sizes: Sequence[int]
+) -> list[list[int]]:
+    """Run all together, sequence i in chunks of `chunk_sizes[i]`, until each has `num_tokens` more."""
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    while True:
+        open_ones = [i for i, sequence in enumerate(sequences) if len(sequence.token_ids) < lengths[i] + num_tokens]
+        if not open_ones:
+            return [sequence.token_ids[length:] for sequence, length in zip(sequences, lengths, strict=True)]
+        tokens = runner.execute([sequences[i].take(chunk_sizes[i]) for i in open_ones])
+        for i, token in zip(open_ones, tokens, strict=True):
+            if token is not None:
+                sequences[i].token_ids.append(token)
+
+
+def random_blocks(count: int, seed: int, taken: Sequence[int] = ()) -> list[int]:
+    free = sorted(set(range(NUM_BLOCKS)) - set(taken))
+    return random.Random(seed).sample(free, count)
+
+
+def random_prompt(length: int, seed: int, vocab_size: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, vocab_size) for _ in range(length)]

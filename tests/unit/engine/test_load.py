@@ -1,0 +1,194 @@
+"""From a ServerConfig to an engine that answers: sizes, refusals, fingerprints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from disaggregated.config.server import KVCacheConfig, ServerConfig
+from disaggregated.engine import load as load_module
+from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
+from disaggregated.engine.load import LoadedEngine, load_engine
+from disaggregated.engine.ops import native
+from disaggregated.engine.ops.select import select
+from disaggregated.errors import ConfigError, ModelUnavailable, NotEnoughMemory
+from disaggregated.kv_layout import KVLayout
+from disaggregated.sampling_params import SamplingParams
+from tests.unit.engine.runners import random_prompt
+from tests.unit.engine.tiny_models import VOCAB_SIZE, TinyModel, write_model
+
+SMALL_POOL = KVCacheConfig(max_tokens=600, tokens_per_block=16)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return write_model("llama-tied", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _torch_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DISAGG_OPS", "torch")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def allocate(layout: KVLayout) -> bytearray:
+    return bytearray(layout.pool_bytes)
+
+
+def server(tiny: TinyModel, **changes: object) -> ServerConfig:
+    config = ServerConfig(
+        model=str(tiny.path), role="generation", device="cpu", max_num_tokens=64, kv_cache_config=SMALL_POOL
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def run(loaded: LoadedEngine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        tokens[str(i)] = []
+        loaded.engine.submit(
+            EngineRequest(
+                request_id=str(i),
+                kind=RequestKind.FULL,
+                token_ids=prompt,
+                sampling=SamplingParams(max_tokens=num_tokens),
+            )
+        )
+    while loaded.engine.has_work:
+        for event in loaded.engine.step():
+            if isinstance(event, TokensSampled):
+                tokens[event.request_id] += event.token_ids
+        loaded.engine.check_integrity()
+    return list(tokens.values())
+
+
+def test_a_loaded_engine_answers_as_transformers_does(tiny: TinyModel) -> None:
+    loaded = load_engine(server(tiny), allocate=allocate)
+    prompts = [random_prompt(length, length, VOCAB_SIZE) for length in (3, 100, 20)]
+    assert run(loaded, prompts, 10) == [tiny.greedy(prompt, 10) for prompt in prompts]
+
+
+def test_what_was_loaded_is_described(tiny: TinyModel) -> None:
+    loaded = load_engine(server(tiny, max_seq_len=300), allocate=allocate)
+    assert (loaded.device, loaded.dtype, loaded.ops_name) == ("cpu", "float32", "torch")
+    assert loaded.max_seq_len == 300
+    assert loaded.config.vocab_size == VOCAB_SIZE
+    assert loaded.num_parameters == sum(parameter.numel() for parameter in tiny.reference.parameters())
+
+
+def test_max_tokens_sizes_the_pool_in_whole_blocks(tiny: TinyModel) -> None:
+    given: list[KVLayout] = []
+
+    def remember(layout: KVLayout) -> bytearray:
+        given.append(layout)
+        return allocate(layout)
+
+    loaded = load_engine(server(tiny), allocate=remember)
+    assert given == [loaded.layout]
+    assert loaded.layout == KVLayout(
+        num_layers=3, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32", num_blocks=38
+    )
+
+
+def test_without_max_tokens_a_fraction_of_the_budget_is_taken(tiny: TinyModel) -> None:
+    pool = KVCacheConfig(cpu_memory_budget_bytes=10 << 20, free_gpu_memory_fraction=0.5, tokens_per_block=32)
+    layout = load_engine(server(tiny, kv_cache_config=pool), allocate=allocate).layout
+    assert layout.pool_bytes <= 5 << 20 < layout.pool_bytes + layout.block_bytes * layout.num_layers
+
+
+def test_a_pool_that_does_not_fit_is_refused_with_the_numbers(tiny: TinyModel) -> None:
+    too_many = psutil.virtual_memory().total // 768 * 2
+    pool = KVCacheConfig(max_tokens=too_many)
+    with pytest.raises(NotEnoughMemory, match=r"takes [\d,]+ MiB \(768 bytes a token\); [\d,]+ MiB are available"):
+        load_engine(server(tiny, kv_cache_config=pool), allocate=allocate)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "available_bytes", lambda device: 1 << 10)
+    with pytest.raises(NotEnoughMemory, match="the weights, 0 million parameters in float32, take"):
+        load_engine(server(tiny), allocate=allocate)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int3"}, "dtype: must be auto, float32 or bfloat16, is 'int3'"),
+        ({"device": "abacus"}, "device: must be auto, cpu, cuda or cuda:N, is 'abacus'"),
+        ({"device": "cuda:99"}, "device: cuda:99 is not there"),
+        ({"load_format": "pickle"}, "load_format: must be auto or dummy, is 'pickle'"),
+        ({"max_seq_len": 1025}, "max_seq_len: must be 1 to 1024, the model's limit, is 1025"),
+        ({"kv_cache_config": KVCacheConfig(dtype="fp8")}, "kv_cache_config.dtype: must be auto or the model's float32"),
+    ],
+)
+def test_a_value_that_cannot_be_had_is_named(tiny: TinyModel, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_engine(server(tiny, **changes), allocate=allocate)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    tiny = write_model("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ModelUnavailable, match=r"model\.safetensors"):
+        load_engine(server(tiny), allocate=allocate)
+
+
+def test_dummy_weights_need_no_weight_files(tmp_path: Path) -> None:
+    tiny = write_model("qwen3", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    first, second = (load_engine(server(tiny, load_format="dummy"), allocate=allocate) for _ in range(2))
+    prompts = [random_prompt(30, 1, VOCAB_SIZE)]
+    assert run(first, prompts, 5) == run(second, prompts, 5)
+    assert first.fingerprint == second.fingerprint
+
+
+def test_bfloat16_loads_and_answers(tiny: TinyModel) -> None:
+    loaded = load_engine(server(tiny, dtype="bfloat16"), allocate=allocate)
+    assert loaded.layout.dtype == "bfloat16"
+    assert len(run(loaded, [random_prompt(30, 1, VOCAB_SIZE)], 5)[0]) == 5
+
+
+def test_fingerprints_tell_weights_and_numerics_apart(tiny: TinyModel, tmp_path: Path) -> None:
+    same = [load_engine(server(tiny, max_batch_size=size), allocate=allocate).fingerprint for size in (4, 8)]
+    assert len(set(same)) == 1
+    other_dtype = load_engine(server(tiny, dtype="bfloat16"), allocate=allocate).fingerprint
+    copy = write_model("llama-tied", tmp_path)
+    assert load_engine(server(copy), allocate=allocate).fingerprint == same[0]
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    other_weights = load_engine(server(copy), allocate=allocate).fingerprint
+    assert len({same[0], other_dtype, other_weights}) == 3
+
+
+def test_the_environment_chooses_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("DISAGG_OPS", "fast")
+    with pytest.raises(ConfigError, match="DISAGG_OPS: must be torch or native, is 'fast'"):
+        select(cpu, torch.float32, head_dim=64, num_threads=1)
+    monkeypatch.setenv("DISAGG_OPS", "torch")
+    assert select(cpu, torch.float32, head_dim=64, num_threads=1).name == "torch"
+    monkeypatch.setenv("DISAGG_OPS", "native")
+    for dtype, head_dim, reason in ((torch.bfloat16, 64, "not in bfloat16"), (torch.float32, 24, "head size 24")):
+        with pytest.raises(ConfigError, match=reason):
+            select(cpu, dtype, head_dim=head_dim, num_threads=1)
+
+
+def test_without_a_native_library_the_reference_steps_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISAGG_OPS")
+    monkeypatch.setattr(native, "load", lambda num_threads: None)
+    cpu = torch.device("cpu")
+    assert select(cpu, torch.float32, head_dim=64, num_threads=1).name == "torch"
+    assert select(cpu, torch.bfloat16, head_dim=64, num_threads=1).name == "torch"
+    monkeypatch.setenv("DISAGG_OPS", "native")
+    with pytest.raises(ConfigError, match="the log says why"):
+        select(cpu, torch.float32, head_dim=64, num_threads=1)

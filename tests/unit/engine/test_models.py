@@ -1,0 +1,96 @@
+"""Each family against transformers: logits within 1e-4, greedy tokens identical, however the prompt is cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from disaggregated.engine.models.rope import rope_tables
+from disaggregated.engine.runner import TorchModelRunner
+from disaggregated.errors import ModelUnavailable
+from disaggregated.sampling_params import SamplingParams
+from tests.unit.engine.runners import Driven, generate, make_runner, random_blocks, random_prompt
+from tests.unit.engine.tiny_models import FAMILIES, LLAMA3_SCALING, VOCAB_SIZE, TinyModel, write_model
+
+CHUNKINGS: Sequence[Sequence[int]] = ([400], [64], [1, 100, 7], [130, 1])
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return write_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def last_logits(runner: TorchModelRunner, prompt: list[int], sizes: Sequence[int], seed: int) -> torch.Tensor:
+    """(V) after the prompt, computed in chunks of `sizes`, again and again, in blocks of their own."""
+    sequence = Driven(list(prompt), random_blocks(-(-len(prompt) // 16), seed))
+    while True:
+        for size in sizes:
+            chunk = sequence.take(size)
+            if chunk.sampling is not None:
+                return runner.logits([chunk])[0]
+            runner.execute([chunk])
+
+
+def test_logits_are_those_of_transformers_for_any_chunking(tiny: TinyModel) -> None:
+    prompt = random_prompt(300, 1, VOCAB_SIZE)
+    expected = tiny.logits(prompt)[-1]
+    results = [last_logits(make_runner(tiny.path), prompt, sizes, seed) for seed, sizes in enumerate(CHUNKINGS)]
+    torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(result, results[0]) for result in results), "chunking changed bits"
+
+
+def test_greedy_tokens_are_those_of_transformers_alone_and_in_a_batch(tiny: TinyModel) -> None:
+    prompts = [random_prompt(length, length, VOCAB_SIZE) for length in (1, 17, 60, 140)]
+    expected = [tiny.greedy(prompt, 12) for prompt in prompts]
+    runner = make_runner(tiny.path)
+    blocks = random_blocks(40, 0)
+    together = [Driven(list(prompt), [blocks.pop() for _ in range(10)]) for prompt in prompts]
+    assert generate(runner, together, 12, [1, 5, 64, 33]) == expected
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert generate(runner, [Driven(list(prompt), random_blocks(10, 7))], 12, [512]) == [tokens]
+
+
+def test_bfloat16_runs_close_to_float32_and_batch_invariant(tiny: TinyModel) -> None:
+    prompt = random_prompt(100, 1, VOCAB_SIZE)
+    runner = make_runner(tiny.path, dtype="bfloat16")
+    whole, chunked = (last_logits(runner, prompt, sizes, 1) for sizes in ([100], [7, 50, 1]))
+    assert torch.equal(whole, chunked)
+    expected = tiny.logits(prompt)[-1]
+    assert torch.nn.functional.cosine_similarity(whole.float(), expected, dim=0) > 0.97
+
+
+def test_a_sampled_sequence_is_the_same_in_any_company(tmp_path: Path) -> None:
+    """Thirty-two sequences of any length and chunking, seeded sampling: each as when it runs alone."""
+    runner = make_runner(write_model("llama-tied", tmp_path).path)
+    rng = random.Random(3)
+    prompts = [random_prompt(rng.randint(1, 40), i, VOCAB_SIZE) for i in range(32)]
+    blocks = random_blocks(128, 1)
+    sampling = [sampling_of(i) for i in range(32)]
+    together = [
+        Driven(list(prompt), [blocks.pop() for _ in range(4)], own)
+        for prompt, own in zip(prompts, sampling, strict=True)
+    ]
+    tokens = generate(runner, together, 16, [rng.randint(1, 40) for _ in prompts])
+    for i, (prompt, own) in enumerate(zip(prompts, sampling, strict=True)):
+        alone = Driven(list(prompt), random_blocks(4, i), own)
+        assert generate(runner, [alone], 16, [rng.randint(1, 40)]) == [tokens[i]]
+
+
+def sampling_of(i: int) -> SamplingParams:
+    return SamplingParams(max_tokens=1, temperature=(0.0, 0.8, 1.5)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=i)
+
+
+def test_llama3_scaling_keeps_fast_rotations_and_slows_slow_ones() -> None:
+    _, plain = rope_tables(theta=5000.0, scaling=None, head_dim=32, num_positions=2)
+    _, scaled = rope_tables(theta=5000.0, scaling=LLAMA3_SCALING, head_dim=32, num_positions=2)
+    assert scaled[1, 0] == plain[1, 0]
+    torch.testing.assert_close(scaled[1, -1] * 4, plain[1, -1])
+
+
+def test_an_unknown_rope_scaling_is_refused_by_name() -> None:
+    with pytest.raises(ModelUnavailable, match="'yarn'"):
+        rope_tables(theta=1e4, scaling={"rope_type": "yarn", "factor": 4.0}, head_dim=32, num_positions=4)

@@ -1,0 +1,123 @@
+"""Weight files that are not what the config says are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.engine.weights import (
+    DummySource,
+    SafetensorsSource,
+    expected_shapes,
+    load_weights,
+    num_parameters,
+)
+from disaggregated.errors import ModelUnavailable
+from disaggregated.model_files import ModelConfig
+from tests.unit.engine.runners import Driven, make_runner, random_prompt
+from tests.unit.engine.tiny_models import FAMILIES, VOCAB_SIZE, write_model
+
+
+def load(path: Path) -> None:
+    with SafetensorsSource(path) as source:
+        load_weights(source, ModelConfig.load(path), ReferenceOps(), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_model("llama", tmp_path)
+    return tmp_path
+
+
+def rewrite(model: Path, added: Mapping[str, torch.Tensor], *, remove: str = "") -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if name != remove}
+    save_file({**tensors, **added}, model / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_tensors_that_are_expected(family: str, tmp_path: Path) -> None:
+    tiny = write_model(family, tmp_path)
+    config = ModelConfig.load(tmp_path)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    found = {name: tuple(tensor.shape) for name, tensor in tiny.reference.state_dict().items() if name not in tied}
+    assert expected_shapes(config) == found
+    assert num_parameters(config) == sum(parameter.numel() for parameter in tiny.reference.parameters())
+
+
+def test_a_missing_tensor_is_named(model: Path) -> None:
+    rewrite(model, {}, remove="model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ModelUnavailable, match=r"missing model\.layers\.1\.mlp\.up_proj\.weight$"):
+        load(model)
+
+
+def test_an_unexpected_tensor_is_named(model: Path) -> None:
+    rewrite(model, {"model.layers.0.mlp.experts.weight": torch.zeros(2)})
+    with pytest.raises(ModelUnavailable, match=r"unexpected model\.layers\.0\.mlp\.experts\.weight"):
+        load(model)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(model: Path) -> None:
+    rewrite(model, {"model.norm.weight": torch.zeros(63)})
+    with pytest.raises(ModelUnavailable, match=r"model\.norm\.weight is \(63,\), should be \(64,\)"):
+        load(model)
+
+
+def test_tensors_that_follow_from_the_rest_are_ignored(tmp_path: Path) -> None:
+    write_model("llama-tied", tmp_path)
+    rewrite(
+        tmp_path,
+        {"lm_head.weight": torch.zeros(1), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)},
+    )
+    load(tmp_path)
+
+
+def test_a_damaged_file_is_named(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"not this")
+    with pytest.raises(ModelUnavailable, match=r"model\.safetensors: not a readable safetensors file"):
+        load(model)
+
+
+def test_a_directory_without_weights_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"no \*\.safetensors file"):
+        SafetensorsSource(tmp_path)
+
+
+def test_shards_give_the_same_model_as_one_file(tmp_path: Path) -> None:
+    prompt = random_prompt(20, 1, VOCAB_SIZE)
+    logits = []
+    for name, size in (("one", "1GB"), ("shards", "100KB")):
+        write_model("llama", tmp_path / name, max_shard_size=size)
+        runner = make_runner(tmp_path / name)
+        logits.append(runner.logits([Driven(prompt, [0, 1]).take(20)]))
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert torch.equal(*logits)
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write_model("llama", tmp_path, max_shard_size="100KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelUnavailable, match=shard.name):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelUnavailable, match="not a safetensors index"):
+        SafetensorsSource(tmp_path)
+
+
+def test_dummy_weights_are_the_same_in_every_process_and_differ_by_name(model: Path) -> None:
+    config = ModelConfig.load(model)
+    first, second = (DummySource(config, torch.device("cpu")) for _ in range(2))
+    name, other = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(first.read(name), second.read(name))
+    assert not torch.equal(first.read(name), first.read(other))
+    assert first.read("model.norm.weight").eq(1.0).all()
