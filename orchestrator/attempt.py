@@ -1,0 +1,245 @@
+"""One attempt at a request: `Admit` goes to the generation server and `Prefill` to the context server at the same time.
+
+The first token comes back from the context server, so that the transfer is not in the time to first token; the others
+come on the generation server's link. Whatever fails ends the attempt as a whole: both halves are cancelled, and the
+run decides whether there is another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from disaggregated import rpc
+from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost, TransferError
+from disaggregated.request_life import Phase
+from disaggregated.v1 import control_pb2
+from orchestrator.placement import Placement
+from orchestrator.request_run import RequestRun
+from orchestrator.server import Server, Share
+from orchestrator.story import AttemptStory
+from orchestrator.token_order import Arrival, TokenOrder
+
+TRANSFER_TIMEOUT_S: Final = 60.0
+"""The most that an admission waits for its KV, or for its local prefill, within what the request has left."""
+
+
+class Attempt:
+    """Holds a share of each of its servers from the moment it is made until `give_back()`."""
+
+    def __init__(self, run: RequestRun, placement: Placement, key: int, *, clock: Callable[[], float]) -> None:
+        self.placement = placement
+        self.culprits: set[str] = set()
+        """Instances to stay away from next time."""
+        self._run = run
+        self._key = key
+        self._clock = clock
+        self._token_ids = run.token_ids
+        self._sampling = run.sampling
+        self._order = TokenOrder(len(self._token_ids))
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_landed = False
+        self._is_over_there = False
+        self.story = AttemptStory(
+            context_instance=placement.context.instance_id if placement.context else "",
+            generation_instance=placement.generation.instance_id if placement.generation else "",
+            why=placement.why,
+            began_s=clock(),
+        )
+        self._shares = [
+            (server, self._take(server)) for server in (placement.context, placement.generation) if server is not None
+        ]
+
+    def _take(self, server: Server) -> Share:
+        num_tokens = len(self._token_ids)
+        prefills_here = self.placement.context in (server, None)
+        share = Share(
+            num_tokens=num_tokens,
+            num_prefill_tokens=num_tokens if prefills_here else 0,
+            num_blocks=-(-(num_tokens + 1) // server.description.layout.block_size),
+            on_lost=self._context_lost if server is self.placement.context else self.on_lost,
+        )
+        server.take(self._key, share)
+        return share
+
+    def give_back(self) -> None:
+        for server, _ in self._shares:
+            server.give_back(self._key)
+        self._shares = []
+        if self._ended.done() and not self._ended.cancelled():
+            self._ended.exception()  # whoever awaited the attempt was told by another failure before
+
+    async def go(self) -> None:
+        """Until the request is over. The caller gives the shares back, however this ends.
+
+        Raises:
+            DisaggregatedError: the attempt came to nothing more; what it delivered is in the run.
+        """
+        self._run.story.attempts.append(self.story)
+        self._run.life.advance(Phase.PREFILLING, now_s=self._clock())
+        with contextlib.ExitStack() as link:
+            stream_key = self._open(link)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    calls = [group.create_task(self._prefill())] if self.placement.context else []
+                    if self.placement.generation is not None:
+                        calls.append(group.create_task(self._admit(self.placement.generation, stream_key)))
+                    await self._ended
+                    for call in calls:
+                        call.cancel()
+            except ExceptionGroup as failures:
+                raise failures.exceptions[0] from failures
+
+    def _open(self, stack: contextlib.ExitStack) -> int:
+        if self.placement.generation is None:
+            return 0
+        link = self.placement.generation.link
+        if link is None:
+            raise ServerLost(f"{self.story.generation_instance} was lost")
+        stream_key = link.open(self)
+        stack.callback(lambda: link.close(stream_key, is_over=self._is_over_there))
+        return stream_key
+
+    # The context server's half.
+
+    async def _prefill(self) -> None:
+        context = self.placement.context
+        assert context is not None, "a local prefill has no context server"
+        try:
+            await self._read_prefill(context)
+        except AdmissionError:
+            context.is_full()
+            raise
+        except DisaggregatedError:
+            self.culprits.add(self.story.context_instance)
+            if not self._has_landed:
+                raise
+
+    async def _read_prefill(self, context: Server) -> None:
+        if context.client is None:
+            raise ServerLost(f"{self.story.context_instance} was lost")
+        request = control_pb2.PrefillRequest(
+            request_id=self._wire_id,
+            transfer_id=self._wire_id if self.placement.generation is not None else "",
+            token_ids=self._token_ids,
+            sampling=self._sampling.to_proto(),
+            deadline_s=self._seconds_left(),
+        )
+        share = self._shares[0][1]
+        has_outcome = False
+        progresses = context.client.prefill(request, timeout_s=self._seconds_left())
+        async with contextlib.aclosing(progresses):
+            async for progress in progresses:
+                share.num_prefill_tokens = max(0, len(self._token_ids) - progress.num_computed_tokens)
+                self.story.num_cached_tokens = progress.num_cached_tokens
+                if progress.HasField("outcome"):
+                    has_outcome = True
+                    self._prefilled(progress.outcome)
+        if not has_outcome:
+            raise ServerLost(f"{self.story.context_instance} ended a prefill without its first token")
+
+    def _prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
+        self.story.prefilled(outcome)
+        arrival = Arrival(len(self._token_ids), [outcome.first_token], outcome.finish_reason)
+        self._arrived(arrival, self._clock())
+
+    def _context_lost(self, error: ServerLost) -> None:
+        self.culprits.add(self.story.context_instance)
+        if not self._has_landed:
+            self._fail(error)
+
+    # The generation server's half.
+
+    async def _admit(self, generation: Server, stream_key: int) -> None:
+        link = generation.link
+        if link is None:
+            raise ServerLost(f"{self.story.generation_instance} was lost")
+        request = control_pb2.AdmitRequest(
+            orchestrator_id=link.link_id,
+            stream_key=stream_key,
+            request_id=self._wire_id,
+            token_ids=self._token_ids,
+            sampling=self._sampling.to_proto(),
+            deadline_s=min(self._seconds_left(), TRANSFER_TIMEOUT_S),
+            source=self._ticket(),
+        )
+        try:
+            await link.admit(request)
+        except AdmissionError:
+            generation.is_full()
+            self._is_over_there = True
+            raise
+        except DisaggregatedError:
+            self.culprits.add(self.story.generation_instance)
+            raise
+
+    def _ticket(self) -> control_pb2.TransferTicket | None:
+        context = self.placement.context
+        if context is None:
+            return None
+        return control_pb2.TransferTicket(
+            address=context.address,
+            instance_id=context.description.instance_id,
+            epoch=context.description.epoch,
+            transfer_id=self._wire_id,
+        )
+
+    def on_delta(self, delta: control_pb2.StreamDelta, now_s: float) -> None:
+        if delta.HasField("times"):
+            self._has_landed = True
+            self.story.admitted(delta.times)
+        if delta.HasField("error"):
+            self._is_over_there = True
+            self._refused_later(rpc.from_stream_error(delta.error))
+            return
+        self._has_landed = True
+        if delta.finish_reason:
+            self._is_over_there = True
+        self._arrived(Arrival(delta.first_position, delta.token_ids, delta.finish_reason), now_s)
+
+    def _refused_later(self, error: DisaggregatedError) -> None:
+        if isinstance(error, TransferError):
+            self.culprits.add(self.story.context_instance)
+        elif not isinstance(error, AdmissionError):
+            self.culprits.add(self.story.generation_instance)
+        self._fail(error)
+
+    def on_lost(self, error: ServerLost) -> None:
+        self.culprits.add(self.story.generation_instance)
+        self._fail(error)
+
+    # Both halves.
+
+    def _arrived(self, arrival: Arrival, now_s: float) -> None:
+        if self._ended.done():
+            return
+        try:
+            due = self._order.arrive(arrival)
+        except ServerLost as error:
+            self.culprits.add(self.story.generation_instance)
+            self._fail(error)
+            return
+        if due is None:
+            return
+        life = self._run.life
+        if life.phase is Phase.TRANSFERRING:
+            life.advance(Phase.DECODING, now_s=now_s)
+        if self._run.deliver(due, now_s=now_s):
+            life.advance(Phase.FINISHED, now_s=now_s)
+            self._ended.set_result(None)
+        elif life.phase is Phase.PREFILLING:
+            life.advance(Phase.DECODING if self._has_landed else Phase.TRANSFERRING, now_s=now_s)
+
+    def _fail(self, error: DisaggregatedError) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    @property
+    def _wire_id(self) -> str:
+        """Unlike the client's own id, never used twice: an attempt must not meet the remains of an earlier one."""
+        return f"{self._run.request.request_id}.{self._key:x}"
+
+    def _seconds_left(self) -> float:
+        return max(0.001, self._run.request.deadline_s - self._clock())

@@ -1,0 +1,194 @@
+"""From the queue to the servers, and to other servers when those are lost, until each request has its one outcome.
+
+Every request has one coroutine, `run()`: it waits in the queue for a placement, goes through an attempt, and when the
+attempt fails goes back to the queue with what it has so far. Cancelling it reaches every server at once. The queue is
+looked at whenever something may have changed: a request came or ended, a server joined, was lost or has room again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from disaggregated import logs
+from disaggregated.config.deployment import DeploymentConfig
+from disaggregated.errors import (
+    AdmissionError,
+    DeadlineExceeded,
+    DisaggregatedError,
+    NoServerAvailable,
+    RequestCancelled,
+    TransferError,
+)
+from disaggregated.request_life import Phase
+from orchestrator.attempt import Attempt
+from orchestrator.placement import Needs, NotYet, Placer
+from orchestrator.policies import make_policy
+from orchestrator.request_queue import RequestQueue
+from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
+from orchestrator.retries import TRANSFER_FAILURES_MAX, RetryRule
+from orchestrator.server import Role
+from orchestrator.server_pools import ServerPools
+from orchestrator.story import RequestStory, StoryShelf
+
+log = logs.get(__name__)
+
+
+class RequestObserver(Protocol):
+    """Counts what happens. Called on the event loop."""
+
+    def attempt_failed(self, error: DisaggregatedError, *, goes_on: bool) -> None: ...
+
+    def request_ended(self, story: RequestStory) -> None: ...
+
+
+class Dispatcher:
+    """Invariant: a request is in the queue, or has one attempt that holds shares of its servers, or is over."""
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        pools: ServerPools,
+        *,
+        observer: RequestObserver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.queue: RequestQueue[RequestRun] = RequestQueue(config.queue_depth_max)
+        self.stories = StoryShelf(config.perf_metrics_max_requests)
+        self._pools = pools
+        self._placer = Placer(make_policy(config.context.router), make_policy(config.generation.router))
+        self._retry_rule = RetryRule(config.max_retries)
+        self._local_prefill_max = config.max_local_prefill_length
+        self._observer = observer
+        self._clock = clock
+        self._attempt_keys = itertools.count(secrets.randbits(48) << 24)
+        pools.on_change = self.serve_queue
+
+    async def run(self, request: TokenRequest, sink: TokenSink) -> RequestStory:
+        """Generate one sequence into `sink`. Cancel this to cancel the request.
+
+        Raises:
+            QueueFull: nothing was begun.
+            NoServerAvailable: no generation server until the deadline.
+            DeadlineExceeded: not finished by the deadline.
+            DisaggregatedError: it cannot be served, or its servers were lost too often.
+        """
+        run = RequestRun(request, sink, now_s=self._clock())
+        self.stories.began(run.story)
+        try:
+            async with asyncio.timeout(max(0.0, request.deadline_s - self._clock())):
+                await self._until_over(run)
+        except TimeoutError as timeout:
+            error = self._too_late(run)
+            run.end(Phase.FAILED, error, now_s=self._clock())
+            raise error from timeout
+        except DisaggregatedError as error:
+            run.end(Phase.FAILED, error, now_s=self._clock())
+            raise
+        except asyncio.CancelledError:
+            run.end(Phase.CANCELLED, RequestCancelled("the client went away"), now_s=self._clock())
+            raise
+        finally:
+            self.stories.ended(run.story)
+            self._observer.request_ended(run.story)
+        return run.story
+
+    async def _until_over(self, run: RequestRun) -> None:
+        while True:
+            attempt = await self._placed(run)
+            try:
+                await attempt.go()
+                attempt.story.result = run.story.finish_reason
+                return
+            except DisaggregatedError as error:
+                attempt.story.result = f"{type(error).__name__}: {error}"
+                if not self._goes_on(run, attempt, error):
+                    raise
+            finally:
+                attempt.story.ended_s = self._clock()
+                attempt.give_back()
+                self.serve_queue()
+            run.life.advance(Phase.QUEUED, now_s=self._clock())
+
+    def _goes_on(self, run: RequestRun, attempt: Attempt, error: DisaggregatedError) -> bool:
+        run.avoid = frozenset(attempt.culprits)
+        if not isinstance(error, AdmissionError):
+            run.num_losses_in_a_row += 1
+        if isinstance(error, TransferError):
+            run.num_transfer_failures += 1
+        goes_on = self._retry_rule.goes_on(error, num_losses_in_a_row=run.num_losses_in_a_row)
+        self._observer.attempt_failed(error, goes_on=goes_on)
+        log.debug("attempt_failed", request_id=run.request.request_id, error=repr(error), goes_on=goes_on)
+        return goes_on
+
+    # The queue.
+
+    async def _placed(self, run: RequestRun) -> Attempt:
+        """Wait for servers. The attempt that comes holds their shares already."""
+        placed: asyncio.Future[Attempt] = asyncio.get_running_loop().create_future()
+        run.placed = placed
+        if run.waiting is None:
+            run.waiting = self.queue.put(run, priority=run.request.priority, deadline_s=run.request.deadline_s)
+        else:
+            run.waiting = self.queue.put_back(run.waiting)
+        self.serve_queue()
+        try:
+            return await placed
+        except asyncio.CancelledError:
+            self.queue.remove(run.waiting)
+            if placed.done() and not placed.cancelled():
+                placed.result().give_back()
+            self.serve_queue()
+            raise
+
+    def serve_queue(self) -> None:
+        """Place whoever stands first for as long as there is room. The first one is never overtaken: it would starve."""
+        while (first := self.queue.first(now_s=self._clock())) is not None:
+            run = first.item
+            placement = self._placer.place(
+                self._needs(run), self._pools.of(Role.CONTEXT), self._pools.of(Role.GENERATION)
+            )
+            if isinstance(placement, NotYet):
+                run.not_yet = placement
+                return
+            self.queue.take(first, now_s=self._clock())
+            assert run.placed is not None, "it stands in the queue without waiting"
+            run.placed.set_result(Attempt(run, placement, next(self._attempt_keys), clock=self._clock))
+
+    def _needs(self, run: RequestRun) -> Needs:
+        num_prompt_tokens = len(run.request.token_ids) + len(run.emitted)
+        why_local = ""
+        if num_prompt_tokens <= self._local_prefill_max:
+            why_local = f"{num_prompt_tokens} tokens, at most {self._local_prefill_max}"
+        elif run.num_transfer_failures >= TRANSFER_FAILURES_MAX:
+            why_local = f"{run.num_transfer_failures} transfers failed"
+        return Needs(
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens_left=run.num_tokens_left,
+            why_local=why_local,
+            avoid=run.avoid,
+        )
+
+    def _too_late(self, run: RequestRun) -> DisaggregatedError:
+        waited_s = self._clock() - run.request.arrived_s
+        if run.life.phase is not Phase.QUEUED:
+            return DeadlineExceeded(f"not finished after {waited_s:.1f} s, {len(run.emitted)} tokens were generated")
+        not_yet = run.not_yet or NotYet("others stand before it")
+        if not_yet.is_for_want_of_servers:
+            return NoServerAvailable(f"{not_yet.reason}; waited {waited_s:.1f} s")
+        return DeadlineExceeded(f"waited {waited_s:.1f} s in the queue: {not_yet.reason}")
+
+    def retry_after_s(self) -> int:
+        return self.queue.retry_after_s(now_s=self._clock())
+
+    def check_idle(self) -> None:
+        """Nothing is queued, running or held; for tests and for `/ledger`."""
+        self.queue.check_integrity()
+        assert len(self.queue) == 0, "somebody still waits"
+        assert self.stories.num_running == 0, "somebody still runs"
+        held = {server.instance_id: list(server.shares) for server in self._pools if server.shares}
+        assert not held, f"shares are still held: {held}"

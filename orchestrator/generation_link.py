@@ -1,0 +1,167 @@
+"""The one stream on which a generation server tells all tokens of our requests: one message a decode step.
+
+A message is taken apart here and each delta goes straight to the request it belongs to: no queue, no task and no copy
+in between. When the stream breaks, every request on it learns so at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from disaggregated.errors import AdmissionError, DeadlineExceeded, DisaggregatedError, ServerLost
+from disaggregated.v1 import control_pb2
+from orchestrator.server_client import ServerClient
+
+ADMIT_TIMEOUT_S: Final = 10.0
+"""An admission is answered at once; a server that is silent altogether is found by its missing heartbeats before."""
+CANCEL_TIMEOUT_S: Final = 5.0
+
+_stream_keys = itertools.count(1)
+"""Never used twice in one process, so a late delta of an abandoned attempt belongs to nobody."""
+
+
+class DeltaReceiver(Protocol):
+    """Called on the event loop; must not block."""
+
+    def on_delta(self, delta: control_pb2.StreamDelta, now_s: float) -> None: ...
+
+    def on_lost(self, error: ServerLost) -> None: ...
+
+
+class GenerationLink:
+    """Lives as long as one connection to one generation server. `run()` is its reader; whoever runs it owns the link.
+
+    Invariant: a stream key is in `_receivers` from `open()` to `close()`; an admission that was sent is either answered
+    or the link is broken before its cancellation is sent, so that a cancellation can never overtake it.
+    """
+
+    def __init__(self, client: ServerClient, link_id: str, *, clock: Callable[[], float]) -> None:
+        self.link_id = link_id
+        self.num_messages = 0
+        self.num_tokens = 0
+        self._client = client
+        self._clock = clock
+        self._receivers: dict[int, DeltaReceiver] = {}
+        self._admitting: set[int] = set()
+        self._abandoned: set[int] = set()
+        self._to_cancel: list[int] = []
+        self._has_to_cancel = asyncio.Event()
+        self._broken: ServerLost | None = None
+        self._calls: asyncio.TaskGroup
+
+    async def run(self, opened: Callable[[], None]) -> None:
+        """Read and cancel until the link breaks, then tell everybody on it. Never returns.
+
+        Raises:
+            ServerLost: everybody on the link has been told.
+        """
+        try:
+            async with asyncio.TaskGroup() as self._calls:
+                self._calls.create_task(self._read(opened))
+                self._calls.create_task(self._send_cancellations())
+        except ExceptionGroup as failures:
+            error = failures.exceptions[0]
+            if not isinstance(error, DisaggregatedError):
+                raise error from failures
+            raise self._break(error) from error
+        finally:
+            self._break(ServerLost("the connection was closed"))
+
+    async def _read(self, opened: Callable[[], None]) -> None:
+        async with contextlib.aclosing(self._client.generate(self.link_id, opened)) as batches:
+            async for batch in batches:
+                self._take_apart(batch, self._clock())
+        raise ServerLost("it ended its stream of tokens")
+
+    def _take_apart(self, batch: control_pb2.StepBatch, now_s: float) -> None:
+        self.num_messages += 1
+        for delta in batch.deltas:
+            receiver = self._receivers.get(delta.stream_key)
+            if receiver is not None:
+                self.num_tokens += len(delta.token_ids)
+                receiver.on_delta(delta, now_s)
+
+    def open(self, receiver: DeltaReceiver) -> int:
+        """A key under which `receiver` gets what comes; it must be given back with `close()`.
+
+        Raises:
+            ServerLost: the link is broken already.
+        """
+        if self._broken is not None:
+            raise self._broken
+        stream_key = next(_stream_keys)
+        self._receivers[stream_key] = receiver
+        return stream_key
+
+    async def admit(self, request: control_pb2.AdmitRequest) -> control_pb2.AdmitReply:
+        """The call runs to its end even when the caller is cancelled: only then is it known what there is to undo.
+
+        Raises:
+            AdmissionError: refused, nothing to undo.
+            ServerLost: not answered.
+        """
+        answer: asyncio.Future[control_pb2.AdmitReply] = asyncio.get_running_loop().create_future()
+        self._admitting.add(request.stream_key)
+        self._calls.create_task(self._call_admit(request, answer))
+        return await answer
+
+    async def _call_admit(
+        self, request: control_pb2.AdmitRequest, answer: asyncio.Future[control_pb2.AdmitReply]
+    ) -> None:
+        key = request.stream_key
+        try:
+            reply = await self._client.admit(request, timeout_s=ADMIT_TIMEOUT_S)
+            if not answer.done():
+                answer.set_result(reply)
+        except AdmissionError as error:
+            self._abandoned.discard(key)
+            _fail(answer, error)
+        except DeadlineExceeded:
+            _fail(answer, ServerLost(f"it did not answer an admission in {ADMIT_TIMEOUT_S:g} s"))
+        except DisaggregatedError as error:
+            _fail(answer, error)
+        finally:
+            answer.cancel()
+            self._admitting.discard(key)
+            if key in self._abandoned:
+                self._abandoned.discard(key)
+                self._cancel(key)
+
+    def close(self, stream_key: int, *, is_over: bool) -> None:
+        """Nothing that still comes under this key matters. `is_over`: the server knows that it ended."""
+        del self._receivers[stream_key]
+        if is_over:
+            return
+        if stream_key in self._admitting:
+            self._abandoned.add(stream_key)
+        else:
+            self._cancel(stream_key)
+
+    def _cancel(self, stream_key: int) -> None:
+        self._to_cancel.append(stream_key)
+        self._has_to_cancel.set()
+
+    async def _send_cancellations(self) -> None:
+        """Those that pile up while one call is under way go together in the next."""
+        while True:
+            await self._has_to_cancel.wait()
+            self._has_to_cancel.clear()
+            keys, self._to_cancel = self._to_cancel, []
+            await self._client.cancel(self.link_id, keys, timeout_s=CANCEL_TIMEOUT_S)
+
+    def _break(self, error: BaseException) -> ServerLost:
+        if self._broken is None:
+            lost = error if isinstance(error, ServerLost) else ServerLost(f"its stream of tokens broke: {error}")
+            self._broken = lost
+            for receiver in list(self._receivers.values()):
+                receiver.on_lost(lost)
+        return self._broken
+
+
+def _fail(answer: asyncio.Future[control_pb2.AdmitReply], error: DisaggregatedError) -> None:
+    if not answer.done():
+        answer.set_exception(error)

@@ -1,0 +1,97 @@
+"""One sequence on its way through the servers: what was asked, what has been generated so far, and who gets it.
+
+This is all that survives the loss of a server. An attempt is thrown away with its server; the run makes the next one
+from the prompt, the tokens that the client already has, and the sampling that is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from disaggregated.errors import DisaggregatedError
+from disaggregated.request_life import Phase, RequestLife
+from disaggregated.sampling_params import SamplingParams
+from orchestrator.placement import NotYet
+from orchestrator.request_queue import Waiting
+from orchestrator.story import RequestStory
+from orchestrator.token_order import Arrival
+
+if TYPE_CHECKING:
+    from orchestrator.attempt import Attempt
+
+
+class TokenSink(Protocol):
+    """Where the tokens of one sequence go. Called on the event loop, in order; must not block."""
+
+    def push(self, token_ids: Sequence[int], finish_reason: str) -> bool:
+        """Take the next tokens; `finish_reason` is "", or says that these are the last. False: no more are wanted."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRequest:
+    """One sequence to generate. Times are on the orchestrator's monotonic clock."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    arrived_s: float
+    deadline_s: float
+    priority: int = 0
+    """A lower one is served earlier."""
+
+
+class RequestRun:
+    """Invariant: `emitted` is exactly what `sink` was given, and position `len(prompt) + len(emitted)` is due next."""
+
+    def __init__(self, request: TokenRequest, sink: TokenSink, *, now_s: float) -> None:
+        self.request = request
+        self.sink = sink
+        self.emitted: list[int] = []
+        self.life = RequestLife(request.request_id, now_s=now_s)
+        self.story = RequestStory(life=self.life, arrived_s=request.arrived_s, num_prompt_tokens=len(request.token_ids))
+        self.waiting: Waiting[RequestRun] | None = None
+        self.placed: asyncio.Future[Attempt] | None = None
+        self.not_yet: NotYet | None = None
+        """Why the queue could not place it when it last tried."""
+        self.avoid: frozenset[str] = frozenset()
+        self.num_losses_in_a_row = 0
+        """Since the last token."""
+        self.num_transfer_failures = 0
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The prompt of the next attempt."""
+        return [*self.request.token_ids, *self.emitted] if self.emitted else self.request.token_ids
+
+    @property
+    def num_tokens_left(self) -> int:
+        return self.request.sampling.max_tokens - len(self.emitted)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """What is left to do."""
+        return self.request.sampling.after(len(self.emitted)) if self.emitted else self.request.sampling
+
+    def deliver(self, arrival: Arrival, *, now_s: float) -> bool:
+        """Give the next tokens to the client; whether the request is over."""
+        assert arrival.first_position == len(self.request.token_ids) + len(self.emitted), "a token twice or missing"
+        if arrival.token_ids:
+            self.emitted.extend(arrival.token_ids)
+            self.story.tokens_came(len(arrival.token_ids), now_s=now_s)
+            self.num_losses_in_a_row = 0
+        finish_reason = arrival.finish_reason
+        if not finish_reason and self.num_tokens_left <= 0:
+            finish_reason = "length"
+        is_wanted = self.sink.push(arrival.token_ids, finish_reason)
+        if not is_wanted and not finish_reason:
+            finish_reason = "stop"
+        self.story.finish_reason = finish_reason
+        return bool(finish_reason)
+
+    def end(self, phase: Phase, error: DisaggregatedError | None = None, *, now_s: float) -> None:
+        if not self.life.is_over:
+            self.life.advance(phase, now_s=now_s)
+        self.story.error = "" if error is None else f"{type(error).__name__}: {error}"

@@ -1,0 +1,156 @@
+"""What the orchestrator knows about one server. Books only: who is there, what runs where, is there room. No I/O.
+
+CONNECTING ──▶ READY ──▶ DRAINING
+    ▲  │         │          │
+    │  ▼         ▼          ▼
+  REFUSED       LOST  ◀──────          LOST and REFUSED are tried again from CONNECTING
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from disaggregated.errors import ServerLost
+from disaggregated.kv_layout import KVLayout
+from disaggregated.v1 import control_pb2
+from orchestrator.policies import Candidate
+
+if TYPE_CHECKING:
+    from orchestrator.generation_link import GenerationLink
+    from orchestrator.server_client import ServerClient
+
+
+class Role(enum.StrEnum):
+    CONTEXT = "context"
+    GENERATION = "generation"
+
+
+class Standing(enum.StrEnum):
+    CONNECTING = "connecting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+    REFUSED = "refused"
+    """It answers, but serves something else than the others do."""
+
+
+@dataclasses.dataclass(slots=True)
+class Share:
+    """What one request takes of a server, as far as this orchestrator knows."""
+
+    num_tokens: int
+    """Of the prompt, and what was generated of it here."""
+    num_prefill_tokens: int
+    """Not computed yet."""
+    num_blocks: int
+    on_lost: Callable[[ServerLost], None]
+
+
+class Server:
+    """Invariant: `shares` holds exactly the attempts that run here; none outlives the connection it was made on."""
+
+    def __init__(self, role: Role, address: str) -> None:
+        self.role = role
+        self.address = address
+        self.standing = Standing.CONNECTING
+        self.reason = "not reached yet"
+        """Why it is not ready, in words."""
+        self.description = control_pb2.ServerDescription()
+        self.heartbeat = control_pb2.Heartbeat()
+        self.heard_s: float | None = None
+        """When the last heartbeat of this connection came."""
+        self.client: ServerClient | None = None
+        self.link: GenerationLink | None = None
+        self.num_times_lost = 0
+        self.shares: dict[int, Share] = {}
+        self._blocks_promised = 0
+        self._is_full = False
+
+    @property
+    def instance_id(self) -> str:
+        return self.description.instance_id or self.address
+
+    @property
+    def is_ready(self) -> bool:
+        return self.standing is Standing.READY
+
+    @property
+    def layout(self) -> KVLayout:
+        return KVLayout.from_proto(self.description.layout)
+
+    @property
+    def num_tokens_max(self) -> int:
+        """The longest sequence that fits, prompt and generated tokens together."""
+        layout = self.description.layout
+        return min(self.description.max_seq_len, layout.num_blocks * layout.block_size)
+
+    def connected(self, client: ServerClient, description: control_pb2.ServerDescription) -> None:
+        self.standing, self.reason = Standing.CONNECTING, "waiting for its first heartbeat"
+        self.client = client
+        self.description = description
+
+    def ready(self) -> None:
+        self.standing, self.reason = Standing.READY, ""
+
+    def refused(self, reason: str) -> None:
+        self.standing, self.reason = Standing.REFUSED, reason
+
+    def unreachable(self, reason: str) -> None:
+        self.standing, self.reason = Standing.CONNECTING, reason
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        self.client = self.link = self.heard_s = None
+        self.heartbeat = control_pb2.Heartbeat()
+        self._blocks_promised, self._is_full = 0, False
+
+    def lost(self, error: ServerLost) -> None:
+        """Everybody who has something here is told, once; from now on nothing is sent here."""
+        self.standing, self.reason = Standing.LOST, str(error)
+        self.num_times_lost += 1
+        self._disconnect()
+        for share in list(self.shares.values()):
+            share.on_lost(error)
+
+    def heard(self, heartbeat: control_pb2.Heartbeat, *, now_s: float) -> None:
+        self.heartbeat, self.heard_s = heartbeat, now_s
+        self._blocks_promised, self._is_full = 0, False
+        if heartbeat.draining and self.is_ready:
+            self.standing, self.reason = Standing.DRAINING, "draining"
+
+    def take(self, key: int, share: Share) -> None:
+        assert key not in self.shares, f"attempt {key} is here already"
+        self.shares[key] = share
+        self._blocks_promised += share.num_blocks
+
+    def give_back(self, key: int) -> None:
+        del self.shares[key]
+        self._is_full = False
+
+    def is_full(self) -> None:
+        """It refused a request; nothing more is tried before something ends there or its next heartbeat."""
+        self._is_full = True
+
+    def has_room(self, *, num_blocks: int) -> bool:
+        if not self.is_ready or self._is_full or len(self.shares) >= max(1, self.description.max_batch_size):
+            return False
+        if not self.shares:
+            return True
+        if self.role is Role.CONTEXT and self.num_prefill_tokens >= 2 * self.description.max_num_tokens:
+            return False  # one step's work under way and one more ready; the rest waits where it can still go elsewhere
+        return num_blocks <= self.num_blocks_free
+
+    @property
+    def num_blocks_free(self) -> int:
+        """As of the last heartbeat, less what was sent there since."""
+        return max(0, self.heartbeat.num_blocks_free - self._blocks_promised)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(share.num_prefill_tokens for share in self.shares.values())
+
+    def as_candidate(self) -> Candidate:
+        return Candidate(self.instance_id, len(self.shares), sum(share.num_tokens for share in self.shares.values()))

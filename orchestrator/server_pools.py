@@ -1,0 +1,230 @@
+"""The two pools of servers, and the loop that keeps in touch with each server of them.
+
+A server has one task here for as long as it is in its pool: describe, check that it agrees with the others, watch its
+heartbeats, and when it is lost tell everybody and begin again. What counts is progress: a crash, a frozen process, a
+half-open connection and a stuck step all show as "nothing heard", or "no step", for too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from disaggregated import logs
+from disaggregated.config.deployment import DeploymentConfig
+from disaggregated.errors import DisaggregatedError, InvalidRequest, ServerLost
+from disaggregated.v1 import control_pb2
+from orchestrator.agreement import disagreement
+from orchestrator.generation_link import GenerationLink
+from orchestrator.server import Role, Server, Standing
+from orchestrator.server_client import Connect, GrpcServerClient, ServerClient
+from orchestrator.silence import SilenceAlarm
+from orchestrator.task_owner import TaskOwner
+
+log = logs.get(__name__)
+
+DESCRIBE_TIMEOUT_S: Final = 2.0
+BACKOFF_S_MIN: Final = 0.1
+BACKOFF_S_MAX: Final = 2.0
+HEARTBEATS_IN_LIMIT: Final = 4
+"""Heartbeats that fit into `progress_timeout_s`: one may be late, or three, and the server is still there."""
+STEP_LIMIT_FACTOR: Final = 30
+"""A step may take that many times `progress_timeout_s`: on a CPU one chunk of a prompt takes seconds."""
+
+
+class ServerPools:
+    """Owns every connection to a server. `on_change` is called whenever there may be room where there was none.
+
+    Invariant: a server is in exactly one pool, and has a task as long as it is there and the pools are open.
+    """
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        *,
+        connect: Connect = GrpcServerClient,
+        clock: Callable[[], float] = time.monotonic,
+        on_crash: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.model: str | None = None
+        """What servers must serve, by its full name; None while the orchestrator has not loaded its side of it."""
+        self.on_change: Callable[[], None] = lambda: None
+        self._progress_timeout_s = config.progress_timeout_s
+        self._connect = connect
+        self._clock = clock
+        self._servers: dict[tuple[Role, str], Server] = {}
+        self._tasks: dict[Server, asyncio.Task[None]] = {}
+        self._owner = TaskOwner(on_crash or _end_process)
+        self._link_numbers = itertools.count(1)
+        self._orchestrator_id = f"orchestrator-{config.node_id}-{os.getpid()}"
+        self._is_open = False
+        for role, pool in ((Role.CONTEXT, config.context), (Role.GENERATION, config.generation)):
+            for url in pool.urls:
+                self.add(role, url)
+
+    # Who is there.
+
+    def of(self, role: Role) -> list[Server]:
+        return [server for server in self._servers.values() if server.role is role]
+
+    def __iter__(self) -> Iterator[Server]:
+        return iter(self._servers.values())
+
+    def ready(self, role: Role) -> list[Server]:
+        return [server for server in self._servers.values() if server.role is role and server.is_ready]
+
+    @property
+    def num_tokens_max(self) -> int | None:
+        """The longest sequence that every server takes, so that it can go on anywhere; None when none is known."""
+        known = [server.num_tokens_max for server in self if server.description.max_seq_len]
+        return min(known) if known else None
+
+    def add(self, role: str, address: str) -> None:
+        """The server at `host:port` joins as soon as it answers; it need not be there yet. Idempotent."""
+        key = (Role(role), address)
+        if key not in self._servers:
+            self._servers[key] = server = Server(*key)
+            if self._is_open:
+                self._start(server)
+
+    async def drain(self, role: str, address: str, *, deadline_s: float) -> int:
+        """No new request goes there from now on. Returns how many are left there after at most `deadline_s`."""
+        server = self._find(role, address)
+        if server.client is None:
+            return 0
+        server.standing, server.reason = Standing.DRAINING, "draining"
+        try:
+            return await server.client.drain(deadline_s=deadline_s)
+        except ServerLost:
+            return 0
+
+    async def remove(self, role: str, address: str) -> None:
+        """Forget the server; what still runs there goes on elsewhere."""
+        server = self._find(role, address)
+        del self._servers[server.role, address]
+        if (task := self._tasks.pop(server, None)) is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        self._forget(server, ServerLost(f"{server.instance_id} was removed"))
+
+    def _find(self, role: str, address: str) -> Server:
+        try:
+            return self._servers[Role(role), address]
+        except (KeyError, ValueError) as error:
+            raise InvalidRequest(f"there is no {role} server at {address}") from error
+
+    # Keeping in touch.
+
+    def start(self) -> None:
+        """Begin to call servers. Needs a running event loop; `close()` must follow."""
+        self._is_open = True
+        for server in self:
+            self._start(server)
+
+    async def close(self) -> None:
+        self._is_open = False
+        await self._owner.close()
+        for server in self:
+            self._forget(server, ServerLost("the orchestrator is stopping"))
+
+    def _start(self, server: Server) -> None:
+        self._tasks[server] = self._owner.start(self._keep(server), name=f"keep {server.role} {server.address}")
+
+    async def _keep(self, server: Server) -> None:
+        backoff_s = BACKOFF_S_MIN
+        while True:
+            was_ready = await self._live_and_die(server)
+            backoff_s = BACKOFF_S_MIN if was_ready else min(2 * backoff_s, BACKOFF_S_MAX)
+            await asyncio.sleep(backoff_s)
+
+    async def _live_and_die(self, server: Server) -> bool:
+        """One connection's life; whether it ever was ready."""
+        client = self._connect(server.address)
+        num_times_lost = server.num_times_lost
+        try:
+            await self._join(server, client)
+        except DisaggregatedError as error:
+            self._forget(server, error)
+        finally:
+            await client.close()
+        return server.num_times_lost > num_times_lost
+
+    def _forget(self, server: Server, error: DisaggregatedError) -> None:
+        if server.standing in (Standing.READY, Standing.DRAINING):
+            log.warning("server_lost", role=server.role, instance=server.instance_id, error=str(error))
+            server.lost(error if isinstance(error, ServerLost) else ServerLost(str(error)))
+            self.on_change()
+        elif server.standing is not Standing.REFUSED:
+            server.unreachable(str(error))
+
+    async def _join(self, server: Server, client: ServerClient) -> None:
+        """Never returns; raises when the server is lost or cannot join."""
+        description = await client.describe(timeout_s=DESCRIBE_TIMEOUT_S)
+        others = [other for other in self if other.standing in (Standing.READY, Standing.DRAINING)]
+        if (reason := disagreement(server, description, others, model=self.model)) is not None:
+            if server.reason != reason:
+                log.error("server_refused", role=server.role, address=server.address, reason=reason)
+            server.refused(reason)
+            raise ServerLost(reason)
+        server.connected(client, description)
+        await self._stay(server, client)
+
+    async def _stay(self, server: Server, client: ServerClient) -> None:
+        """Read what it sends until it is silent for too long, or its connection breaks."""
+        interval_s = self._progress_timeout_s / HEARTBEATS_IN_LIMIT
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as patience, asyncio.TaskGroup() as group:
+                alarm = SilenceAlarm(
+                    lambda: patience.reschedule(loop.time()),
+                    limit_s=self._progress_timeout_s,
+                    second_chance_s=interval_s,
+                )
+                if server.role is Role.GENERATION:
+                    link_id = f"{self._orchestrator_id}-{next(self._link_numbers)}"
+                    link = GenerationLink(client, link_id, clock=self._clock)
+                    group.create_task(link.run(lambda: self._opened(server, link)))
+                group.create_task(self._watch(server, client, alarm, interval_s=interval_s))
+        except TimeoutError as error:
+            raise ServerLost(f"{server.instance_id} was silent for {self._progress_timeout_s:g} s") from error
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+
+    def _opened(self, server: Server, link: GenerationLink) -> None:
+        server.link = link
+        self._ready_if_complete(server)
+
+    async def _watch(self, server: Server, client: ServerClient, alarm: SilenceAlarm, *, interval_s: float) -> None:
+        step_limit_s = STEP_LIMIT_FACTOR * self._progress_timeout_s
+        with contextlib.closing(alarm):
+            async for heartbeat in client.watch(interval_s=interval_s):
+                alarm.heard()
+                if heartbeat.epoch != server.description.epoch:
+                    raise ServerLost(f"{server.instance_id} was started again")
+                if heartbeat.step_age_s > step_limit_s:
+                    raise ServerLost(f"{server.instance_id} has not ended a step for {heartbeat.step_age_s:.1f} s")
+                self._heard(server, heartbeat)
+        raise ServerLost(f"{server.instance_id} ended its heartbeats")
+
+    def _heard(self, server: Server, heartbeat: control_pb2.Heartbeat) -> None:
+        server.heard(heartbeat, now_s=self._clock())
+        self._ready_if_complete(server)
+        self.on_change()
+
+    def _ready_if_complete(self, server: Server) -> None:
+        is_complete = server.heard_s is not None and (server.link is not None or server.role is Role.CONTEXT)
+        if server.standing is Standing.CONNECTING and is_complete:
+            server.ready()
+            log.info("server_joined", role=server.role, instance=server.instance_id, address=server.address)
+            self.on_change()
+
+
+def _end_process(error: BaseException) -> None:
+    """Our own mistake. Half an orchestrator would serve nobody; whoever started us starts us again."""
+    log.error("orchestrator_crashed", error=repr(error))
+    raise SystemExit(f"orchestrator crashed: {error!r}") from error

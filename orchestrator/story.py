@@ -1,0 +1,182 @@
+"""What happened to one request, with times: made while it runs, read by `GET /requests/{id}`, metrics and the log.
+
+The time to first token is told as parts that add up to it:
+
+    ttft = prepare + queue + lost attempts + prefill queue + prefill compute + hand-off
+
+`prepare` is checking, rendering and tokenizing; `hand-off` is what neither server saw: calls, sockets and event loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any
+
+from disaggregated.request_life import Phase, RequestLife
+from disaggregated.v1 import control_pb2
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AttemptStory:
+    """One dispatch. Times are seconds; `_s` fields that stayed 0 were not reached, or did not apply."""
+
+    context_instance: str
+    """Empty: prefilled where it decodes."""
+    generation_instance: str
+    """Empty: one token was wanted."""
+    why: str
+    began_s: float
+    ended_s: float | None = None
+    first_token_s: float | None = None
+    result: str = ""
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    prefill_queue_s: float = 0.0
+    prefill_compute_s: float = 0.0
+    transfer_s: float = 0.0
+    exposed_s: float = 0.0
+    first_decode_step_s: float = 0.0
+    transfer_bytes: int = 0
+    transport: str = ""
+
+    def prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
+        self.prefill_queue_s, self.prefill_compute_s = outcome.queue_s, outcome.compute_s
+
+    def admitted(self, times: control_pb2.AdmissionTimes) -> None:
+        if not self.context_instance:
+            self.prefill_queue_s, self.prefill_compute_s = times.queue_s, times.compute_s
+            self.num_cached_tokens = times.num_cached_tokens
+        self.transfer_s, self.exposed_s = times.transfer_s, times.exposed_s
+        self.first_decode_step_s = times.landed_to_step_s
+        self.transfer_bytes, self.transport = times.transfer_bytes, times.transport
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class RequestStory:
+    life: RequestLife
+    arrived_s: float
+    num_prompt_tokens: int
+    num_tokens: int = 0
+    attempts: list[AttemptStory] = dataclasses.field(default_factory=list)
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    longest_gap_s: float = 0.0
+    finish_reason: str = ""
+    error: str = ""
+
+    @property
+    def request_id(self) -> str:
+        return self.life.request_id
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, not computed again by whoever prefilled it first."""
+        return min(self.attempts[0].num_cached_tokens, self.num_prompt_tokens) if self.attempts else 0
+
+    def tokens_came(self, count: int, *, now_s: float) -> None:
+        if self.last_token_s is None:
+            self.first_token_s = now_s
+        else:
+            self.longest_gap_s = max(self.longest_gap_s, now_s - self.last_token_s)
+        self.last_token_s = now_s
+        self.num_tokens += count
+        attempt = self.attempts[-1]
+        attempt.num_tokens += count
+        if attempt.first_token_s is None:
+            attempt.first_token_s = now_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_s is None else self.first_token_s - self.arrived_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        if self.first_token_s is None or self.last_token_s is None or self.num_tokens < 2:
+            return None
+        return (self.last_token_s - self.first_token_s) / (self.num_tokens - 1)
+
+    def queue_s(self, *, until_s: float) -> float:
+        """Time in the queue before `until_s`."""
+        times_s = [began_s for began_s, _ in self.life.story]
+        ends_s = [*times_s[1:], until_s]
+        return sum(
+            max(0.0, min(end_s, until_s) - began_s)
+            for (began_s, phase), end_s in zip(self.life.story, ends_s, strict=True)
+            if phase is Phase.QUEUED
+        )
+
+    def ttft_parts(self) -> dict[str, float]:
+        """Adds up to `ttft_s`; empty before the first token."""
+        if self.first_token_s is None:
+            return {}
+        winner = next(attempt for attempt in self.attempts if attempt.first_token_s is not None)
+        earlier = self.attempts[: self.attempts.index(winner)]
+        served = winner.prefill_queue_s + winner.prefill_compute_s
+        return {
+            "prepare_s": self.life.story[0][0] - self.arrived_s,
+            "queue_s": self.queue_s(until_s=self.first_token_s),
+            "lost_attempts_s": sum((attempt.ended_s or 0.0) - attempt.began_s for attempt in earlier),
+            "prefill_queue_s": winner.prefill_queue_s,
+            "prefill_compute_s": winner.prefill_compute_s,
+            "hand_off_s": self.first_token_s - winner.began_s - served,
+        }
+
+    def as_json(self, *, now_s: float) -> dict[str, Any]:
+        """Times are relative to the request's arrival."""
+        return {
+            "request_id": self.request_id,
+            "outcome": str(self.life.phase),
+            "finish_reason": self.finish_reason or None,
+            "error": self.error or None,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_tokens": self.num_tokens,
+            "e2e_s": (self.life.story[-1][0] if self.life.is_over else now_s) - self.arrived_s,
+            "ttft_s": self.ttft_s,
+            "ttft_parts": self.ttft_parts(),
+            "tpot_s": self.tpot_s,
+            "longest_gap_s": self.longest_gap_s,
+            "phases": {
+                str(phase): self.life.seconds_in(phase, now_s=now_s)
+                for phase in dict.fromkeys(phase for _, phase in self.life.story)
+                if phase not in (Phase.FINISHED, Phase.FAILED, Phase.CANCELLED)
+            },
+            "story": [[began_s - self.arrived_s, str(phase)] for began_s, phase in self.life.story],
+            "attempts": [self._attempt_as_json(attempt) for attempt in self.attempts],
+        }
+
+    def _attempt_as_json(self, attempt: AttemptStory) -> dict[str, Any]:
+        fields = dataclasses.asdict(attempt)
+        for name in ("began_s", "ended_s", "first_token_s"):
+            if fields[name] is not None:
+                fields[name] -= self.arrived_s
+        return fields
+
+
+class StoryShelf:
+    """Stories of requests that run, and of the last `kept_max` that ended. When full, the oldest is forgotten."""
+
+    def __init__(self, kept_max: int) -> None:
+        self._kept_max = kept_max
+        self._running: dict[str, RequestStory] = {}
+        self._ended: OrderedDict[str, RequestStory] = OrderedDict()
+
+    def began(self, story: RequestStory) -> None:
+        self._running[story.request_id] = story
+
+    def ended(self, story: RequestStory) -> None:
+        if self._running.get(story.request_id) is story:
+            del self._running[story.request_id]
+        self._ended[story.request_id] = story
+        self._ended.move_to_end(story.request_id)
+        while len(self._ended) > self._kept_max:
+            self._ended.popitem(last=False)
+
+    def find(self, request_id: str) -> RequestStory | None:
+        """The story of a request; when a client used an id twice, of the one that runs, else of the later one."""
+        return self._running.get(request_id) or self._ended.get(request_id)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)

@@ -1,0 +1,61 @@
+"""Puts what two servers tell about one sequence into one line of tokens.
+
+The first token comes from the context server, the others from the generation server, over two connections: the second
+token may well be here before the first. Nothing reaches the client out of order, twice, or with one missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from disaggregated.errors import ServerLost
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrival:
+    """Tokens of one sequence; `first_position` is the index, prompt included, of `token_ids[0]`."""
+
+    first_position: int
+    token_ids: Sequence[int]
+    finish_reason: str = ""
+
+
+class TokenOrder:
+    """Invariant: everything before `position` has been given out; everything held lies after it."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        """Of the token that is due next."""
+        self._early: Arrival | None = None
+
+    def arrive(self, arrival: Arrival) -> Arrival | None:
+        """What can be given out now, or None while the token that is due has not come.
+
+        Raises:
+            ServerLost: the sender skips or repeats a token; nothing it says can be trusted any more.
+        """
+        if self._early is not None and arrival.first_position > self.position:
+            arrival = _joined(self._early, arrival)
+            self._early = None
+        if arrival.first_position > self.position:
+            self._early = arrival
+            return None
+        if arrival.first_position < self.position:
+            raise _broken(self.position, arrival.first_position)
+        if self._early is not None:
+            arrival = _joined(arrival, self._early)
+            self._early = None
+        self.position += len(arrival.token_ids)
+        return arrival
+
+
+def _joined(earlier: Arrival, later: Arrival) -> Arrival:
+    due = earlier.first_position + len(earlier.token_ids)
+    if earlier.finish_reason or later.first_position != due:
+        raise _broken(due, later.first_position)
+    return Arrival(earlier.first_position, [*earlier.token_ids, *later.token_ids], later.finish_reason)
+
+
+def _broken(due: int, came: int) -> ServerLost:
+    return ServerLost(f"the token at position {due} was due, and a server sent the one at {came}")
