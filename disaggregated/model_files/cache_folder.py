@@ -1,8 +1,8 @@
 """The folder where fetched and converted models are kept, shared by every process of this user.
 
-Whoever comes first does the work under a file lock; the others wait for it and find the result. A result appears by one
-rename, so a reader never sees half of one, and a process killed in the middle leaves only a `.partial` that the next
-one clears away. Finding a finished result takes no lock and writes nothing: a read-only cache is fine once it is filled.
+Whoever comes first does the work under a file lock; the others wait for it and find the result. A result appears by
+one rename, so a reader never sees half of one, and a process killed in the middle leaves only a `.partial` that the
+next one clears away. Finding a finished result takes no lock and writes nothing: a filled cache may be read-only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is a Hugging Face directory complete? Asked at start, so that a missing shard is one sentence and not a traceback later."""
+"""Is a Hugging Face directory complete? Asked at start: a missing shard is one sentence then, and a traceback later."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whether it is in one or in shards. Raises ModelUnavailable if incomplete."""
+    """The safetensors files of a checkpoint, one or several shards. Raises ModelUnavailable if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = read_json(index).get("weight_map")

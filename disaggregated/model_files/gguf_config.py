@@ -147,7 +147,7 @@ def _rope(gguf: GgufFile) -> dict[str, Any]:
 
 
 def _llama3_scaling(gguf: GgufFile, theta: float) -> dict[str, Any]:
-    """What the factors were computed from: only `factor` is told by them, the rest is the same in every Llama 3 model."""
+    """What the factors were computed from: they tell `factor`, and the rest is the same in every Llama 3 model."""
     tensor = gguf.tensors[ROPE_FACTORS]
     (half,) = tensor.shape
     factors = struct.unpack(f"<{half}f", gguf.read(tensor, 4 * half))
@@ -160,9 +160,7 @@ def _llama3_scaling(gguf: GgufFile, theta: float) -> dict[str, Any]:
     }
     expected = [_llama3_factor(scaling, theta ** (-index / half)) for index in range(half)]
     if not all(math.isclose(found, want, rel_tol=1e-3) for found, want in zip(factors, expected, strict=True)):
-        raise ModelUnavailable(
-            f"{gguf.path}: {ROPE_FACTORS} is not Llama 3's; serve the Hugging Face directory instead"
-        )
+        raise ModelUnavailable(f"{gguf.path}: {ROPE_FACTORS} is not Llama 3's; serve the original directory instead")
     return scaling
 
 

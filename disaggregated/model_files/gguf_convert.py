@@ -93,7 +93,7 @@ def _converted(gguf: GgufFile, tensors: list[GgufTensor]) -> Iterator[memoryview
         module = tensor.name.split(".")[-2]
         if permuted and module in heads:
             array = undo_rope_permutation(array, heads[module] or heads["attn_q"])
-        yield memoryview(np.ascontiguousarray(array)).cast("B")
+        yield np.ascontiguousarray(array).data.cast("B")
 
 
 def _array(gguf: GgufFile, tensor: GgufTensor) -> np.ndarray[Any, Any]:

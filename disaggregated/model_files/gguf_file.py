@@ -1,9 +1,9 @@
 """Reading a GGUF file: its keys, and where its tensors lie.
 
-The `gguf` package has a reader too; it makes a numpy view of each of a vocabulary's hundred thousand strings, which takes
-three seconds for a small model. This one takes a tenth of one and needs nothing but the standard library, so the
-orchestrator can take a tokenizer out of a GGUF without numpy. Layout: magic, version, counts, keys, tensor table, padding,
-tensors. All numbers are little-endian; big-endian files are refused.
+The `gguf` package has a reader too; it makes a numpy view of each of a vocabulary's hundred thousand strings, which
+takes three seconds for a small model. This one takes a tenth of one and needs nothing but the standard library, so the
+orchestrator can take a tokenizer out of a GGUF without numpy. Layout: magic, version, counts, keys, tensor table,
+padding, tensors. All numbers are little-endian; big-endian files are refused.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _rope(keys: _Keys) -> tuple[float, Mapping[str, Any] | None]:
         raise keys.bad(key, "rope_theta must be a positive number")
     if kind == "default":
         return float(theta), None
-    if kind not in _ROPE_SCALING_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_SCALING_KEYS:
         raise keys.bad(key, f"rope_type must be default, {' or '.join(_ROPE_SCALING_KEYS)} (others are not supported)")
     for name in _ROPE_SCALING_KEYS[kind]:
         if not _is_positive(rope.get(name)):
@@ -204,8 +204,8 @@ def _longest_sequence(keys: _Keys, architecture: str) -> tuple[int, tuple[str, .
     if window >= longest:
         return longest, ()
     return window, (
-        f"sequences are limited to {window} tokens instead of {longest}: the model uses sliding-window attention beyond "
-        "that, which is not supported",
+        f"sequences are limited to {window} tokens instead of {longest}: beyond that the model uses "
+        "sliding-window attention, which is not supported",
     )
 
 

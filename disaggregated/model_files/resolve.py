@@ -108,6 +108,6 @@ def _unknown(model: str, path: Path) -> ModelUnavailable:
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")):
         return ModelUnavailable(f"{model} does not exist")
     return ModelUnavailable(
-        f"there is no model {model!r}: it is no directory, no .gguf file and not in the Hugging Face cache, and nothing "
-        f"but {SMOLLM2.aliases[0]} is downloaded. Download it first, or name its directory"
+        f"there is no model {model!r}: it is no directory, no .gguf file and not in the Hugging Face cache, and "
+        f"nothing but {SMOLLM2.aliases[0]} is downloaded. Download it first, or name its directory"
     )
