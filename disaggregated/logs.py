@@ -3,8 +3,8 @@
     2026-03-01T12:00:00.123Z INFO generation-0 transfer_done request_id=r7 blocks=12 seconds=0.0041
 
 or, with `DISAGG_LOG_FORMAT=json`, the same as one object. Everything goes to stderr: stdout belongs to the ready line.
-The level is `DISAGG_LOG_LEVEL`, INFO unless told otherwise. It all stands on the standard library's `logging`, so the
-lines of libraries come out in the same form and a test reads ours with pytest's `caplog`.
+It all stands on the standard library's `logging`, so the lines of libraries come out in the same form and a test reads
+ours with pytest's `caplog`.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ class EventLog:
     def error(self, event: str, **fields: object) -> None:
         self._write(logging.ERROR, event, fields)
 
-    def exception(self, event: str, **fields: object) -> None:
-        """An error with the traceback of the exception that is being handled."""
-        self._write(logging.ERROR, event, fields, exc_info=True)
+    def traceback(self, event: str, raised: BaseException, **fields: object) -> None:
+        """An error with the traceback of `raised`."""
+        self._write(logging.ERROR, event, {**fields, "error": repr(raised)}, raised)
 
-    def _write(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
+    def _write(self, level: int, event: str, fields: Mapping[str, object], raised: BaseException | None = None) -> None:
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, extra={_FIELDS: fields}, exc_info=exc_info)
+            self._logger.log(level, event, extra={_FIELDS: fields}, exc_info=raised)
 
 
 def get(name: str) -> EventLog:
     return EventLog(logging.getLogger(name))
 
 
-def configure(process_name: str, *, stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
-    """Send every log line of this process to `stream` (stderr), marked with `process_name`. Called once, at start."""
+def configure(
+    process_name: str, *, level: str = "info", stream: TextIO | None = None, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Send every log line of this process to `stream` (stderr), marked with `process_name`. Called once, at start.
+
+    level: "debug", "info", "warning" or "error".
+    """
     formatter = _JsonLines(process_name) if environ.get("DISAGG_LOG_FORMAT") == "json" else _TextLines(process_name)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(formatter)
-    level = environ.get("DISAGG_LOG_LEVEL", "INFO").upper()
-    known = level in logging.getLevelNamesMapping()
-    logging.basicConfig(handlers=[handler], level=level if known else "INFO", force=True)
-    if not known:
-        get(__name__).warning("log_level_ignored", level=level)
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
 
 
 class _TextLines(logging.Formatter):

@@ -196,8 +196,8 @@ async def _mapping_errors(call: grpc.aio.ServicerContext[Any, Any]) -> AsyncIter
         await abort_with(call, error)
     except grpc.aio.AbortError:
         raise
-    except Exception as error:
-        log.exception("call_failed", error=repr(error))
+    except Exception as error:  # noqa: BLE001 - the edge that the docstring speaks of
+        log.traceback("call_failed", error)
         await abort_with(call, DisaggregatedError(f"unexpected {type(error).__name__}: {error}"))
 
 

@@ -59,6 +59,8 @@ class ChunkComputed:
     num_computed_tokens: int
     num_cached_tokens: int
     block_ids: tuple[int, ...]
+    started_s: float = 0.0
+    """When the step that computed it began, on the engine's clock."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -180,7 +180,8 @@ class LLMEngine:
     def step(self) -> list[EngineEvent]:
         """One forward pass, if there is something to compute; what it brought, chunks before tokens."""
         events, self._unsent = self._unsent, []
-        chunks = self._scheduler.schedule(now_s=self._clock())
+        started_s = self._clock()
+        chunks = self._scheduler.schedule(now_s=started_s)
         if not chunks:
             return events
         sampled = self._runner.execute([self._row(chunk) for chunk in chunks])
@@ -188,7 +189,7 @@ class LLMEngine:
         self._num_steps += 1
         self._step_finished_s = self._clock()
         for chunk in chunks:
-            events += self._chunk_events(chunk)
+            events += self._chunk_events(chunk, started_s)
         for (sequence, _), token_id in zip(chunks, sampled, strict=True):
             if sequence.num_to_compute == 0:
                 assert token_id is not None, f"{sequence.request_id}: no token at its position {sequence.num_computed}"
@@ -265,7 +266,7 @@ class LLMEngine:
             forbidden_token_ids=sequence.forbidden_token_ids,
         )
 
-    def _chunk_events(self, chunk: Chunk) -> list[EngineEvent]:
+    def _chunk_events(self, chunk: Chunk, started_s: float) -> list[EngineEvent]:
         """Book a chunk as computed. Progress in the prompt is told once: not again when it is computed again."""
         sequence = chunk.sequence
         self._scheduler.computed(chunk)
@@ -278,6 +279,7 @@ class LLMEngine:
                 num_computed_tokens=sequence.num_computed,
                 num_cached_tokens=sequence.num_cached_prompt_tokens,
                 block_ids=tuple(sequence.block_table[:num_blocks]),
+                started_s=started_s,
             )
         ]
 

@@ -54,16 +54,19 @@ def test_an_exception_is_logged_with_its_traceback(log_format: str) -> None:
     logs.configure("context-0", stream=stream, environ={"DISAGG_LOG_FORMAT": log_format})
     try:
         raise KeyError("block 7")
-    except KeyError:
-        logs.get("room").exception("engine_crashed", step=3)
+    except KeyError as error:
+        logs.get("room").traceback("engine_crashed", error, step=3)
     assert "test_an_exception_is_logged" in stream.getvalue()
     assert "block 7" in stream.getvalue()
 
 
-def test_the_level_comes_from_the_environment_and_an_unknown_one_is_named() -> None:
-    assert written({}, "step_done", "debug") == ""
-    assert "step_done" in written({"DISAGG_LOG_LEVEL": "debug"}, "step_done", "debug")
-    assert "log_level_ignored level=LOUD" in written({"DISAGG_LOG_LEVEL": "loud"}, "step_done", "debug")
+def test_lines_below_the_level_are_not_written() -> None:
+    stream = io.StringIO()
+    logs.configure("context-0", level="warning", stream=stream, environ={})
+    logs.get("room").info("step_done")
+    logs.get("room").warning("lease_expired")
+    assert "step_done" not in stream.getvalue()
+    assert "lease_expired" in stream.getvalue()
 
 
 def test_lines_of_libraries_come_out_in_the_same_form() -> None:

@@ -1,0 +1,190 @@
+"""A context server's work: prompts in, first tokens out, blocks offered until somebody has read them.
+
+Three sides share a request: its Prefill call (event loop), the engine (its own thread), and the transfer source (any
+thread). The engine's thread publishes blocks itself, right after the step that computed them, so a destination never
+waits for our event loop. The blocks go back when the source says `released`, whatever became of the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from context_server.prefill_call import PrefillCall
+from disaggregated.engine.api import (
+    ChunkComputed,
+    EngineEvent,
+    EngineRequest,
+    RequestFailed,
+    RequestKind,
+    TokensSampled,
+)
+from disaggregated.engine.serving.live_requests import LiveRequests
+from disaggregated.engine.serving.role import ENGINE_STOP_S, LoadedServer, as_our_error
+from disaggregated.engine.thread import EngineThread
+from disaggregated.errors import LeaseExpired
+from disaggregated.sampling_params import SamplingParams
+from disaggregated.v1 import control_pb2, control_pb2_grpc
+from kvtransfer import Region, TransferSource
+from kvtransfer.negotiate import speakable
+
+
+class ContextRole(control_pb2_grpc.ContextServicer):
+    """Invariant: a request is live until the engine was told to release its blocks."""
+
+    can_prefill = True
+
+    def __init__(self, server: LoadedServer[Region]) -> None:
+        self.live_requests = LiveRequests(num_requests_max=server.num_requests_max)
+        self.engine = EngineThread(server.loaded.engine, on_events=self._on_step, on_crash=server.on_crash)
+        self._loop = asyncio.get_running_loop()
+        self._prefills: dict[str, PrefillCall] = {}
+        """By engine id, while the call lasts."""
+        self._transfers: dict[str, str] = {}
+        """Engine id to transfer id, from open to released. Read by the engine's thread."""
+        self._engine_ids: dict[str, str] = {}
+        """The other way round."""
+        transceiver = server.config.cache_transceiver_config
+        self._source = TransferSource(
+            server.memory,
+            server.loaded.layout,
+            fingerprint=server.loaded.fingerprint,
+            instance_id=server.identity.instance_id,
+            epoch=server.identity.epoch,
+            lease_s=transceiver.lease_s,
+            transports=speakable(transceiver.backend),
+            host="127.0.0.1" if server.config.host == "localhost" else server.config.host,
+            on_released=self._transfer_over,
+        )
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        control_pb2_grpc.add_ContextServicer_to_server(self, server)
+        self._source.add_to(server)
+
+    async def __aenter__(self) -> Self:
+        await self._source.start()
+        self.engine.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._source.close()
+        await asyncio.to_thread(self.engine.stop, ENGINE_STOP_S)
+
+    async def end_streams(self) -> None:
+        await self._source.close()
+
+    @property
+    def transports(self) -> Sequence[str]:
+        return tuple(self._source.statistics())
+
+    def links(self) -> Sequence[control_pb2.LinkStatistics]:
+        """What was read from us, by transport: a source does not tell its readers apart."""
+        return [
+            control_pb2.LinkStatistics(
+                transport=name,
+                bytes_total=endpoint.bytes_total,
+                transfers_total=endpoint.reads_total,
+                failures_total=endpoint.reads_refused,
+            )
+            for name, endpoint in self._source.statistics().items()
+        ]
+
+    def transfers(self) -> Sequence[control_pb2.LedgerEntry]:
+        return [
+            control_pb2.LedgerEntry(kind="transfer", owner=transfer_id, count=num_blocks, age_s=age_s)
+            for transfer_id, num_blocks, age_s in self._source.ledger()
+        ]
+
+    # The Prefill call.
+
+    async def Prefill(
+        self, request: control_pb2.PrefillRequest, call: Any
+    ) -> AsyncIterator[control_pb2.PrefillProgress]:
+        engine_id = self.live_requests.add(request.request_id)
+        prefill = PrefillCall(engine_id, request.transfer_id, deadline_s=request.deadline_s)
+        self._prefills[engine_id] = prefill
+        try:
+            self._begin(prefill, request)
+            async for progress in prefill.progress():
+                yield progress
+        finally:
+            del self._prefills[engine_id]
+            if not prefill.is_computed:
+                self._abandon(prefill)
+
+    def _begin(self, prefill: PrefillCall, request: control_pb2.PrefillRequest) -> None:
+        if prefill.transfer_id:
+            self._source.open(prefill.transfer_id)
+            self._transfers[prefill.engine_id] = prefill.transfer_id
+            self._engine_ids[prefill.transfer_id] = prefill.engine_id
+        self.engine.submit(
+            EngineRequest(
+                request_id=prefill.engine_id,
+                kind=RequestKind.PREFILL_ONLY,
+                token_ids=request.token_ids,
+                sampling=SamplingParams.from_proto(request.sampling),
+            )
+        )
+
+    def _abandon(self, prefill: PrefillCall) -> None:
+        """The caller left, the deadline passed, or the engine refused: stop computing, and fail whoever follows."""
+        self.engine.cancel(prefill.engine_id)
+        if prefill.engine_id in self._transfers:
+            self._source.fail(prefill.transfer_id, "the prefill was stopped")
+        else:
+            self._give_back(prefill.engine_id)
+
+    # Events of the engine.
+
+    def _on_step(self, events: Sequence[EngineEvent]) -> None:
+        """On the engine's thread, once a step. A prompt's last chunk and its first token come in the same step."""
+        block_tables = {event.request_id: event.block_ids for event in events if isinstance(event, ChunkComputed)}
+        for event in events:
+            if transfer_id := self._transfers.get(event.request_id):
+                self._publish(transfer_id, event, block_tables.get(event.request_id, ()))
+        self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _publish(self, transfer_id: str, event: EngineEvent, block_ids: Sequence[int]) -> None:
+        match event:
+            case ChunkComputed():
+                self._source.publish(transfer_id, block_ids, event.num_computed_tokens)
+            case TokensSampled():
+                self._source.finish(transfer_id, block_ids, event.first_position, event.token_ids[0])
+            case RequestFailed():
+                self._source.fail(transfer_id, str(event.error))
+
+    def _deliver(self, events: Sequence[EngineEvent]) -> None:
+        """On the event loop. The call of an event may be gone; its blocks are seen to in `_abandon`."""
+        for event in events:
+            prefill = self._prefills.get(event.request_id)
+            match event:
+                case ChunkComputed() if prefill:
+                    prefill.chunk_computed(event)
+                case TokensSampled():
+                    if prefill:
+                        prefill.first_token_sampled(event)
+                    if event.request_id not in self._transfers:
+                        self._give_back(event.request_id)
+                case RequestFailed() if prefill:
+                    prefill.fail(as_our_error(event.error))
+
+    # Blocks on their way back.
+
+    def _transfer_over(self, transfer_id: str) -> None:
+        """Nobody reads these blocks any more. Called by the source, once for each transfer that was opened."""
+        engine_id = self._engine_ids.pop(transfer_id)
+        del self._transfers[engine_id]
+        prefill = self._prefills.get(engine_id)
+        if prefill and not prefill.is_computed:
+            prefill.fail(LeaseExpired("nobody wants the blocks of this prompt any more"))
+        self._give_back(engine_id)
+
+    def _give_back(self, engine_id: str) -> None:
+        self.engine.release(engine_id)
+        self.live_requests.discard(engine_id)

@@ -1,0 +1,108 @@
+"""What every server answers about itself: Describe, Watch, Drain, GetLedger."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from disaggregated import __version__
+from disaggregated.engine.serving.live_requests import request_id_of
+from disaggregated.engine.serving.role import LoadedServer, Role
+from disaggregated.v1 import control_pb2, control_pb2_grpc
+
+HEARTBEAT_INTERVAL_MIN_S: Final = 0.02
+LEDGER_TIMEOUT_S: Final = 10.0
+"""The engine answers between two steps, and a step on a slow machine takes seconds."""
+
+
+class ServerService(control_pb2_grpc.ServerServicer):
+    """Heartbeats come from the event loop while the engine computes: they stop when the process is gone or frozen."""
+
+    def __init__(self, role: Role, server: LoadedServer[Any]) -> None:
+        self._role = role
+        self._server = server
+        self._ending = asyncio.Event()
+
+    def end_watches(self) -> None:
+        self._ending.set()
+
+    async def Describe(self, request: control_pb2.DescribeRequest, call: Any) -> control_pb2.ServerDescription:
+        config, loaded, identity = self._server.config, self._server.loaded, self._server.identity
+        return control_pb2.ServerDescription(
+            instance_id=identity.instance_id,
+            epoch=identity.epoch,
+            role=config.role,
+            model=loaded.files.name,
+            fingerprint=loaded.fingerprint,
+            layout=loaded.layout.to_proto(),
+            max_num_tokens=config.max_num_tokens,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=loaded.engine.max_seq_len,
+            pid=os.getpid(),
+            device=loaded.device,
+            dtype=loaded.dtype,
+            version=__version__,
+            can_prefill=self._role.can_prefill,
+            transports=self._role.transports,
+        )
+
+    async def Watch(self, request: control_pb2.WatchRequest, call: Any) -> AsyncIterator[control_pb2.Heartbeat]:
+        interval_s = max(request.interval_s, HEARTBEAT_INTERVAL_MIN_S)
+        while not self._ending.is_set():
+            yield self.heartbeat()
+            await self._wait_for_news(interval_s)
+
+    async def _wait_for_news(self, interval_s: float) -> None:
+        """Until the next heartbeat is due: after the interval, when draining begins, or when watches end."""
+        live_requests = self._role.live_requests
+        waits: list[asyncio.Future[object]] = [asyncio.ensure_future(self._ending.wait())]
+        if not live_requests.is_draining:
+            waits.append(asyncio.ensure_future(live_requests.wait_draining()))
+        try:
+            await asyncio.wait(waits, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def heartbeat(self) -> control_pb2.Heartbeat:
+        statistics = self._role.engine.statistics()
+        return control_pb2.Heartbeat(
+            epoch=self._server.identity.epoch,
+            draining=self._role.live_requests.is_draining,
+            links=self._role.links(),
+            step=statistics.step,
+            step_age_s=statistics.step_age_s,
+            num_running=statistics.num_running,
+            num_waiting=statistics.num_waiting,
+            num_waiting_tokens=statistics.num_waiting_tokens,
+            num_blocks=statistics.num_blocks,
+            num_blocks_free=statistics.num_blocks_free,
+            num_blocks_leased=statistics.num_blocks_leased,
+            num_blocks_quarantined=statistics.num_blocks_quarantined,
+            prompt_tokens_total=statistics.prompt_tokens_total,
+            prompt_cached_tokens_total=statistics.prompt_cached_tokens_total,
+            generation_tokens_total=statistics.generation_tokens_total,
+            preemptions_total=statistics.preemptions_total,
+        )
+
+    async def Drain(self, request: control_pb2.DrainRequest, call: Any) -> control_pb2.DrainReply:
+        live_requests = self._role.live_requests
+        live_requests.begin_draining()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(request.deadline_s):
+                await live_requests.wait_idle()
+        return control_pb2.DrainReply(num_left=len(live_requests))
+
+    async def GetLedger(self, request: control_pb2.LedgerRequest, call: Any) -> control_pb2.Ledger:
+        async with asyncio.timeout(LEDGER_TIMEOUT_S):
+            blocks = await asyncio.wrap_future(self._role.engine.ledger())
+        entries = [
+            control_pb2.LedgerEntry(
+                kind=entry.kind, owner=request_id_of(entry.owner), count=entry.num_blocks, age_s=entry.age_s
+            )
+            for entry in blocks
+        ]
+        return control_pb2.Ledger(entries=[*entries, *self._role.transfers()])
