@@ -253,7 +253,7 @@ class LaunchPlan:
         if failures_in_a_row <= 1:
             return 0.0
         doublings = min(failures_in_a_row - 2, 16)
-        return min(self.limits.backoff_first_s * 2**doublings, self.limits.backoff_max_s)
+        return min(self.limits.backoff_first_s * 2.0**doublings, self.limits.backoff_max_s)
 
     def _overdue(self, instance: Instance, now_s: float) -> list[Decision]:
         if instance.phase is Phase.WAITING:

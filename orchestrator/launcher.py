@@ -49,7 +49,7 @@ class Pools(Protocol):
     """The part of ServerPools that a launcher acts on."""
 
     def add(self, role: str, address: str) -> None: ...
-    async def drain(self, role: str, address: str, deadline_s: float) -> int: ...
+    async def drain(self, role: str, address: str, *, deadline_s: float) -> int: ...
     async def remove(self, role: str, address: str) -> None: ...
 
 
@@ -196,7 +196,10 @@ class Launcher:
                     pass
 
     async def _drain(self, drain: Drain) -> None:
-        num_left = await self._pools.drain(drain.role, drain.address, drain.timeout_s)
+        try:
+            num_left = await self._pools.drain(drain.role, drain.address, deadline_s=drain.timeout_s)
+        except DisaggregatedError:  # It has crashed meanwhile: its requests have gone elsewhere already.
+            num_left = 0
         await self._events.put(lambda now_s: self.plan.drained(drain.name, num_left=num_left, now_s=now_s))
 
     async def _attend(self, name: str, role: str) -> None:
@@ -214,6 +217,7 @@ class Launcher:
             code = await child.wait()
         finally:
             child.kill()
+            await child.wait()
             del self._children[name]
             self._cores.give_back(name)
         self._last_words[name] = child.last_words[-1] if child.last_words else "it said nothing"

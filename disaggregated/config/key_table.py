@@ -85,13 +85,12 @@ class KeyTable:
 
     def suggestion(self, name: str) -> str:
         """What to add to "unknown key": the nearest key of its section, or the section where it really lives."""
-        section = name.rpartition(".")[0]
+        section, _, last = name.rpartition(".")
+        elsewhere = [known for known in self._keys if known.rpartition(".")[2] == last]
+        if elsewhere:
+            return f"; did you mean {elsewhere[0]}?"
         siblings = {n for n in [*self._keys, *self._aliases, *self._groups] if n.rpartition(".")[0] == section}
-        near = did_you_mean(name.rpartition(".")[2], sorted(n.rpartition(".")[2] for n in siblings))
-        if near:
-            return near
-        elsewhere = [n for n in self._keys if n.rpartition(".")[2] == name.rpartition(".")[2]]
-        return f"; did you mean {elsewhere[0]}?" if elsewhere else ""
+        return did_you_mean(last, sorted(sibling.rpartition(".")[2] for sibling in siblings))
 
 
 def _dots(name: str) -> list[int]:

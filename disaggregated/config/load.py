@@ -105,13 +105,12 @@ def _section(document: Mapping[str, object], role: str, inherited: list[Found], 
 def _without_engine_arguments(section: str, found: list[Found], source: Source) -> Decision:
     """Servers with urls run already, under their own flags; what the file says about their engines is a description."""
     ours = [item for item in found if item.name not in SERVER_KEYS or item.name == "model"]
-    theirs = dict.fromkeys(
-        item.path.removeprefix(f"{section}.").partition(".")[0] for item in found if item not in ours
-    )
+    theirs = [item for item in found if item not in ours and item.value not in SERVER_KEYS[item.name].harmless]
+    named = dict.fromkeys(item.path.removeprefix(f"{section}.").partition(".")[0] for item in theirs)
     decision = decide(ours, SECTION_KEYS, source)
-    if theirs:
+    if named:
         text = "no effect on servers with urls, which run already: say it in their own --config or flags"
-        decision.notes.append(f"{section}: {', '.join(theirs)}: {text}")
+        decision.notes.append(f"{section}: {', '.join(named)}: {text}")
     return decision
 
 

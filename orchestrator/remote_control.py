@@ -1,0 +1,75 @@
+"""Talks to a running orchestrator over HTTP, for the verbs that change or show a deployment."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+_STATUS_TIMEOUT_S = 5.0
+
+
+def scale(url: str, wanted: Mapping[str, int], *, timeout_s: float) -> None:
+    """Returns when it is done. Raises ClickException with the orchestrator's own words when it is refused."""
+    code, answer = _call(f"{url}/cluster/scale", wanted, timeout_s=timeout_s)
+    if code != 200:
+        raise click.ClickException(_reason(code, answer))
+
+
+def status(url: str) -> tuple[list[str], bool]:
+    """Lines for a reader, and whether requests can be served."""
+    code, _ = _call(f"{url}/health", timeout_s=_STATUS_TIMEOUT_S)
+    info_code, info = _call(f"{url}/cluster_info", timeout_s=_STATUS_TIMEOUT_S)
+    if info_code != 200:
+        raise click.ClickException(_reason(info_code, info))
+    lines = [f"{url}: {'serving' if code == 200 else 'not serving'}"]
+    for role, workers in info["current_workers"].items():
+        lines += [f"  {role}"] + [f"    {_worker_line(worker)}" for worker in workers]
+    lines += [f"  {_process_line(local)}" for local in info.get("processes", [])]
+    return lines, code == 200
+
+
+def _worker_line(worker: Mapping[str, Any]) -> str:
+    named = ("worker_id", "host", "port", "role")
+    extra = [f"{key}={value}" for key, value in worker.items() if key not in named and value not in ("", None)]
+    return f"{worker['host']}:{worker['port']}  {worker['worker_id']}  {' '.join(extra)}".rstrip()
+
+
+def _process_line(local: Mapping[str, Any]) -> str:
+    words = [f"process {local['name']}: {local['phase']} for {local['phase_s']:.0f} s"]
+    if local["restarts"]:
+        words.append(f"{local['restarts']} restarts, last with {local['last_exit']}")
+    return ", ".join(words)
+
+
+def _call(url: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) -> tuple[int, Any]:
+    payload = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=payload, headers={"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return answer.status, _parsed(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, _parsed(error.read())
+    except TimeoutError as error:
+        raise click.ClickException(f"{url}: no answer within {timeout_s:g} s") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise click.ClickException(f"no orchestrator answers at {url}: {reason}") from error
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return {}
+
+
+def _reason(code: int, answer: Any) -> str:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return str(error["message"]) if isinstance(error, dict) and "message" in error else f"it answered {code}"

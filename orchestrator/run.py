@@ -1,0 +1,114 @@
+"""One orchestrator process from its first port to its last child: what `disaggregated -c FILE` does.
+
+The port is taken first, then the servers are started, then HTTP answers (503 until a request can be served). On Ctrl-C
+the order is reversed: nothing new is accepted, requests under way may end, the servers are stopped. A second one kills.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+import uvloop
+from aiohttp import web
+
+from disaggregated import logs
+from disaggregated.config.deployment import DeploymentConfig
+from disaggregated.config.load import check_can_start
+from disaggregated.config.one_line import EXIT_INTERRUPTED
+from orchestrator.app import make_app, make_runner
+from orchestrator.launch_plan import LaunchLimits
+from orchestrator.launcher import Launcher
+from orchestrator.listening import address_of, listen
+from orchestrator.served_model import ServedModel
+from orchestrator.server_pools import ServerPools
+
+log = logs.get(__name__)
+
+REQUESTS_TIMEOUT_S: Final = 3.0
+"""For the requests under way at Ctrl-C."""
+SERVERS_TIMEOUT_S: Final = 1.5
+"""For the servers after that, before they are killed."""
+
+
+def run(config: DeploymentConfig) -> int:
+    """Serves until SIGINT or SIGTERM. Raises StartupError when it cannot start; nothing is left running then."""
+    check_can_start(config)
+    logs.configure("orchestrator", level=config.log_level)
+    for note in config.notes:
+        log.info("config_note", note=note)
+    with contextlib.closing(listen(config.hostname, config.port)) as listener:
+        uvloop.run(_serve(config, listener))
+    return 0
+
+
+async def _serve(config: DeploymentConfig, listener: socket.socket) -> None:
+    pools = ServerPools(config)
+    limits = LaunchLimits(start_timeout_s=config.server_start_timeout_s, stop_timeout_s=SERVERS_TIMEOUT_S)
+    launcher = Launcher(config, pools, limits=limits)
+    asked_to_stop, requests_gone = asyncio.Event(), asyncio.Event()
+    with _signals(asked_to_stop, launcher):
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(launcher.run(requests_gone))
+                await _answer(config, listener, pools, launcher, asked_to_stop)
+                requests_gone.set()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+
+
+async def _answer(
+    config: DeploymentConfig,
+    listener: socket.socket,
+    pools: ServerPools,
+    launcher: Launcher,
+    asked_to_stop: asyncio.Event,
+) -> None:
+    """HTTP from here until `asked_to_stop`, and then for as long as requests need, within REQUESTS_TIMEOUT_S."""
+    model = await asyncio.to_thread(ServedModel.load, config.model) if config.model and launcher.has_work else None
+    runner = make_runner(make_app(config, pools, model=model, scaler=launcher))
+    try:
+        await runner.setup()
+        await web.SockSite(runner, listener).start()
+        _freeze_start_up_objects()
+        sys.stdout.write(f"READY orchestrator {address_of(listener)} model={config.model or 'of its servers'}\n")
+        sys.stdout.flush()
+        await asked_to_stop.wait()
+        log.info("stopping", requests_timeout_s=REQUESTS_TIMEOUT_S)
+    finally:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REQUESTS_TIMEOUT_S):
+                await runner.cleanup()
+
+
+def _freeze_start_up_objects() -> None:
+    """What lives as long as the process need not be looked at by every collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def _signals(asked_to_stop: asyncio.Event, launcher: Launcher) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks to stop; the second one kills the servers and ends at once."""
+
+    def heard() -> None:
+        if asked_to_stop.is_set():
+            launcher.kill_all()
+            os._exit(EXIT_INTERRUPTED)
+        asked_to_stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, heard)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
