@@ -1,0 +1,121 @@
+"""Ids to text as they come, and never half a character.
+
+Both kinds of tokenizer served here turn each token into bytes, or into characters, on its own; only what a character
+needs from its neighbours has to be remembered. So the text of any sequence of pushes is exactly the text of the whole,
+each token costs one look-up, and nothing is ever decoded twice.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Protocol
+
+REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_UTF8_BYTES_MAX: Final = 4
+
+Piece = Callable[[int], str | None]
+"""A token as the vocabulary spells it; None for ids that print nothing (special tokens, ids outside the vocabulary)."""
+
+
+class Detokenizer(Protocol):
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete; what is left of a character waits for the next ones."""
+
+    def flush(self) -> str:
+        """The reply is over: the replacement character for bytes that never became one."""
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES: Final = _byte_of_character()
+
+
+class ByteLevelDetokenizer:
+    """Tokens are bytes in GPT-2's alphabet (Llama 3, Qwen, SmolLM).
+
+    `cache` is shared by all requests of a tokenizer; it grows to one entry a token of the vocabulary.
+    """
+
+    def __init__(self, piece: Piece, cache: dict[int, bytes], prompt_ids: Sequence[int] = ()) -> None:
+        self._piece = piece
+        self._cache = cache
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # A prompt of raw ids may end within a character, which the reply then completes.
+        tail = b"".join(map(self._bytes, prompt_ids[-_UTF8_BYTES_MAX:]))
+        self._decoder.decode(tail)
+
+    def push(self, ids: Iterable[int]) -> str:
+        return self._decoder.decode(b"".join(map(self._bytes, ids)))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", True)
+
+    def _bytes(self, token_id: int) -> bytes:
+        found = self._cache.get(token_id)
+        if found is None:
+            found = self._cache[token_id] = self._spelled(token_id)
+        return found
+
+    def _spelled(self, token_id: int) -> bytes:
+        text = self._piece(token_id) or ""
+        try:
+            return bytes(_BYTES[character] for character in text)
+        except KeyError:  # Added tokens are spelled as they are.
+            return text.encode()
+
+
+class SentencePieceDetokenizer:
+    """Tokens are characters, `▁` for a space, `<0x…>` for the bytes of what no token has (Llama 2, Mistral).
+
+    A run of byte tokens is text only if all of it is valid UTF-8, else each byte is a replacement character. That is
+    decided at its end, so a run is held back until the next ordinary token.
+    """
+
+    def __init__(
+        self, piece: Piece, *, byte_fallback: bool, strip_first_space: bool, prompt_ids: Sequence[int] = ()
+    ) -> None:
+        self._piece = piece
+        self._byte_fallback = byte_fallback
+        self._run = bytearray()
+        # The space before the very first word was put there by the tokenizer. With a prompt, that word is not ours.
+        self._strip = strip_first_space and not any(piece(token_id) for token_id in prompt_ids)
+
+    def push(self, ids: Iterable[int]) -> str:
+        return self._stripped("".join(map(self._text, ids)))
+
+    def flush(self) -> str:
+        return self._stripped(self._end_run())
+
+    def _text(self, token_id: int) -> str:
+        piece = self._piece(token_id)
+        if piece is None:
+            return ""
+        if self._byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            try:
+                self._run.append(int(piece[3:5], 16))
+                return ""
+            except ValueError:
+                pass
+        return self._end_run() + piece.replace("▁", " ")
+
+    def _end_run(self) -> str:
+        if not self._run:
+            return ""
+        run = bytes(self._run)
+        self._run.clear()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(run)
+
+    def _stripped(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text

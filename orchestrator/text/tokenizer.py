@@ -1,0 +1,147 @@
+"""A model's tokenizer.json, tokenizer_config.json and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+
+from disaggregated.errors import InvalidRequest, ModelUnavailable
+from disaggregated.model_files import read_eos_token_ids
+from disaggregated.model_files.checkpoint import read_json
+from orchestrator.text.chat_template import ChatTemplate
+from orchestrator.text.detokenizer import ByteLevelDetokenizer, Detokenizer, SentencePieceDetokenizer
+
+_ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_SPACES: Final = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+_BYTE_FALLBACK: Final = {"type": "ByteFallback"}
+_STRIP: Final = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+class Tokenizer:
+    """Text to ids and back, for one model. Shared by all requests; its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        chat_template: ChatTemplate | None,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        """Raises ModelUnavailable if the tokenizer's decoder is of a kind that cannot be streamed."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat_template = chat_template
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
+        self._byte_level = decoder is not None and decoder["type"] == "ByteLevel"
+        self._steps = [] if self._byte_level else _sentencepiece_steps(decoder)
+        self._byte_cache: dict[int, bytes] = {}
+        self._byte_cache_with_special: dict[int, bytes] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """From a directory in Hugging Face layout. Raises ModelUnavailable naming the file that is wrong."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ModelUnavailable(
+                f"{path} has no tokenizer.json; save one with transformers: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise ModelUnavailable(f"{file} is damaged: {error}") from error
+        config_file = path / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        source = _template_source(path, config)
+        template = None if source is None else ChatTemplate(source, _special_tokens(config))
+        return cls(backend, chat_template=template, eos_token_ids=read_eos_token_ids(path))
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, param: str | None = None) -> list[int]:
+        """Token ids. A rendered chat already has its special tokens in the text: pass False for it.
+
+        Raises InvalidRequest(param) for text that is not Unicode (half of a surrogate pair, which JSON can spell).
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the text is not valid Unicode at character {error.start}", param=param) from error
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence at once."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for a chat. Raises InvalidRequest(param="messages") if the model has another idea of chats."""
+        if self._chat_template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        return self._chat_template.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+        )
+
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """For one reply to `prompt_ids`; the prompt's own text is not repeated."""
+        piece = self._printed_piece if skip_special_tokens else self._backend.id_to_token
+        if self._byte_level:
+            cache = self._byte_cache if skip_special_tokens else self._byte_cache_with_special
+            return ByteLevelDetokenizer(piece, cache, prompt_ids)
+        return SentencePieceDetokenizer(
+            piece,
+            byte_fallback=_BYTE_FALLBACK in self._steps,
+            strip_first_space=_STRIP in self._steps,
+            prompt_ids=prompt_ids,
+        )
+
+    def _printed_piece(self, token_id: int) -> str | None:
+        return None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+
+
+def _sentencepiece_steps(decoder: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    steps = [] if decoder is None else decoder.get("decoders", [decoder])
+    steps = [step for step in steps if step != {"type": "Fuse"}]
+    if steps not in ([_SPACES], [_SPACES, _STRIP], [_SPACES, _BYTE_FALLBACK], [_SPACES, _BYTE_FALLBACK, _STRIP]):
+        kinds = [step.get("type") for step in steps] or "none"
+        raise ModelUnavailable(f"tokenizer.json: decoder {kinds} is not supported; ByteLevel and SentencePiece's are")
+    return steps
+
+
+def _template_source(path: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, where newer files have it, else tokenizer_config.json's: one, or a list of named ones."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for role in _ROLES:
+        token = config.get(role)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            found[role] = token
+    return found
