@@ -7,6 +7,7 @@ ready, and said in one message.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Final
 
 import psutil
@@ -36,6 +37,8 @@ from disaggregated.sampling_params import SamplingParams
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MIB: Final = 1 << 20
+_NOT_IN_KV: Final = ("max_position_embeddings", "eos_token_ids", "bos_token_id", "dtype", "remarks")
+"""What of a model's config a token's KV does not depend on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +56,12 @@ class LoadedEngine:
     num_parameters: int
 
 
-def load_engine(config: ServerConfig, *, allocate: Allocate) -> LoadedEngine:
+def load_engine(
+    config: ServerConfig, *, allocate: Allocate, progress: Callable[[str], None] | None = None
+) -> LoadedEngine:
     """
     `allocate` gives the memory of the KV pool on CPU, once its layout is known; the engine uses it until the end.
+    `progress` is told before anything slow, such as a download.
 
     Raises:
         ModelUnavailable: missing, damaged or unsupported.
@@ -65,7 +71,7 @@ def load_engine(config: ServerConfig, *, allocate: Allocate) -> LoadedEngine:
     torch.set_num_threads(config.num_threads)
     device, dtype = _device(config), _dtype(config)
     is_dummy = _is_dummy(config)
-    files = resolve(config.model, weights=not is_dummy)
+    files = resolve(config.model, weights=not is_dummy, progress=progress)
     model_config = ModelConfig.load(files.path)
     max_seq_len = _max_seq_len(config, model_config)
     _check_weights_fit(model_config, device, dtype)
@@ -184,7 +190,8 @@ def _warm_up(runner: TorchModelRunner, num_tokens: int) -> None:
 
 def _fingerprint(files: ModelFiles, config: ModelConfig, ops: Ops, dtype: torch.dtype, *, is_dummy: bool) -> str:
     weights = "dummy" if is_dummy else weights_digest(safetensors_paths(files.path))
-    return fingerprint(weights, dataclasses.asdict(config), _name(dtype), ops.name)
+    mathematics = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KV}
+    return fingerprint(weights, sorted(mathematics.items()), _name(dtype), ops.name)
 
 
 def _device(config: ServerConfig) -> torch.device:
