@@ -39,6 +39,6 @@ def _between(ours: control_pb2.ServerDescription, other: Server) -> str | None:
     if not is_same_model(ours.model, theirs.model):
         return f"model is {ours.model!r} here and {theirs.model!r} there"
     if ours.fingerprint != theirs.fingerprint:
-        return f"the model's fingerprint is {ours.fingerprint} here and {theirs.fingerprint} there: other weights or numerics"
+        return f"weights or numerics differ: fingerprint {ours.fingerprint} here and {theirs.fingerprint} there"
     difference = KVLayout.from_proto(ours.layout).difference(KVLayout.from_proto(theirs.layout))
     return f"KV layouts differ: {difference}" if difference else None

@@ -146,7 +146,7 @@ class Dispatcher:
             raise
 
     def serve_queue(self) -> None:
-        """Place whoever stands first for as long as there is room. The first one is never overtaken: it would starve."""
+        """Place whoever stands first while there is room. The first one is never overtaken: it would starve."""
         while (first := self.queue.first(now_s=self._clock())) is not None:
             run = first.item
             placement = self._placer.place(

@@ -15,7 +15,6 @@ import grpc
 from disaggregated import rpc
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 
-
 Call = TypeVar("Call", bound="grpc.aio.Call")
 
 

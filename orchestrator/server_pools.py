@@ -156,7 +156,8 @@ class ServerPools:
 
     def _forget(self, server: Server, error: DisaggregatedError) -> None:
         if server.standing in (Standing.READY, Standing.DRAINING):
-            log.warning("server_lost", role=server.role, instance=server.instance_id, error=str(error))
+            write = log.warning if self._is_open else log.debug
+            write("server_lost", role=server.role, instance=server.instance_id, error=str(error))
             server.lost(error if isinstance(error, ServerLost) else ServerLost(str(error)))
             self.on_change()
         elif server.standing is not Standing.REFUSED:

@@ -1,0 +1,360 @@
+"""Servers in virtual time that crash, freeze, refuse and damage at moments drawn from a seed.
+
+`FakeServer` is the process, `FakeClient` one connection to it, with the Protocol of `orchestrator.server_client`. What a
+frozen server is told waits until it thaws; what a crashed one was doing is gone, and every call to it fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+from disaggregated import rpc
+from disaggregated.errors import ChecksumMismatch, PeerLost, PoolExhausted, ServerLost, StaleEpoch
+from disaggregated.kv_layout import KVLayout
+from disaggregated.sampling_params import SamplingParams
+from disaggregated.v1 import control_pb2
+from tests.support.token_hash import finish_reason_of, next_token
+
+LEASE_S = 5.0
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=400)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Temper:
+    """How badly a server behaves. Probabilities are per call."""
+
+    latency_s: float = 0.002
+    step_s: float = 0.01
+    prefill_token_s: float = 0.0002
+    refusal: float = 0.0
+    damaged_transfer: float = 0.0
+    max_batch_size: int = 8
+
+
+class Pipe:
+    """What one call brings back: messages, then the error or None that ends it."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def read(self) -> Any:
+        item = await self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+@dataclasses.dataclass(eq=False)
+class Decoding:
+    stream_key: int
+    link: Pipe
+    sequence: list[int]
+    num_prompt: int
+    sampling: SamplingParams
+    times: control_pb2.AdmissionTimes | None
+
+
+class FakeServer:
+    def __init__(self, cluster: FakeCluster, role: str, address: str) -> None:
+        self.cluster = cluster
+        self.role = role
+        self.address = address
+        self.epoch = 1
+        self.is_alive = True
+        self.thawed = asyncio.Event()
+        self.thawed.set()
+        self.pipes: set[Pipe] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.links: dict[str, Pipe] = {}
+        self.admitted: dict[tuple[str, int], str] = {}
+        self.decoding: dict[tuple[str, int], Decoding] = {}
+        self.transfers: dict[str, asyncio.Future[int]] = {}
+        self.fingerprint = "weights-1"
+        self.num_prefills = 0
+        self.num_admissions = 0
+
+    # The process.
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def turn(self, seconds: float = 0.0) -> None:
+        """Time passes, and more of it while the process is frozen."""
+        await asyncio.sleep(seconds + self.cluster.random.uniform(0, self.cluster.temper.latency_s))
+        await self.thawed.wait()
+
+    def crash(self) -> None:
+        self.is_alive = False
+        for task in self.tasks:
+            task.cancel()
+        for pipe in self.pipes:
+            pipe.queue.put_nowait(ServerLost(f"lost {self.address}"))
+        for transfer in self.transfers.values():
+            if not transfer.done():
+                transfer.cancel()
+        for books in (self.pipes, self.links, self.admitted, self.decoding, self.transfers):
+            books.clear()
+
+    def restart(self) -> None:
+        self.is_alive, self.epoch = True, self.epoch + 1
+        self.thawed.set()
+
+    # What it does for a connection.
+
+    async def describe(self, pipe: Pipe) -> None:
+        await self.turn()
+        pipe.queue.put_nowait(
+            control_pb2.ServerDescription(
+                instance_id=self.address, epoch=self.epoch, role=self.role, model="fake", fingerprint=self.fingerprint,
+                layout=LAYOUT.to_proto(), max_num_tokens=64, max_batch_size=self.cluster.temper.max_batch_size,
+                max_seq_len=4096, can_prefill=True,
+            )
+        )  # fmt: skip
+
+    async def watch(self, pipe: Pipe, interval_s: float) -> None:
+        while True:
+            await self.turn()
+            pipe.queue.put_nowait(
+                control_pb2.Heartbeat(
+                    epoch=self.epoch, num_running=len(self.decoding), num_blocks=400,
+                    num_blocks_free=max(0, 400 - 20 * len(self.admitted)),
+                )
+            )  # fmt: skip
+            await asyncio.sleep(interval_s)
+
+    async def prefill(self, pipe: Pipe, request: control_pb2.PrefillRequest) -> None:
+        self.num_prefills += 1
+        await self.turn()
+        transfer = self.transfers.setdefault(request.transfer_id, asyncio.get_running_loop().create_future())
+        try:
+            tokens = list(request.token_ids)
+            for end in range(64, len(tokens) + 64, 64):
+                await self.turn(64 * self.cluster.temper.prefill_token_s)
+                pipe.queue.put_nowait(control_pb2.PrefillProgress(num_computed_tokens=min(end, len(tokens))))
+            sampling = SamplingParams.from_proto(request.sampling)
+            first = next_token(tokens, sampling.seed)
+            reason = finish_reason_of(first, 1, sampling)
+            pipe.queue.put_nowait(
+                control_pb2.PrefillProgress(
+                    num_computed_tokens=len(tokens),
+                    outcome=control_pb2.PrefillOutcome(first_token=first, finish_reason=reason, compute_s=0.01),
+                )
+            )
+            pipe.queue.put_nowait(None)
+            if not reason and request.transfer_id and not transfer.done():
+                transfer.set_result(first)
+                await asyncio.sleep(LEASE_S)
+        finally:
+            transfer.cancel()
+            self.transfers.pop(request.transfer_id, None)
+
+    async def admit(self, pipe: Pipe, request: control_pb2.AdmitRequest) -> None:
+        self.num_admissions += 1
+        await self.turn()
+        link = self.links.get(request.orchestrator_id)
+        if link is None or self.cluster.random.random() < self.cluster.temper.refusal:
+            pipe.queue.put_nowait(PoolExhausted.of(wanted=9, free=8))
+            return
+        key = (request.orchestrator_id, request.stream_key)
+        assert key not in self.admitted, "a stream key was used twice"
+        self.admitted[key] = request.request_id
+        self.spawn(self.fill(key, link, request))
+        await self.turn()
+        pipe.queue.put_nowait(control_pb2.AdmitReply())
+
+    async def fill(self, key: tuple[str, int], link: Pipe, request: control_pb2.AdmitRequest) -> None:
+        tokens = list(request.token_ids)
+        times = control_pb2.AdmissionTimes(transport="FAKE")
+        try:
+            if request.HasField("source"):
+                tokens.append(await self.pull(request.source))
+            else:
+                await self.turn(len(tokens) * self.cluster.temper.prefill_token_s)
+        except (PeerLost, StaleEpoch, ChecksumMismatch) as error:
+            if self.admitted.pop(key, None) is not None:
+                self.tell(link, control_pb2.StreamDelta(stream_key=key[1], error=rpc.to_stream_error(error)))
+            return
+        if key in self.admitted:
+            sampling = SamplingParams.from_proto(request.sampling)
+            self.decoding[key] = Decoding(key[1], link, tokens, len(request.token_ids), sampling, times)
+            if len(self.decoding) == 1:
+                self.spawn(self.decode())
+
+    async def pull(self, ticket: control_pb2.TransferTicket) -> int:
+        source = self.cluster.servers[ticket.address]
+        await self.turn()
+        if not source.is_alive:
+            raise PeerLost(f"{ticket.address} is gone")
+        if source.epoch != ticket.epoch:
+            raise StaleEpoch(f"{ticket.address} was started again")
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        transfer = source.transfers.setdefault(ticket.transfer_id, future)
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+            first = await asyncio.wait_for(asyncio.shield(transfer), 10.0)
+            await self.turn()
+            if self.cluster.random.random() < self.cluster.temper.damaged_transfer:
+                raise ChecksumMismatch("block 3")
+            return first
+        if not transfer.done():
+            transfer.cancel()  # nobody came to prefill it; whoever comes later finds a new one
+            source.transfers.pop(ticket.transfer_id, None)
+        raise PeerLost(f"{ticket.address} did not send")
+
+    async def decode(self) -> None:
+        while self.decoding:
+            await self.turn(self.cluster.temper.step_s)
+            batches: dict[Pipe, list[control_pb2.StreamDelta]] = {}
+            for key, row in list(self.decoding.items()):
+                batches.setdefault(row.link, []).append(self.step(key, row))
+            for link, deltas in batches.items():
+                self.tell(link, *deltas)
+
+    def step(self, key: tuple[str, int], row: Decoding) -> control_pb2.StreamDelta:
+        token = next_token(row.sequence, row.sampling.seed)
+        row.sequence.append(token)
+        reason = finish_reason_of(token, len(row.sequence) - row.num_prompt, row.sampling)
+        if reason:
+            del self.decoding[key], self.admitted[key]
+        times, row.times = row.times, None
+        return control_pb2.StreamDelta(
+            stream_key=row.stream_key, first_position=len(row.sequence) - 1, token_ids=[token], finish_reason=reason,
+            times=times,
+        )  # fmt: skip
+
+    def tell(self, link: Pipe, *deltas: control_pb2.StreamDelta) -> None:
+        link.queue.put_nowait(control_pb2.StepBatch(deltas=deltas))
+
+    def cancel(self, orchestrator_id: str, stream_keys: Sequence[int] | None) -> None:
+        """None: all of them, because their link broke."""
+        for key in list(self.admitted):
+            if key[0] == orchestrator_id and (stream_keys is None or key[1] in stream_keys):
+                del self.admitted[key]
+                self.decoding.pop(key, None)
+
+
+class FakeClient:
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    @contextlib.contextmanager
+    def _call(self, work: Callable[[Pipe], Coroutine[Any, Any, None]] | None) -> Iterator[Pipe]:
+        if not self._server.is_alive:
+            raise ServerLost(f"{self._server.address} refuses connections")
+        pipe = Pipe()
+        self._server.pipes.add(pipe)
+        task = self._server.spawn(work(pipe)) if work is not None else None
+        try:
+            yield pipe
+        finally:
+            self._server.pipes.discard(pipe)
+            if task is not None:
+                task.cancel()
+
+    async def describe(self, *, timeout_s: float) -> control_pb2.ServerDescription:
+        with self._call(self._server.describe) as pipe:
+            return await _within(pipe, timeout_s)
+
+    async def watch(self, *, interval_s: float) -> AsyncGenerator[control_pb2.Heartbeat, None]:
+        with self._call(lambda pipe: self._server.watch(pipe, interval_s)) as pipe:
+            while True:
+                yield await pipe.read()
+
+    async def drain(self, *, deadline_s: float) -> int:
+        return 0
+
+    async def ledger(self, *, timeout_s: float) -> Sequence[control_pb2.LedgerEntry]:
+        return [
+            control_pb2.LedgerEntry(kind="sequence", owner=owner, count=1) for owner in self._server.admitted.values()
+        ]
+
+    async def prefill(
+        self, request: control_pb2.PrefillRequest, *, timeout_s: float
+    ) -> AsyncGenerator[control_pb2.PrefillProgress, None]:
+        server = self._server
+        pipe = Pipe()
+        if not server.is_alive:
+            raise ServerLost(f"{server.address} refuses connections")
+        server.pipes.add(pipe)
+        task = server.spawn(server.prefill(pipe, request))
+        has_outcome = False
+        try:
+            while (message := await pipe.read()) is not None:
+                has_outcome = has_outcome or message.HasField("outcome")
+                yield message
+        finally:
+            server.pipes.discard(pipe)
+            if not has_outcome:
+                task.cancel()
+
+    async def generate(
+        self, orchestrator_id: str, opened: Callable[[], None]
+    ) -> AsyncGenerator[control_pb2.StepBatch, None]:
+        server, epoch = self._server, self._server.epoch
+        with self._call(None) as pipe:
+            await server.turn()
+            server.links[orchestrator_id] = pipe
+            opened()
+            try:
+                while True:
+                    yield await pipe.read()
+            finally:
+                if server.epoch == epoch:
+                    server.links.pop(orchestrator_id, None)
+                    server.cancel(orchestrator_id, None)
+
+    async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply:
+        with self._call(lambda pipe: self._server.admit(pipe, request)) as pipe:
+            return await _within(pipe, timeout_s)
+
+    async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
+        async def work(pipe: Pipe) -> None:
+            await self._server.turn()
+            self._server.cancel(orchestrator_id, stream_keys)
+            pipe.queue.put_nowait(None)
+
+        with self._call(work) as pipe:
+            await _within(pipe, timeout_s)
+
+    async def close(self) -> None:
+        pass
+
+
+async def _within(pipe: Pipe, timeout_s: float) -> Any:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await pipe.read()
+    except TimeoutError as error:
+        raise ServerLost(f"no answer within {timeout_s} s") from error
+
+
+class FakeCluster:
+    def __init__(self, seed: int, *, num_context: int, num_generation: int, temper: Temper | None = None) -> None:
+        self.random = random.Random(seed)
+        self.temper = temper or Temper()
+        self.servers: dict[str, FakeServer] = {}
+        for role, count in (("context", num_context), ("generation", num_generation)):
+            for number in range(count):
+                address = f"{role}-{number}"
+                self.servers[address] = FakeServer(self, role, address)
+
+    def connect(self, address: str) -> FakeClient:
+        return FakeClient(self.servers[address])
+
+    def of(self, role: str) -> list[FakeServer]:
+        return [server for server in self.servers.values() if server.role == role]
+
+    async def close(self) -> None:
+        """The machines are switched off; every call must have been ended by its caller before."""
+        tasks = [task for server in self.servers.values() for task in server.tasks]
+        for server in self.servers.values():
+            server.crash()
+        if tasks:
+            await asyncio.wait(tasks)

@@ -1,0 +1,31 @@
+"""The model of all fake servers: the next token is a hash of the sequence so far, so tokens are an oracle."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from disaggregated.sampling_params import SamplingParams
+
+
+def next_token(sequence: Sequence[int], seed: int = 0, vocab_size: int = 1000) -> int:
+    return zlib.crc32(np.asarray(sequence, dtype=np.uint32).tobytes(), seed & 0xFFFFFFFF) % vocab_size
+
+
+def finish_reason_of(token: int, num_generated: int, sampling: SamplingParams) -> str:
+    """Of the sequence that just got `token` as its `num_generated`-th one."""
+    if token in sampling.stop_token_ids and num_generated > sampling.min_tokens:
+        return "stop"
+    return "length" if num_generated >= sampling.max_tokens else ""
+
+
+def oracle(prompt: Sequence[int], sampling: SamplingParams) -> tuple[list[int], str]:
+    """Tokens and finish reason of one undisturbed run."""
+    sequence = list(prompt)
+    while True:
+        sequence.append(next_token(sequence, sampling.seed))
+        reason = finish_reason_of(sequence[-1], len(sequence) - len(prompt), sampling)
+        if reason:
+            return sequence[len(prompt) :], reason
