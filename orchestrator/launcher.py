@@ -32,7 +32,7 @@ from orchestrator.launch_plan import (
     Start,
     Terminate,
 )
-from orchestrator.server_child import READY_LINE, ServerChild
+from orchestrator.server_child import MODULES, READY_LINE, ServerChild
 
 log = logs.get(__name__)
 
@@ -63,11 +63,13 @@ class Launcher:
         *,
         limits: LaunchLimits | None = None,
         environ: Mapping[str, str] = os.environ,
+        modules: Mapping[str, str] = MODULES,
         show: Callable[[str], object] = lambda line: sys.stderr.write(f"{line}\n"),
     ) -> None:
         self._pools = pools
         self._configs = {"context": config.context, "generation": config.generation}
         self._environ = environ
+        self._modules = modules
         self._show = show
         self.plan = LaunchPlan(limits or LaunchLimits(start_timeout_s=config.server_start_timeout_s))
         num_servers = sum(pool.num_instances for pool in self._local_pools().values())
@@ -77,6 +79,8 @@ class Launcher:
         self._children: dict[str, ServerChild] = {}
         self._last_words: dict[str, str] = {}
         self._has_been_ready = False
+        for role, pool in self._local_pools().items():
+            self._events.put_nowait(partial(self._on_scale, role, pool.num_instances))
 
     @property
     def has_work(self) -> bool:
@@ -91,8 +95,6 @@ class Launcher:
         try:
             async with asyncio.TaskGroup() as group:
                 stopping = group.create_task(self._report_stop(stop))
-                for role, pool in self._local_pools().items():
-                    self._carry_out(self.plan.scale(role, pool.num_instances, now_s=time.monotonic()), group)
                 await self._loop(group, stopping)
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from group_error
@@ -111,14 +113,24 @@ class Launcher:
         lowest = 1 if role == "generation" else 0
         if not lowest <= count <= INSTANCES_MAX:
             raise InvalidRequest(f"{role}: must be between {lowest} and {INSTANCES_MAX}, is {count}", param=role)
-        await self._events.put(lambda now_s: self.plan.scale(role, count, now_s=now_s))
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._scale_is_over(role, count))
+        is_heard = asyncio.Event()
+
+        def event(now_s: float) -> list[Decision]:
+            is_heard.set()
+            return self.plan.scale(role, count, now_s=now_s)
+
+        await self._events.put(event)
+        await self.wait_until(lambda: is_heard.is_set() and self._scale_is_over(role, count))
         failed = [name for name, i in self.plan.instances.items() if i.role == role and i.phase is Phase.FAILED]
         if failed:
             raise DisaggregatedError(f"{failed[0]} cannot start: {self._last_words.get(failed[0], 'it said nothing')}")
         if self.plan.wanted(role) != count:
             raise DisaggregatedError(f"{role}: {self.plan.wanted(role)} servers are wanted by now, no longer {count}")
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Looks after every event; the caller sets the deadline."""
+        async with self._changed:
+            await self._changed.wait_for(condition)
 
     def describe(self) -> list[dict[str, object]]:
         """Every local server as an operator wants to see it."""
@@ -204,7 +216,7 @@ class Launcher:
 
     async def _attend(self, name: str, role: str) -> None:
         """One process from start to exit."""
-        child = await ServerChild.start(name, self._server_config(name, role), self._environ)
+        child = await ServerChild.start(name, self._modules[role], self._server_config(name, role), self._environ)
         self._children[name] = child
         try:
             if self.plan.instances[name].phase is not Phase.STARTING:
@@ -223,6 +235,9 @@ class Launcher:
         self._last_words[name] = child.last_words[-1] if child.last_words else "it said nothing"
         log.info("server_exited", name=name, code=code)
         await self._events.put(lambda now_s: self.plan.exited(name, code, now_s=now_s))
+
+    def _on_scale(self, role: str, count: int, now_s: float) -> list[Decision]:
+        return self.plan.scale(role, count, now_s=now_s)
 
     def _on_ready(self, name: str, address: str, now_s: float) -> list[Decision]:
         return self.plan.ready(name, address, now_s=now_s)

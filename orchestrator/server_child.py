@@ -17,7 +17,8 @@ from disaggregated.config.server_cli import to_arguments
 from disaggregated.parent_death import PARENT_PID
 
 READY_LINE: Final = re.compile(r"^READY (?:context|generation) (\S+:\d+)\b")
-_MODULES: Final = {"context": "context_server", "generation": "generation_server"}
+MODULES: Final[Mapping[str, str]] = {"context": "context_server", "generation": "generation_server"}
+"""What `python -m` runs for a role."""
 _LINE_BYTES_MAX: Final = 16 << 10
 _CODE_FOLDER: Final = str(Path(__file__).parents[1])
 
@@ -31,13 +32,13 @@ class ServerChild:
         self._child = child
 
     @classmethod
-    async def start(cls, name: str, config: ServerConfig, environ: Mapping[str, str]) -> ServerChild:
+    async def start(cls, name: str, module: str, config: ServerConfig, environ: Mapping[str, str]) -> ServerChild:
         """The process has a session of its own, so that a Ctrl-C in the terminal reaches only the orchestrator."""
         folders = [_CODE_FOLDER, *filter(None, [environ.get("PYTHONPATH")])]
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            _MODULES[config.role],
+            module,
             *to_arguments(config),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

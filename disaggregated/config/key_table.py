@@ -86,9 +86,9 @@ class KeyTable:
     def suggestion(self, name: str) -> str:
         """What to add to "unknown key": the nearest key of its section, or the section where it really lives."""
         section, _, last = name.rpartition(".")
-        elsewhere = [known for known in self._keys if known.rpartition(".")[2] == last]
+        elsewhere = [key for key in self if key.name.rpartition(".")[2] == last]
         if elsewhere:
-            return f"; did you mean {elsewhere[0]}?"
+            return f"; did you mean {max(elsewhere, key=lambda key: key.outcome is Outcome.HONOURED).name}?"
         siblings = {n for n in [*self._keys, *self._aliases, *self._groups] if n.rpartition(".")[0] == section}
         return did_you_mean(last, sorted(sibling.rpartition(".")[2] for sibling in siblings))
 
