@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import safetensors_file
 from disaggregated.model_files.cache_folder import Progress, file_in_one_step, folder_in_one_step, locked
+from disaggregated.model_files.converted import TEXT_FILES, WEIGHTS, is_converted
 from disaggregated.model_files.gguf_config import ROPE_FACTORS, config_files, family_of, hugging_face_name
 from disaggregated.model_files.gguf_file import GgufFile, GgufTensor
 from disaggregated.model_files.gguf_tokenizer import tokenizer_files
@@ -22,23 +23,8 @@ from disaggregated.model_files.gguf_tokenizer import tokenizer_files
 if TYPE_CHECKING:
     import numpy as np
 
-WEIGHTS: Final = "model.safetensors"
-TEXT_FILES: Final = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
 """GGUF's plain float types, which are copied as they are."""
-
-
-def is_converted(target: Path, *, weights: bool) -> bool:
-    """Whether `target` holds everything, undamaged as far as sizes tell. Reads no weights; writes nothing."""
-    if not all((target / name).is_file() for name in TEXT_FILES):
-        return False
-    if not weights:
-        return True
-    try:
-        safetensors_file.check(target / WEIGHTS)
-    except ModelUnavailable:
-        return False
-    return True
 
 
 def convert(source: Path, target: Path, *, weights: bool, progress: Progress) -> None:

