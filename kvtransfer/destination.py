@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from disaggregated import logs
-from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
+from disaggregated.errors import TransferTimeout
 from disaggregated.kv_layout import KVLayout
 from kvtransfer import negotiate
 from kvtransfer.deadline import Deadline
 from kvtransfer.landing import Lander, PublishedBlocks
 from kvtransfer.machine import DestinationTransfer
-from kvtransfer.peer import Destination, PeerStatistics, SourcePeer, Ticket, close_peer, connect
+from kvtransfer.peer import Destination, PeerStatistics, SourcePeer, Ticket
+from kvtransfer.peers import SourcePeers
 from kvtransfer.pull import Landed, Pull
 from kvtransfer.region import Region
 from kvtransfer.shm import ShmTransport
 from kvtransfer.tcp import TcpTransport
-from kvtransfer.transport import DestinationTransport
-
-log = logs.get(__name__)
+from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd
 
 PART_BYTES: Final = 16 << 20
 """In flight of one transfer, unless `max_tokens_in_buffer` says otherwise."""
@@ -35,10 +32,7 @@ READERS_MAX: Final = 16
 
 
 class TransferDestination:
-    """Pulls into `region`. Lives on one event loop.
-
-    Invariant: `_peers` holds one incarnation of a source an address; a forgotten one is closed by its last pull.
-    """
+    """Pulls into `region`. Lives on one event loop."""
 
     def __init__(
         self,
@@ -50,25 +44,25 @@ class TransferDestination:
         epoch: int,
         backend: str = negotiate.DEFAULT,
         max_tokens_in_buffer: int | None = None,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         transports: Sequence[DestinationTransport] | None = None,
     ) -> None:
-        """`transports` replaces the built-in ones. Raises ConfigError when `backend` cannot be honoured."""
+        """A source that moves no byte and answers nothing for `progress_timeout_s` is lost. `transports` replaces ours.
+
+        Raises ConfigError when `backend` cannot be honoured.
+        """
         negotiate.check_backend(backend)
         self._pool = region.buffer
-        self._us = Destination(
-            instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, layout=layout, backend=backend
-        )
-        if transports is None:
-            transports = (
-                ShmTransport(region, layout, peer_id=instance_id),
-                TcpTransport(region, layout, peer_id=instance_id),
-            )
+        self._layout = layout
+        us = Destination(instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, layout=layout, backend=backend)
+        ours = OurEnd(region=region, layout=layout, peer_id=instance_id, progress_timeout_s=progress_timeout_s)
+        built_in: Sequence[DestinationTransport] = (ShmTransport(ours), TcpTransport(ours))
         usable = negotiate.speakable(backend)
-        self._transports = {transport.name: transport for transport in transports if transport.name in usable}
+        chosen = {each.name: each for each in transports or built_in if each.name in usable}
+        self._progress_timeout_s = progress_timeout_s
         self._part_bytes = PART_BYTES if max_tokens_in_buffer is None else max_tokens_in_buffer * layout.token_bytes
-        self._peers: dict[str, SourcePeer] = {}
-        self._connecting: dict[str, asyncio.Lock] = {}
         self._executor = concurrent.futures.ThreadPoolExecutor(READERS_MAX, thread_name_prefix="kv-pull")
+        self._peers = SourcePeers(us, chosen, self._executor)
         self._closed = False
 
     async def pull(
@@ -92,21 +86,31 @@ class TransferDestination:
             PeerLost, LeaseExpired, ChecksumMismatch, SourceFailed, TransferError: it did not land.
             TransferTimeout: it did not land within `deadline_s`.
         """
+        assert not self._closed, "a pull after close"
         assert len(set(into)) == len(into), "a block is to be filled twice"
         assert 0 <= skip_blocks <= len(into), f"{skip_blocks} blocks of {len(into)} are here"
         deadline = Deadline.after(deadline_s)
         try:
             async with asyncio.timeout(deadline.left_s()):
-                peer = await self._connected(ticket, deadline)
+                peer = await self._peers.connected(ticket, deadline=deadline)
         except TimeoutError as error:
             raise TransferTimeout(f"{ticket.address} was not connected within {deadline_s} s") from error
-        async with self._keeping(peer):
+        async with self._peers.keeping(peer):
             published = PublishedBlocks(
                 epoch=ticket.epoch, source_layout=peer.identity.layout, into=into, skip_blocks=skip_blocks
             )
-            lander = Lander(link=peer.link, pool=self._pool, layout=self._us.layout, part_bytes=self._part_bytes)
+            lander = Lander(link=peer.link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes)
             transfer = DestinationTransfer(ticket.transfer_id)
-            pull = Pull(peer, transfer, published, lander, self._executor, deadline=deadline, overlap=overlap)
+            pull = Pull(
+                peer,
+                transfer,
+                published,
+                lander,
+                self._executor,
+                deadline=deadline,
+                progress_timeout_s=self._progress_timeout_s,
+                overlap=overlap,
+            )
             try:
                 async with asyncio.timeout(deadline.left_s()):
                     landed = await pull.run()
@@ -120,57 +124,15 @@ class TransferDestination:
 
     def statistics(self) -> list[PeerStatistics]:
         """One for each source that we are connected to, with the transport that is really in use, and why."""
-        return [peer.statistics for peer in self._peers.values()]
+        return self._peers.statistics()
 
     async def close(self) -> None:
         """Close every connection and thread. The caller has ended its pulls. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        peers, self._peers = list(self._peers.values()), {}
-        for peer in peers:
-            assert peer.num_pulls == 0, f"{peer.num_pulls} pulls from {peer.identity.instance_id} are running"
-            await close_peer(peer)
+        await self._peers.close()
         await asyncio.to_thread(self._executor.shutdown)
-
-    @contextlib.asynccontextmanager
-    async def _keeping(self, peer: SourcePeer) -> AsyncIterator[None]:
-        """`peer` stays open while inside, whatever becomes of it. One that failed us is not used again."""
-        peer.num_pulls += 1
-        try:
-            yield
-        except TransferError as error:
-            peer.statistics.failures_total += 1
-            if isinstance(error, PeerLost | TransferTimeout | StaleEpoch):
-                self._forget(peer)
-            raise
-        finally:
-            peer.num_pulls -= 1
-            if peer.is_forgotten and peer.num_pulls == 0:
-                await close_peer(peer)
-
-    async def _connected(self, ticket: Ticket, deadline: Deadline) -> SourcePeer:
-        assert not self._closed, "a pull after close"
-        async with self._connecting.setdefault(ticket.address, asyncio.Lock()):
-            peer = self._peers.get(ticket.address)
-            if peer is not None:
-                known = (peer.identity.instance_id, peer.identity.epoch)
-                if known == (ticket.instance_id, ticket.epoch):
-                    return peer
-                if known[0] == ticket.instance_id and known[1] > ticket.epoch:
-                    raise StaleEpoch(f"{known[0]} is epoch {known[1]} by now, the ticket is for {ticket.epoch}")
-                self._forget(peer)
-                if peer.num_pulls == 0:
-                    await close_peer(peer)
-            peer = await connect(ticket, self._us, self._transports, self._executor, deadline=deadline)
-            self._peers[ticket.address] = peer
-            return peer
-
-    def _forget(self, peer: SourcePeer) -> None:
-        """The next pull connects anew; this one is closed by whoever leaves it last."""
-        peer.is_forgotten = True
-        if self._peers.get(peer.address) is peer:
-            del self._peers[peer.address]
 
     def _count(self, peer: SourcePeer, landed: Landed) -> None:
         counters = peer.statistics

@@ -27,11 +27,12 @@ from kvtransfer.landing import BlockBatch, Lander, PublishedBlocks
 from kvtransfer.machine import DestinationPhase, DestinationTransfer
 from kvtransfer.off_loop import run_to_end
 from kvtransfer.peer import SourcePeer, source_errors
-from kvtransfer.transport import PROGRESS_TIMEOUT_S, ReadStop
+from kvtransfer.transport import ReadStop
 
 _PUBLICATIONS_MAX: Final = 256
 """Received and not yet read. When full we stop receiving, and gRPC's flow control makes the source wait."""
 _RENEWALS_PER_LEASE: Final = 3
+_PROBE_INTERVAL_S: Final = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ class Pull:
         executor: concurrent.futures.Executor,
         *,
         deadline: Deadline,
+        progress_timeout_s: float,
         overlap: bool,
     ) -> None:
         """`overlap=False` reads nothing before the last publication: only for measuring what overlap hides."""
@@ -78,6 +80,7 @@ class Pull:
         self._lander = lander
         self._executor = executor
         self._deadline = deadline
+        self._progress_timeout_s = progress_timeout_s
         self._overlap = overlap
         self._arrived: asyncio.Queue[kv_pb2.Publication] = asyncio.Queue(_PUBLICATIONS_MAX)
         self._times = _Times()
@@ -127,9 +130,9 @@ class Pull:
         """Each renewal is also a probe: a source that does not answer one is lost, whatever its sockets say."""
         request = kv_pb2.RenewRequest(transfer_id=self._transfer.transfer_id, epoch=self._peer.identity.epoch)
         while True:
-            await asyncio.sleep(self._peer.lease_s / _RENEWALS_PER_LEASE)
+            await asyncio.sleep(min(self._peer.lease_s / _RENEWALS_PER_LEASE, _PROBE_INTERVAL_S))
             with self._deciding_failure(), source_errors(self._peer.address):
-                await self._peer.stub.Renew(request, timeout=self._deadline.no_later_than(PROGRESS_TIMEOUT_S).left_s())
+                await self._peer.stub.Renew(request, timeout=self._answer_s())
 
     async def _land_all(self) -> None:
         while self._published.landing is None:
@@ -183,10 +186,13 @@ class Pull:
         request = kv_pb2.ReleaseRequest(
             transfer_id=self._transfer.transfer_id, epoch=self._peer.identity.epoch, landed=landed
         )
-        timeout_s = self._deadline.no_later_than(PROGRESS_TIMEOUT_S).left_s()
         with source_errors(self._peer.address):
-            reply = await self._peer.stub.Release(request, timeout=timeout_s)
+            reply = await self._peer.stub.Release(request, timeout=self._answer_s())
         return reply.lease_was_valid
+
+    def _answer_s(self) -> float:
+        """How long the source may take for a small answer."""
+        return self._deadline.no_later_than(self._progress_timeout_s).left_s()
 
     @contextlib.contextmanager
     def _deciding_failure(self) -> Iterator[None]:

@@ -36,6 +36,7 @@ class Region:
         self.buffer = memoryview(mapping)
         """Writable. Views made of it (the engine's tensors) keep the mapping alive after `close`."""
         self.nbytes = len(mapping)
+        self.base_address = address_of(self.buffer)
 
     @classmethod
     def allocate(cls, nbytes: int) -> Region:
@@ -53,11 +54,6 @@ class Region:
             os.close(fd)
             raise NotEnoughMemory(f"no {nbytes:,} bytes for the KV pool: {error}") from error
         return cls(fd, mapping)
-
-    @property
-    def base_address(self) -> int:
-        """Where the region begins in this process's memory."""
-        return address_of(self.buffer)
 
     def close(self) -> None:
         """Close the descriptor. The memory goes when its last view does, here and in every peer."""
@@ -91,6 +87,10 @@ class MappedRegion:
             os.close(fd)
         self.nbytes = nbytes
         self.base_address = address_of(memoryview(self._mapping))
+
+    def view(self) -> memoryview:
+        """Read-only. Released before `close`."""
+        return memoryview(self._mapping)
 
     def close(self) -> None:
         """Unmap. No copy out of it may be running, which is the caller's to know."""

@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import struct
+import threading
 from typing import Final
 
 from disaggregated.errors import PeerLost, TransferError
@@ -27,6 +28,7 @@ from kvtransfer.transport import (
     BlockRead,
     EndpointStatistics,
     Offer,
+    OurEnd,
     PeerLink,
     ReadGate,
     ReadStop,
@@ -103,14 +105,12 @@ class ShmTransport:
 
     name = NAME
 
-    def __init__(self, region: Region, layout: KVLayout, *, peer_id: str) -> None:
-        self._into = region
-        self._layout = layout
-        self._peer_id = peer_id
+    def __init__(self, us: OurEnd) -> None:
+        self._us = us
 
     def connect(self, offer: Offer, source: SourceIdentity, *, deadline: Deadline) -> PeerLink:
-        dialler = _ShmDialler(offer, source, peer_id=self._peer_id, into=self._into, layout=self._layout)
-        link = FramedLink(dialler, transport=self.name, block_bytes=self._layout.block_bytes)
+        dialler = _ShmDialler(offer, source, self._us)
+        link = FramedLink(dialler, transport=self.name, block_bytes=self._us.layout.block_bytes)
         link.open(deadline=deadline)
         return link
 
@@ -118,17 +118,17 @@ class ShmTransport:
 class _ShmDialler:
     """The first connection brings the mapping, which all reads share."""
 
-    def __init__(self, offer: Offer, source: SourceIdentity, *, peer_id: str, into: Region, layout: KVLayout) -> None:
-        self._socket_name, _, secret = offer.address.partition("/")
-        self._hello = Hello(secret=bytes.fromhex(secret), epoch=source.epoch, peer_id=peer_id)
+    def __init__(self, offer: Offer, source: SourceIdentity, us: OurEnd) -> None:
+        self._socket_name, secret = offer.split()
+        self._hello = Hello(secret=secret, epoch=source.epoch, peer_id=us.peer_id)
         self._source = source
-        self._into = into
-        self._layout = layout
+        self._us = us
+        self._mapping_lock = threading.Lock()
         self._mapped: MappedRegion | None = None
 
     def dial(self, *, deadline: Deadline) -> FrameSocket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        connection = FrameSocket(sock)
+        connection = FrameSocket(sock, progress_timeout_s=self._us.progress_timeout_s)
         try:
             connection.limit_waits(deadline)
             _connect(sock, f"\0{self._socket_name}")
@@ -158,25 +158,27 @@ class _ShmDialler:
 
     def _copy(self, pair: RunPair, layer: int, stop: ReadStop) -> None:
         assert self._mapped is not None, "a read before the first connection"
-        size = pair.count * self._layout.block_bytes
+        layout, into_region = self._us.layout, self._us.region
+        size = pair.count * layout.block_bytes
         begin = self._source.layout.offset(layer, pair.source)
-        into = self._layout.offset(layer, pair.into)
+        into = layout.offset(layer, pair.into)
         assert begin + size <= self._mapped.nbytes, f"{begin + size} of {self._mapped.nbytes} bytes"
-        assert into + size <= self._into.nbytes, f"{into + size} of {self._into.nbytes} bytes"
+        assert into + size <= into_region.nbytes, f"{into + size} of {into_region.nbytes} bytes"
         for at in range(0, size, COPY_BYTES_MAX):
             stop.check()
             piece = min(COPY_BYTES_MAX, size - at)
-            copy_bytes(self._into.base_address + into + at, self._mapped.base_address + begin + at, piece)
+            copy_bytes(into_region.base_address + into + at, self._mapped.base_address + begin + at, piece)
 
     def _take(self, welcome: Welcome, fd: int) -> None:
-        """Map what came with the WELCOME, or close it when we have it already."""
+        """Map what came with the WELCOME, or close it when we have it already. Two reads may dial at once."""
         expected = self._source.layout.pool_bytes
-        if self._mapped is not None or welcome.region_bytes != expected:
-            os.close(fd)
-            if welcome.region_bytes != expected:
-                raise TransferError(f"the source's region is {welcome.region_bytes} bytes, its layout {expected}")
-            return
-        self._mapped = MappedRegion(fd, nbytes=expected)
+        with self._mapping_lock:
+            if self._mapped is None and welcome.region_bytes == expected:
+                self._mapped = MappedRegion(fd, nbytes=expected)
+                return
+        os.close(fd)
+        if welcome.region_bytes != expected:
+            raise TransferError(f"the source's region is {welcome.region_bytes} bytes, its layout {expected}")
 
 
 def peer_uid(sock: socket.socket) -> int:

@@ -20,10 +20,10 @@ from kvtransfer.listener import EndpointSecret, FrameServer
 from kvtransfer.region import Region
 from kvtransfer.runs import runs, views
 from kvtransfer.transport import (
-    PROGRESS_TIMEOUT_S,
     BlockRead,
     EndpointStatistics,
     Offer,
+    OurEnd,
     PeerLink,
     ReadGate,
     ReadStop,
@@ -88,37 +88,34 @@ class TcpTransport:
 
     name = NAME
 
-    def __init__(self, region: Region, layout: KVLayout, *, peer_id: str) -> None:
-        self._pool = region.buffer
-        self._layout = layout
-        self._peer_id = peer_id
+    def __init__(self, us: OurEnd) -> None:
+        self._us = us
 
     def connect(self, offer: Offer, source: SourceIdentity, *, deadline: Deadline) -> PeerLink:
-        dialler = _TcpDialler(offer, source, peer_id=self._peer_id, pool=self._pool, layout=self._layout)
-        link = FramedLink(dialler, transport=self.name, block_bytes=self._layout.block_bytes)
+        dialler = _TcpDialler(offer, source, self._us)
+        link = FramedLink(dialler, transport=self.name, block_bytes=self._us.layout.block_bytes)
         link.open(deadline=deadline)
         return link
 
 
 class _TcpDialler:
-    def __init__(
-        self, offer: Offer, source: SourceIdentity, *, peer_id: str, pool: memoryview, layout: KVLayout
-    ) -> None:
-        address, _, secret = offer.address.partition("/")
-        host, _, port = address.rpartition(":")
+    def __init__(self, offer: Offer, source: SourceIdentity, us: OurEnd) -> None:
+        place, secret = offer.split()
+        host, _, port = place.rpartition(":")
+        if not port.isdecimal():
+            raise TransferError(f"the TCP offer's address is not host:port: {place!r}")
         self._address = (host, int(port))
-        self._hello = Hello(secret=bytes.fromhex(secret), epoch=source.epoch, peer_id=peer_id)
-        self._pool = pool
-        self._layout = layout
+        self._hello = Hello(secret=secret, epoch=source.epoch, peer_id=us.peer_id)
         self._source = source
+        self._us = us
 
     def dial(self, *, deadline: Deadline) -> FrameSocket:
         deadline.check("a TCP connection to the source")
         try:
-            sock = socket.create_connection(self._address, timeout=min(deadline.left_s(), PROGRESS_TIMEOUT_S))
+            sock = socket.create_connection(self._address, timeout=min(deadline.left_s(), self._us.progress_timeout_s))
         except OSError as error:
             raise PeerLost(f"no TCP connection to {self._address[0]}:{self._address[1]}: {error}") from error
-        connection = FrameSocket(sock)
+        connection = FrameSocket(sock, progress_timeout_s=self._us.progress_timeout_s)
         try:
             connection.limit_waits(deadline)
             connection.send(frames.pack_hello(self._hello))
@@ -130,10 +127,10 @@ class _TcpDialler:
         return connection
 
     def num_bytes_sent(self, read: BlockRead) -> int:
-        return len(read.source) * len(read.layers) * self._layout.block_bytes
+        return len(read.source) * len(read.layers) * self._us.layout.block_bytes
 
     def land(self, connection: FrameSocket, read: BlockRead, *, stop: ReadStop) -> None:
-        connection.receive_into(views(self._pool, self._layout, runs(read.into), read.layers))
+        connection.receive_into(views(self._us.region.buffer, self._us.layout, runs(read.into), read.layers))
 
     def close(self) -> None:
         """Nothing but connections, which the link closes."""

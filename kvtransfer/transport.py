@@ -24,6 +24,7 @@ from typing import Final, Protocol
 from disaggregated.errors import TransferError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.deadline import Deadline
+from kvtransfer.region import Region
 from kvtransfer.runs import Run
 
 LEASE_KEY_BYTES: Final = 16
@@ -40,6 +41,14 @@ class Offer:
     host_key: str = ""
     """Equal on both ends when they can share memory; "" where that does not matter."""
 
+    def split(self) -> tuple[str, bytes]:
+        """The place and the secret of an address that is written `place/hex`. Raises TransferError when it is not."""
+        place, _, secret = self.address.rpartition("/")
+        try:
+            return place, bytes.fromhex(secret)
+        except ValueError as error:
+            raise TransferError(f"the {self.name} offer's address is not one: {place!r}") from error
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SourceIdentity:
@@ -48,6 +57,17 @@ class SourceIdentity:
     instance_id: str
     epoch: int
     layout: KVLayout
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OurEnd:
+    """What a destination's transports land in. `region` stays open as long as they are used."""
+
+    region: Region
+    layout: KVLayout
+    peer_id: str
+    """What the source calls us in its log."""
+    progress_timeout_s: float = PROGRESS_TIMEOUT_S
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +168,7 @@ class PeerLink(Protocol):
         """Copy blocks into our pool. Blocks the calling thread; terminal when it returns or raises.
 
         Raises:
-            PeerLost: the link broke, or nothing came for PROGRESS_TIMEOUT_S.
+            PeerLost: the link broke, or nothing came for the progress timeout.
             TransferTimeout: the deadline passed.
             LeaseExpired, StaleEpoch, TransferError: the source refused.
             ReadStopped: `stop` was requested.

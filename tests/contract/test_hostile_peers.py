@@ -1,0 +1,263 @@
+"""Bytes that are not ours, on either side: refused, bounded, and nobody else suffers."""
+
+import contextlib
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from disaggregated.errors import PeerLost, TransferError
+from kvtransfer import frames, listener
+from kvtransfer.deadline import Deadline
+from kvtransfer.frames import HEADER, Hello, Kind, ReadRequest, Welcome
+from kvtransfer.runs import Run
+from kvtransfer.shm import host_key
+from kvtransfer.transport import Offer
+from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, Pair, connected_pair
+from tests.support.kv_pools import EPOCH, SMALL, blocks_of
+
+
+@pytest.fixture
+def pair(transport_name: str) -> Iterator[Pair]:
+    with connected_pair(transport_name) as made:
+        yield made
+        made.read(made.order([3, 5], [3, 5]))  # Whatever the test did, good peers are still served.
+        assert (blocks_of(made.into, SMALL, [3, 5]) == blocks_of(made.source, SMALL, [3, 5])).all()
+
+
+def dial(pair: Pair) -> socket.socket:
+    place, _ = pair.endpoint.describe().split()
+    if pair.name == "SHM":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(f"\0{place}")
+    else:
+        host, _, port = place.rpartition(":")
+        sock = socket.create_connection((host, int(port)))
+    sock.settimeout(5)
+    return sock
+
+
+def hello(pair: Pair) -> bytes:
+    return frames.pack_hello(Hello(secret=pair.endpoint.describe().split()[1], epoch=EPOCH, peer_id="hostile"))
+
+
+def read_to_the_end(sock: socket.socket) -> bytes:
+    """What the endpoint still says before it closes; a reset is an end, too."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := sock.recv(65536):
+            said += piece
+    return said
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_is_answered_by_closing(pair: Pair, seed: int) -> None:
+    chance = random.Random(seed)
+    with dial(pair) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(chance.randbytes(chance.choice([16, 17, 1000, 100_000])))
+        assert len(read_to_the_end(sock)) < 2048
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_after_a_good_greeting_is_answered_by_closing(pair: Pair, seed: int) -> None:
+    chance = random.Random(seed)
+    good = frames.pack_read(ReadRequest(lease_key=b"k" * 16, epoch=EPOCH, layers=range(3), blocks=(Run(1, 1),)))
+    damaged = bytearray(good)
+    damaged[chance.randrange(8)] ^= 1 << chance.randrange(8)  # Magic, version or kind.
+    with dial(pair) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(hello(pair) + damaged)
+        assert len(read_to_the_end(sock)) < 2048
+
+
+def test_a_length_of_a_terabyte_costs_nothing(pair: Pair) -> None:
+    with dial(pair) as sock:
+        sock.sendall(hello(pair) + HEADER.pack(frames.MAGIC, frames.VERSION, Kind.READ, 1 << 40))
+        read_to_the_end(sock)
+
+
+def test_a_read_of_blocks_that_do_not_exist_closes_the_connection(pair: Pair) -> None:
+    with dial(pair) as sock:
+        body = struct.pack("<16sQIII", pair.gate.key, EPOCH, 0, 3, 1) + struct.pack("<II", 2**32 - 1, 2**32 - 1)
+        sock.sendall(hello(pair) + frames.pack(Kind.READ, body))
+        read_to_the_end(sock)
+    assert pair.endpoint.statistics().bytes_total == 0
+
+
+@pytest.mark.parametrize("length", range(0, 168, 21))
+def test_a_greeting_that_breaks_off_leaves_no_connection(pair: Pair, length: int) -> None:
+    with dial(pair) as sock:
+        sock.sendall(hello(pair)[:length])
+        sock.shutdown(socket.SHUT_WR)
+        assert read_to_the_end(sock) == b""
+
+
+def test_who_never_greets_is_closed_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "GREETING_TIMEOUT_S", 0.1)
+    with dial(pair) as sock:
+        assert read_to_the_end(sock) == b""
+
+
+def test_who_greets_a_byte_at_a_time_is_closed_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "GREETING_TIMEOUT_S", 0.1)
+    begin_s = time.monotonic()
+    with dial(pair) as sock, contextlib.suppress(ConnectionError):
+        for byte in hello(pair):
+            sock.sendall(bytes([byte]))
+            if wait_for_close(sock, 0.02):
+                break
+        assert time.monotonic() - begin_s < 2
+
+
+def wait_for_close(sock: socket.socket, timeout_s: float) -> bool:
+    sock.settimeout(timeout_s)
+    with contextlib.suppress(TimeoutError):
+        return sock.recv(1) == b""
+    return False
+
+
+def test_connections_beyond_the_bound_are_closed_at_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "CONNECTIONS_MAX", 3)
+    with contextlib.ExitStack() as stack:
+        welcome = [stack.enter_context(dial(pair)) for _ in range(2)]
+        for sock in welcome:
+            sock.sendall(hello(pair))
+            assert sock.recv(HEADER.size)
+        with dial(pair) as refused:
+            assert read_to_the_end(refused) == b""
+        assert pair.endpoint.statistics().connections_open == 3
+
+
+# A source that is not one of ours.
+
+
+class HostileSource:
+    """Accepts one connection after another and plays `script` on each."""
+
+    def __init__(self, name: str, script: Callable[[socket.socket], None]) -> None:
+        family = socket.AF_UNIX if name == "SHM" else socket.AF_INET
+        self._listening = socket.socket(family, socket.SOCK_STREAM)
+        self._listening.bind("" if name == "SHM" else ("127.0.0.1", 0))
+        self._listening.listen()
+        self._script = script
+        self._thread = threading.Thread(target=self._run)
+        own = self._listening.getsockname()
+        place = own[1:].decode() if name == "SHM" else f"127.0.0.1:{own[1]}"
+        self.offer = Offer(name=name, address=f"{place}/{'0' * 32}", host_key=host_key())
+
+    def __enter__(self) -> "HostileSource":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._thread.join(5)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                accepted, _ = self._listening.accept()
+                with accepted, contextlib.suppress(OSError):
+                    accepted.recv(4096)
+                    self._script(accepted)
+
+
+def says(answer: bytes) -> Callable[[socket.socket], None]:
+    return lambda sock: sock.sendall(answer)
+
+
+def hands_over(*fds: int) -> Callable[[socket.socket], None]:
+    welcome = frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=SMALL.pool_bytes))
+    return lambda sock: void(socket.send_fds(sock, [welcome], fds))
+
+
+def void(_: object) -> None:
+    """For a lambda that is called for what it does."""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        frames.pack(Kind.REFUSED, b"no"),
+        HEADER.pack(frames.MAGIC, frames.VERSION, Kind.WELCOME, 1 << 50),
+        HEADER.pack(frames.MAGIC, frames.VERSION, Kind.WELCOME, 16),
+        frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=1 << 62)),
+        frames.pack_blocks_header(1 << 62),
+    ],
+)
+def test_a_source_that_greets_wrongly_is_refused(pair: Pair, answer: bytes) -> None:
+    with HostileSource(pair.name, says(answer)) as hostile, pytest.raises(TransferError):
+        pair.connect(offer=hostile.offer)
+
+
+def test_a_source_that_never_greets_is_given_up(pair: Pair) -> None:
+    leave = threading.Event()
+    with HostileSource(pair.name, lambda _: void(leave.wait(5))) as hostile:
+        begin_s = time.monotonic()
+        with pytest.raises(PeerLost):
+            pair.connect(offer=hostile.offer)
+        assert time.monotonic() - begin_s < PROGRESS_TIMEOUT_S + 1
+        leave.set()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, SMALL.block_bytes * 3 - 1, SMALL.block_bytes * 3 + 1, 1 << 62])
+def test_blocks_of_another_length_than_asked_for_are_refused_before_they_land(num_bytes: int) -> None:
+    def answer(sock: socket.socket) -> None:
+        sock.sendall(frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=SMALL.pool_bytes)))
+        sock.recv(4096)
+        sock.sendall(frames.pack_blocks_header(num_bytes) + b"?" * 1000)
+
+    with connected_pair("TCP") as pair, HostileSource("TCP", answer) as hostile:
+        link = pair.connect(offer=hostile.offer)
+        pair.link, good = link, pair.link
+        with pytest.raises(TransferError, match="bytes of blocks where"):
+            pair.read(pair.order([1], [1]))
+        link.close(deadline=Deadline.after(5))
+        pair.link = good
+        assert not any(pair.into.buffer)
+
+
+@pytest.mark.parametrize("sent", [0, 1, 700, SMALL.block_bytes * 3 - 1])
+def test_blocks_that_break_off_are_an_error(sent: int) -> None:
+    def answer(sock: socket.socket) -> None:
+        sock.sendall(frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=SMALL.pool_bytes)))
+        sock.recv(4096)
+        sock.sendall(frames.pack_blocks_header(SMALL.block_bytes * 3) + b"?" * sent)
+
+    with connected_pair("TCP") as pair, HostileSource("TCP", answer) as hostile:
+        link = pair.connect(offer=hostile.offer)
+        pair.link, good = link, pair.link
+        with pytest.raises(PeerLost):
+            pair.read(pair.order([1], [1]))
+        link.close(deadline=Deadline.after(5))
+        pair.link = good
+
+
+def descriptors_of(name: str) -> int:
+    targets = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sum(name in os.readlink(target) for target in targets if os.path.lexists(target))
+
+
+@pytest.mark.parametrize(("count", "sentence"), [(1, "seal"), (0, "0 descriptors"), (3, "3 descriptors")])
+def test_descriptors_that_are_not_one_sealed_region_are_closed_and_refused(count: int, sentence: str) -> None:
+    fd = os.memfd_create("not-a-pool")
+    os.ftruncate(fd, SMALL.pool_bytes)
+    with (
+        connected_pair("SHM") as pair,
+        HostileSource("SHM", hands_over(*[fd] * count)) as hostile,
+        pytest.raises(TransferError, match=sentence),
+    ):
+        pair.connect(offer=hostile.offer)
+    assert descriptors_of("not-a-pool") == 1
+    os.close(fd)

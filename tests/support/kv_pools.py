@@ -1,0 +1,144 @@
+"""Pools, sources and destinations for the transfer tests: small layouts, bytes that tell where they came from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from disaggregated import rpc
+from disaggregated.kv_layout import KVLayout
+from kvtransfer import Region, TransferSource
+from kvtransfer.transport import SourceEndpoint
+
+SMALL = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32", num_blocks=32)
+"""512 bytes a block and layer."""
+LARGE = KVLayout(num_layers=4, num_kv_heads=4, head_dim=64, block_size=32, dtype="float32", num_blocks=256)
+"""64 KiB a block and layer, 64 MiB in all: a read of it fills every socket buffer."""
+FINGERPRINT = "a-model"
+EPOCH = 7
+
+Blocks = npt.NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SomeTicket:
+    address: str
+    transfer_id: str
+    instance_id: str = "context-0"
+    epoch: int = EPOCH
+
+
+def fill(region: Region, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    region.buffer[:] = random.bytes(region.nbytes)
+
+
+def blocks_of(region: Region, layout: KVLayout, block_ids: Sequence[int]) -> Blocks:
+    """A copy, shaped (num_layers, len(block_ids), block_bytes)."""
+    pool = np.frombuffer(region.buffer, dtype=np.uint8).reshape(layout.num_layers, layout.num_blocks, -1)
+    return pool[:, list(block_ids)].copy()
+
+
+def flip_bit(region: Region, layout: KVLayout, *, layer: int, block_id: int) -> None:
+    region.buffer[layout.offset(layer, block_id) + layout.block_bytes // 2] ^= 0x10
+
+
+@contextlib.contextmanager
+def regions(layout: KVLayout, count: int = 2) -> Iterator[list[Region]]:
+    """The first is filled with noise, the others are zero."""
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(Region.allocate(layout.pool_bytes)) for _ in range(count)]
+        fill(made[0], seed=1)
+        yield made
+
+
+@dataclasses.dataclass(slots=True)
+class ServedSource:
+    """A TransferSource behind a real gRPC server in this process."""
+
+    source: TransferSource
+    region: Region
+    layout: KVLayout
+    address: str
+    server: grpc.aio.Server
+    released: list[str]
+
+    def ticket(self, transfer_id: str) -> SomeTicket:
+        return SomeTicket(self.address, transfer_id)
+
+    def offer(
+        self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, *, first_token: int = 42
+    ) -> SomeTicket:
+        """A transfer whose prefill is over already."""
+        self.source.open(transfer_id)
+        assert self.source.finish(transfer_id, block_ids, num_tokens, first_token)
+        return self.ticket(transfer_id)
+
+
+@contextlib.asynccontextmanager
+async def served_source(
+    region: Region,
+    layout: KVLayout,
+    *,
+    lease_s: float = 30.0,
+    epoch: int = EPOCH,
+    port: int = 0,
+    fingerprint: str = FINGERPRINT,
+    transports: Sequence[str] = ("SHM", "TCP"),
+    endpoints: Sequence[SourceEndpoint] | None = None,
+) -> AsyncIterator[ServedSource]:
+    released: list[str] = []
+    source = TransferSource(
+        region,
+        layout,
+        fingerprint=fingerprint,
+        instance_id="context-0",
+        epoch=epoch,
+        on_released=released.append,
+        lease_s=lease_s,
+        transports=transports,
+        endpoints=endpoints,
+    )
+    server = rpc.make_server()
+    source.add_to(server)
+    address = rpc.bind(server, "127.0.0.1", port)
+    await source.start()
+    await server.start()
+    try:
+        yield ServedSource(source, region, layout, address, server, released)
+    finally:
+        source.check_integrity()
+        await source.close()
+        await server.stop(grace=None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Traces:
+    """What a transfer could leave behind in this process."""
+
+    descriptors: frozenset[str]
+    threads: frozenset[str]
+    mappings: int
+
+
+def traces() -> Traces:
+    """Memfds, unix sockets of ours, threads of ours, and mappings of pools."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        mappings = sum("disaggregated-kv" in line for line in maps)
+    threads = frozenset(thread.name for thread in threading.enumerate() if thread.name.startswith("kv-"))
+    return Traces(descriptors=frozenset(_memfds()), threads=threads, mappings=mappings)
+
+
+def _memfds() -> Iterator[str]:
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{fd}")
+            if "disaggregated-kv" in target:
+                yield f"{fd} -> {target}"
