@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Sequence
 
 import torch
 
-from disaggregated.engine.ops.api import AttentionBatch
+from disaggregated.engine.ops.api import AttentionBatch, Ops
+
+NUM_BLOCKS = 96
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,12 +53,14 @@ class SequenceKV:
     v_LGD: torch.Tensor
 
     @classmethod
-    def random(cls, length: int, heads: tuple[int, int, int], seed: int, dtype: torch.dtype) -> SequenceKV:
+    def random(
+        cls, length: int, heads: tuple[int, int, int], seed: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> SequenceKV:
         """`heads`: query heads, kv heads, head size."""
         num_heads, num_kv_heads, head_dim = heads
         generator = torch.Generator().manual_seed(seed)
         q, k, v = (
-            torch.randn(length, n, head_dim, generator=generator).to(dtype)
+            torch.randn(length, n, head_dim, generator=generator).to(device, dtype)
             for n in (num_heads, num_kv_heads, num_kv_heads)
         )
         return cls(q, k, v)
@@ -70,3 +75,48 @@ def dense_attention(sequence: SequenceKV, scale: float) -> torch.Tensor:
     scores = q @ k.transpose(1, 2) * scale
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+def chunks_of(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, number of tokens), cycling through `sizes`."""
+    cuts: list[tuple[int, int]] = []
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= length:
+            return cuts
+        cuts.append((start, min(size, length - start)))
+        start += size
+    raise AssertionError("cycle() ended")
+
+
+class PagedSequences:
+    """A pool full of NaN, and sequences that get their keys and values only as their chunks are computed."""
+
+    def __init__(self, ops: Ops, sequences: Sequence[SequenceKV], block_size: int, seed: int) -> None:
+        self.ops, self.sequences, self.block_size = ops, sequences, block_size
+        _, num_kv_heads, head_dim = sequences[0].k_LGD.shape
+        size = (NUM_BLOCKS, 2, num_kv_heads, block_size, head_dim)
+        self.device = str(sequences[0].q_LND.device)
+        self.pool = torch.full(size, torch.nan, dtype=sequences[0].q_LND.dtype, device=self.device)
+        free = random.Random(seed).sample(range(NUM_BLOCKS), NUM_BLOCKS)
+        self.blocks = [
+            [free.pop() for _ in range(-(-len(sequence.q_LND) // block_size))] for sequence in self.sequences
+        ]
+        self.out = [torch.full_like(sequence.q_LND, torch.nan) for sequence in sequences]
+
+    def step(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """`parts`: (sequence, start, number of tokens)."""
+        rows = [Row(start, n, self.blocks[i]) for i, start, n in parts]
+        batch = attention_batch(rows, self.block_size, self.device)
+        q, k, v = (
+            torch.cat([getattr(self.sequences[i], name)[start : start + n] for i, start, n in parts])
+            for name in ("q_LND", "k_LGD", "v_LGD")
+        )
+        self.ops.store_kv(k, v, self.pool, batch.slots)
+        out = self.ops.paged_attention(q, self.pool, batch, self.scale)
+        for (i, start, n), own in zip(parts, torch.split(out, [n for _, _, n in parts]), strict=True):
+            self.out[i][start : start + n] = own
+
+    @property
+    def scale(self) -> float:
+        return float(self.sequences[0].q_LND.shape[-1] ** -0.5)

@@ -91,7 +91,7 @@ def test_temperature_zero_takes_the_likeliest_token_and_the_first_of_equals() ->
     ids=str,
 )
 def test_tokens_are_drawn_with_their_probability(params: dict[str, Any]) -> None:
-    num_draws = 20_000
+    num_draws = 10_000
     logits = random_logits(1, 600)
     rows = [row(position, seed=11, **params) for position in range(num_draws)]
     tokens: list[int] = []
