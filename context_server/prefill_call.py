@@ -52,7 +52,8 @@ class PrefillCall:
         self._news.set()
 
     def fail(self, error: DisaggregatedError) -> None:
-        self._error = error
+        """The first failure is the one that is told; later ones follow from it."""
+        self._error = self._error or error
         self._news.set()
 
     async def progress(self) -> AsyncIterator[control_pb2.PrefillProgress]:

@@ -143,12 +143,16 @@ class ContextRole(control_pb2_grpc.ContextServicer):
     # Events of the engine.
 
     def _on_step(self, events: Sequence[EngineEvent]) -> None:
-        """On the engine's thread, once a step. A prompt's last chunk and its first token come in the same step."""
+        """On the engine's thread, once a step. A prompt's last chunk and its first token come in the same step.
+
+        The event loop hears first: the first token does not wait for checksums, and a destination that releases at
+        once finds the prefill computed.
+        """
+        self._loop.call_soon_threadsafe(self._deliver, events)
         block_tables = {event.request_id: event.block_ids for event in events if isinstance(event, ChunkComputed)}
         for event in events:
             if transfer_id := self._transfers.get(event.request_id):
                 self._publish(transfer_id, event, block_tables.get(event.request_id, ()))
-        self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _publish(self, transfer_id: str, event: EngineEvent, block_ids: Sequence[int]) -> None:
         match event:

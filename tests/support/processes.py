@@ -9,7 +9,7 @@ import pathlib
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
 import psutil
@@ -133,16 +133,27 @@ async def running(
     *arguments: str, environ: Mapping[str, str] | None = None, ready_timeout_s: float = 60.0
 ) -> AsyncIterator[ServerProcess]:
     """The same, ready to serve. Unless the test ends it itself, it gets SIGTERM and must exit with 0, childless."""
-    async with spawned(*arguments, environ=environ) as server:
-        await server.wait_ready(ready_timeout_s)
+    async with all_running([arguments], environ=environ, ready_timeout_s=ready_timeout_s) as [server]:
         yield server
-        if server.process.returncode is not None:
-            return
-        children = psutil.Process(server.pid).children(recursive=True)
-        server.signal(signal.SIGCONT)
-        server.signal(signal.SIGTERM)
-        if code := await server.wait_exit():
-            raise ProcessFailed(f"exit code {code} after SIGTERM\n{server.words()}")
-        left = [child for child in children if child.is_running()]
-        if left:
-            raise ProcessFailed(f"left behind: {left}\n{server.words()}")
+
+
+@contextlib.asynccontextmanager
+async def all_running(
+    commands: Sequence[Sequence[str]], *, environ: Mapping[str, str] | None = None, ready_timeout_s: float = 60.0
+) -> AsyncIterator[list[ServerProcess]]:
+    """Several at once: they start, and stop, side by side."""
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(spawned(*command, environ=environ)) for command in commands]
+        for server in servers:
+            await server.wait_ready(ready_timeout_s)
+        yield servers
+        left = [server for server in servers if server.process.returncode is None]
+        children = [child for server in left for child in psutil.Process(server.pid).children(recursive=True)]
+        for server in left:
+            server.signal(signal.SIGCONT)
+            server.signal(signal.SIGTERM)
+        for server in left:
+            if code := await server.wait_exit():
+                raise ProcessFailed(f"exit code {code} after SIGTERM\n{server.words()}")
+        if orphans := [child for child in children if child.is_running()]:
+            raise ProcessFailed(f"left behind: {orphans}")

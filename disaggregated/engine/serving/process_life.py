@@ -87,6 +87,7 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
     end.listen_for_signals()
     grpc_server = rpc.make_server()
     address = rpc.bind(grpc_server, config.host, config.port)
+    log.info("port_bound", address=address, model=config.model)
     pool: list[MemoryT] = []
 
     def allocate_once(layout: KVLayout) -> memoryview:
