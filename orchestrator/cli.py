@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -22,9 +22,10 @@ _ROLE_FLAGS: Final = ("--server_role", "--server-role")
 _MODULES: Final = {"context": "context_server", "generation": "generation_server"}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     with one_line_errors("disaggregated"):
-        disaggregated(sys.argv[1:], prog_name="disaggregated", standalone_mode=False)
+        disaggregated(arguments, prog_name="disaggregated", standalone_mode=False)
+    sys.exit(0)
 
 
 class _DefaultVerb(click.Group):

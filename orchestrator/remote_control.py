@@ -48,6 +48,8 @@ def _process_line(local: Mapping[str, Any]) -> str:
 
 
 def _call(url: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) -> tuple[int, Any]:
+    if "://" not in url:
+        url = f"http://{url}"
     payload = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=payload, headers={"content-type": "application/json"})
     try:

@@ -1,0 +1,77 @@
+"""The story of one request as bars on a time line, for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rich.table import Table
+from rich.text import Text
+
+BAR_WIDTH: Final = 48
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    name: str
+    where: str
+    begin_s: float
+    duration_s: float
+    color: str = "cyan"
+
+
+def steps(story: Mapping[str, Any]) -> list[Step]:
+    """What `GET /requests/{id}` tells, in the order of time. A transfer's begin is reckoned back from its end."""
+    parts = story["ttft_parts"]
+    found = []
+    if parts:
+        found.append(Step("check, render, tokenize", "orchestrator", 0.0, parts["prepare_s"], "blue"))
+        found.append(Step("wait in the queue", "orchestrator", parts["prepare_s"], parts["queue_s"], "blue"))
+    for attempt in story["attempts"]:
+        found += _attempt_steps(attempt, end_s=attempt["ended_s"] or story["e2e_s"])
+    return found
+
+
+def _attempt_steps(attempt: Mapping[str, Any], *, end_s: float) -> list[Step]:
+    context, generation = attempt["context_instance"], attempt["generation_instance"]
+    prefill_s = attempt["began_s"] + attempt["prefill_queue_s"]
+    prefill_end_s = prefill_s + attempt["prefill_compute_s"]
+    found = [Step("prefill", context or generation, prefill_s, attempt["prefill_compute_s"], "green")]
+    decode_s = attempt["first_token_s"] or prefill_end_s
+    if attempt["transfer_bytes"]:
+        landed_s = prefill_end_s + attempt["exposed_s"]
+        mebibytes = attempt["transfer_bytes"] / 2**20
+        name = f"KV transfer, {mebibytes:.1f} MiB over {attempt['transport']}"
+        begin_s = max(attempt["began_s"], landed_s - attempt["transfer_s"])
+        found.append(Step(name, f"{context} > {generation}", begin_s, attempt["transfer_s"], "yellow"))
+        decode_s = landed_s
+    if generation:
+        name = f"decode, {attempt['num_tokens']} tokens"
+        found.append(Step(name, generation, decode_s, max(0.0, end_s - decode_s), "magenta"))
+    return found
+
+
+def waterfall(story: Mapping[str, Any]) -> Table:
+    total_s = max(story["e2e_s"], 1e-9)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for step in steps(story):
+        table.add_row(step.name, step.where, _milliseconds(step.duration_s), _bar(step, total_s))
+    table.add_row("", "", "", "")
+    table.add_row("first token", "", _milliseconds(story["ttft_s"] or 0.0), "")
+    if story["tpot_s"]:
+        table.add_row("each later token", "mean", _milliseconds(story["tpot_s"]), "")
+    table.add_row(
+        "all", f"{story['num_prompt_tokens']} tokens in, {story['num_tokens']} out", _milliseconds(total_s), ""
+    )
+    return table
+
+
+def _bar(step: Step, total_s: float) -> Text:
+    begin = min(round(step.begin_s / total_s * BAR_WIDTH), BAR_WIDTH - 1)
+    length = max(1, round(step.duration_s / total_s * BAR_WIDTH))
+    return Text(" " * begin + "━" * min(length, BAR_WIDTH - begin), style=step.color)
+
+
+def _milliseconds(seconds: float) -> Text:
+    return Text(f"{seconds * 1000:,.1f} ms", justify="right")
