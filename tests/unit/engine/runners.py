@@ -28,7 +28,7 @@ GREEDY = SamplingParams(max_tokens=1)
 def make_runner(
     path: Path, *, dtype: str = "float32", block_size: int = 16, device: str = "cpu", ops: Ops | None = None
 ) -> TorchModelRunner:
-    """Its pool is full of NaN to begin with, so nothing stale can go unnoticed."""
+    """On CPU its pool is full of NaN to begin with, so nothing stale can go unnoticed."""
     config, ops = ModelConfig.load(path), ops or ReferenceOps()
     target, torch_dtype = torch.device(device), getattr(torch, dtype)
     with torch.inference_mode(), SafetensorsSource(path) as source:
