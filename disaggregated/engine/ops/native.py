@@ -25,7 +25,7 @@ from disaggregated.engine.ops.native_build import ISA_FLAGS, NativeUnavailable, 
 
 log = logging.getLogger(__name__)
 
-HEAD_DIMS: Final = range(16, 257, 16)
+MAX_HEAD_DIM: Final = 256
 
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "team_start": (c_void_p, [c_int]),
@@ -193,7 +193,8 @@ class NativeOps:
         _check_floats(pool_B2GSD)
         _check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
         assert num_heads % num_kv_heads == 0, f"{num_heads} query heads, {num_kv_heads} kv heads"
-        assert head_dim in HEAD_DIMS, f"head_dim {head_dim}: must be a multiple of 16 up to {HEAD_DIMS[-1]}"
+        assert head_dim % 16 == 0, f"head_dim {head_dim}: must be a multiple of 16"
+        assert 0 < head_dim <= MAX_HEAD_DIM, f"head_dim {head_dim}: must be at most {MAX_HEAD_DIM}"
         _check_indices(batch.query_start, torch.int32, (num_rows + 1,))
         _check_indices(batch.first_position, torch.int32, (num_rows,))
         _check_indices(batch.block_tables, torch.int32, (num_rows, max_blocks))
@@ -205,7 +206,7 @@ class NativeOps:
         )  # fmt: skip
         assert wrong < 0, (
             f"row {wrong} does not lie within {num_tokens} tokens, {max_blocks} blocks a row and {num_blocks} in the "
-            f"pool: tokens {batch.query_start[wrong : wrong + 2].tolist()}, first position {batch.first_position[wrong]}, "
+            f"pool: tokens {batch.query_start[wrong : wrong + 2].tolist()}, position {batch.first_position[wrong]}, "
             f"blocks {batch.block_tables[wrong].tolist()}"
         )
         return out_TND

@@ -2,7 +2,7 @@
 
    A unit of work is one kv head and a few consecutive tokens of one sequence: all query heads of the group times those
    tokens are the rows of a small matrix product. The sequence's keys pass by in tiles of TILE_KEYS, whose borders are
-   fixed positions in the sequence (0, 64, 128 ...). A tile goes: keys transposed → scores (a product) → softmax so far,
+   fixed positions in the sequence (0, 96, 192 ...). A tile goes: keys transposed → scores (a product) → softmax so far,
    with its maximum and sum carried along → values (a product).
 
    What a query sees is its own sequence's keys up to its own position, tile by tile from position 0, and each
@@ -12,7 +12,7 @@
 #include "threads.h"
 #include "tile.h"
 
-#define TILE_KEYS 64
+#define TILE_KEYS 96 /* a multiple of PANEL and of PARTIAL_SUMS for every vector width */
 #define ROWS_OF_UNIT 96 /* queries that share one transposed tile of keys; enough to make the transposing cheap */
 
 _Static_assert(TILE_KEYS % PANEL == 0 && TILE_KEYS % PARTIAL_SUMS == 0, "tiles are cut into panels and partial sums");
@@ -55,40 +55,6 @@ static const float *pool_row(const attention_unit *unit, int which, int64_t posi
     return job->pool + (((block * 2 + which) * job->num_kv_heads + unit->kv_head) * job->block_size + slot) * job->head_dim;
 }
 
-#if VECTOR_BYTES == 64
-#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define LANES_LOG2 4
-#elif VECTOR_BYTES == 32
-#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
-#define LANES_LOG2 3
-#else
-#define LOW_HALVES 0, 4, 1, 5
-#define HIGH_HALVES 2, 6, 3, 7
-#define LANES_LOG2 2
-#endif
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_int){__VA_ARGS__})
-#endif
-
-/* A square of LANES × LANES. Each pass zips the upper half of the rows with the lower half, which rotates the bits of
-   (row, lane) by one place; after log2(LANES) passes row and lane have changed places. */
-INLINE void transpose(vec square[LANES])
-{
-    UNROLL for (int pass = 0; pass < LANES_LOG2; pass++) {
-        vec zipped[LANES];
-        UNROLL for (int i = 0; i < LANES / 2; i++) {
-            zipped[2 * i] = SHUFFLE(square[i], square[i + LANES / 2], LOW_HALVES);
-            zipped[2 * i + 1] = SHUFFLE(square[i], square[i + LANES / 2], HIGH_HALVES);
-        }
-        UNROLL for (int i = 0; i < LANES; i++)
-            square[i] = zipped[i];
-    }
-}
-
 /* Keys of positions [first, first + count) → panels of (head_dim, PANEL), so that scores are made PANEL keys at a time.
    Lanes beyond `count` repeat the last key: their scores are masked, and nothing past the sequence is read. */
 static void transpose_keys(const attention_unit *unit, int64_t first, int64_t count)
@@ -109,7 +75,7 @@ static void transpose_keys(const attention_unit *unit, int64_t first, int64_t co
             vec square[LANES];
             UNROLL for (int i = 0; i < LANES; i++)
                 square[i] = load(rows[key + i] + d);
-            transpose(square);
+            zip_rows(LANES, LANES_LOG2, square);
             UNROLL for (int i = 0; i < LANES; i++)
                 store(to + (d + i) * PANEL, square[i]);
         }
@@ -130,26 +96,26 @@ static void make_scores(const attention_unit *unit, int64_t first_row, int64_t c
 }
 
 /* Scores of one row → probabilities relative to the largest score so far; what was summed before is brought to the
-   same measure. Lanes from `count` on get probability 0. */
+   same measure. From `count` on scores are masked: probability 0, up to where a partial sum ends. */
 static void soften(const attention_unit *unit, int64_t row, int64_t count)
 {
     float *scores = unit->scores + row * TILE_KEYS, *result = unit->result + row * unit->job->head_dim;
-    for (int64_t key = count; key < TILE_KEYS; key++)
+    int64_t end = (count + PARTIAL_SUMS - 1) / PARTIAL_SUMS * PARTIAL_SUMS;
+    for (int64_t key = count; key < end; key++)
         scores[key] = -INFINITY;
     vec largest = load(scores);
-    for (int key = LANES; key < TILE_KEYS; key += LANES)
+    for (int64_t key = LANES; key < end; key += LANES)
         largest = larger(load(scores + key), largest);
     float maximum = unit->maximum[row], before = maximum;
     for (int i = 0; i < LANES; i++)
         maximum = largest[i] > maximum ? largest[i] : maximum;
     vec sums[PARTIAL_SUMS / LANES] = {0};
-    for (int key = 0; key < TILE_KEYS; key += PARTIAL_SUMS)
+    for (int64_t key = 0; key < end; key += PARTIAL_SUMS)
         for (int v = 0; v < PARTIAL_SUMS / LANES; v++) {
             vec probability = exponential(load(scores + key + v * LANES) - maximum);
             store(scores + key + v * LANES, probability);
             sums[v] = sums[v] + probability;
         }
-    float sum = sum_of(sums);
     if (maximum > before) {
         float factor = exponential(broadcast(before - maximum))[0];
         unit->maximum[row] = maximum;
@@ -157,7 +123,7 @@ static void soften(const attention_unit *unit, int64_t row, int64_t count)
         for (int64_t d = 0; d < unit->job->head_dim; d += LANES)
             store(result + d, load(result + d) * factor);
     }
-    unit->sum[row] += sum;
+    unit->sum[row] += sum_of(sums);
 }
 
 /* result += probabilities · values, for rows that all see the keys [key, end) of the tile that begins at `first`. */
@@ -168,20 +134,20 @@ static void add_values(const attention_unit *unit, int64_t first_row, int64_t nu
     for (int64_t run; key < end; key += run) {
         run = smaller(end - key, block_size - (first + key) % block_size);
         const float *values = pool_row(unit, 1, first + key);
-        for (int64_t d = 0; d < head_dim; d += PANEL)
+        for (int64_t d = 0; d < head_dim; d += 2 * LANES)
             for (int64_t row = first_row, rows; row < first_row + num_rows; row += rows) {
                 rows = smaller(MAX_ROWS, first_row + num_rows - row);
                 float *result = unit->result + row * head_dim + d;
                 tile t = {.a = unit->scores + row * TILE_KEYS + key, .b = values + d, .b_stride = head_dim, .depth = run,
                           .from = result, .from_stride = head_dim, .to = result, .to_stride = head_dim};
-#define WHOLE(rows) TILE_CASE(rows, 2, TILE_KEYS, 1, 0, t)
-#define HALF(rows) TILE_CASE(rows, 1, TILE_KEYS, 1, 0, t)
-                if (head_dim - d >= PANEL)
-                    switch (rows) { TILE_CASES(WHOLE) }
+#define PAIR(rows) TILE_CASE(rows, 2, TILE_KEYS, 1, 0, t)
+#define SINGLE(rows) TILE_CASE(rows, 1, TILE_KEYS, 1, 0, t)
+                if (head_dim - d >= 2 * LANES)
+                    switch (rows) { TILE_CASES(PAIR) }
                 else
-                    switch (rows) { TILE_CASES(HALF) }
-#undef WHOLE
-#undef HALF
+                    switch (rows) { TILE_CASES(SINGLE) }
+#undef PAIR
+#undef SINGLE
             }
     }
 }

@@ -14,9 +14,9 @@
 
 #include <sys/mman.h>
 
-#define ROWS_OF_BLOCK 240 /* a multiple of MAX_ROWS; with DEPTH_OF_BLOCK 480 KB of packed x, for a level 2 cache */
-#define DEPTH_OF_BLOCK 512
-#define ROWS_OF_DECODE (4 * MAX_ROWS) /* up to here a whole panel is taken in one go: each weight is fetched from DRAM once */
+#define ROWS_OF_BLOCK 512 /* a multiple of MAX_ROWS */
+#define MAX_DEPTH_OF_BLOCK 640
+#define ROWS_OF_DECODE 48 /* up to here a whole panel is taken in one go: each weight is fetched from DRAM once */
 #define FLOPS_WORTH_A_UNIT 500000 /* about 10 µs; waking a helper for less costs more than it brings */
 
 typedef struct {
@@ -59,12 +59,21 @@ EXPORT void linear_pack(const float *weight, const float *bias, int64_t num_colu
     }
 }
 
-/* `from` interleaved into `to`: element k of row r goes to `to[k * rows + r]`. */
-static void interleave(const float *from, int64_t stride, int rows, int64_t depth, float *to)
+/* `rows` rows of x, `depth` long each, interleaved: element k of row r goes to `to[k * rows + r]`. */
+static void interleave(const float *x, int rows, int64_t depth, float *to)
 {
-    for (int64_t k = 0; k < depth; k++)
+    int64_t k = 0;
+    for (; rows == MAX_ROWS && k + LANES <= depth; k += LANES) {
+        vec part[MAX_ROWS];
+        UNROLL for (int r = 0; r < MAX_ROWS; r++)
+            part[r] = load(x + r * depth + k);
+        zip_rows(MAX_ROWS, MAX_ROWS_LOG2, part);
+        UNROLL for (int r = 0; r < MAX_ROWS; r++)
+            store(to + k * MAX_ROWS + r * LANES, part[r]);
+    }
+    for (; k < depth; k++)
         for (int r = 0; r < rows; r++)
-            to[k * rows + r] = from[r * stride + k];
+            to[k * rows + r] = x[r * depth + k];
 }
 
 static void pack_x(void *argument, int64_t unit, int member)
@@ -72,7 +81,7 @@ static void pack_x(void *argument, int64_t unit, int member)
     (void)member;
     linear_job *job = argument;
     int64_t row = unit * MAX_ROWS;
-    interleave(job->x + row * job->depth, job->depth, (int)smaller(MAX_ROWS, job->num_rows - row), job->depth,
+    interleave(job->x + row * job->depth, (int)smaller(MAX_ROWS, job->num_rows - row), job->depth,
                job->packed_x + row * job->depth);
 }
 
@@ -117,7 +126,8 @@ static void linear_unit(void *argument, int64_t unit, int member)
     int64_t end_row = smaller(first_row + ROWS_OF_BLOCK, job->num_rows);
     int64_t first_panel = unit % job->num_column_groups * job->panels_of_group;
     int64_t end_panel = smaller(first_panel + job->panels_of_group, num_panels(job->num_columns));
-    int64_t depth_of_block = job->num_rows <= ROWS_OF_DECODE ? job->depth : DEPTH_OF_BLOCK;
+    int64_t num_blocks = job->num_rows <= ROWS_OF_DECODE ? 1 : (job->depth + MAX_DEPTH_OF_BLOCK - 1) / MAX_DEPTH_OF_BLOCK;
+    int64_t depth_of_block = (job->depth + num_blocks - 1) / num_blocks;
     for (int64_t k = 0; k < job->depth; k += depth_of_block)
         for (int64_t panel = first_panel; panel < end_panel; panel++)
             for (int64_t row = first_row; row < end_row; row += MAX_ROWS)

@@ -10,13 +10,18 @@
 
 #include "vector.h"
 
-/* As many rows as leave registers for two vectors of b and one of a. */
+/* Three vectors of outputs a row, and as many rows as the registers hold beside three vectors of b and one of a. */
+#define MAX_VECTORS 3
+#define PANEL (MAX_VECTORS * LANES)
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
-#define MAX_ROWS 12
+#define MAX_ROWS 8
+#define MAX_ROWS_LOG2 3
 #else
-#define MAX_ROWS 6
+#define MAX_ROWS 4
+#define MAX_ROWS_LOG2 2
 #endif
-#define PANEL (2 * LANES) /* columns of a tile */
+
+#define FLOATS_AHEAD 1024 /* 4 KB: what DRAM delivers in about its latency */
 
 typedef struct {
     const float *a;
@@ -33,12 +38,12 @@ typedef struct {
    `ahead`: fetch b so many floats early, for b in DRAM; 0: b is in a cache. */
 INLINE void multiply_fixed(const int rows, const int vectors, const int a_row, const int a_k, const int ahead, tile t)
 {
-    vec sums[MAX_ROWS][2];
+    vec sums[MAX_ROWS][MAX_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++)
             sums[r][v] = load(t.from + r * t.from_stride + v * LANES);
     for (int64_t k = 0; k < t.depth; k++) {
-        vec b[2];
+        vec b[MAX_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
             b[v] = load(t.b + v * LANES);
             if (ahead > 0)
@@ -61,18 +66,17 @@ INLINE void multiply_fixed(const int rows, const int vectors, const int a_row, c
     case rows: \
         multiply_fixed(rows, __VA_ARGS__); \
         break;
-#if MAX_ROWS == 12
-#define TILE_CASES_ABOVE_6(X) X(7) X(8) X(9) X(10) X(11) X(12)
+#if MAX_ROWS == 8
+#define TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #else
-#define TILE_CASES_ABOVE_6(X)
+#define TILE_CASES(X) X(1) X(2) X(3) X(4)
 #endif
-#define TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) TILE_CASES_ABOVE_6(X)
 
-/* Rows of `a` interleaved, `a[k * rows + r]`: how linear packs its input and attention its queries. */
+/* Rows of `a` interleaved, `a[k * rows + r]`, times a panel: how linear packs its input and attention its queries. */
 static void multiply_interleaved(int rows, bool b_in_dram, tile t)
 {
-#define STREAMED(rows) TILE_CASE(rows, 2, 1, rows, 4 * 1024 / 4, t)
-#define CACHED(rows) TILE_CASE(rows, 2, 1, rows, 0, t)
+#define STREAMED(rows) TILE_CASE(rows, MAX_VECTORS, 1, rows, FLOATS_AHEAD, t)
+#define CACHED(rows) TILE_CASE(rows, MAX_VECTORS, 1, rows, 0, t)
     if (b_in_dram)
         switch (rows) { TILE_CASES(STREAMED) }
     else

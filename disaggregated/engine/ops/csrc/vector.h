@@ -42,6 +42,42 @@ INLINE vec broadcast(float x) { return x - (vec){0}; }
 INLINE vec select_lanes(vec_int mask, vec yes, vec no) { return (vec)(((vec_int)yes & mask) | ((vec_int)no & ~mask)); }
 INLINE vec larger(vec a, vec b) { return select_lanes(a > b, a, b); }
 
+#if VECTOR_BYTES == 64
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define LANES_LOG2 4
+#elif VECTOR_BYTES == 32
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#define LANES_LOG2 3
+#else
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
+#define LANES_LOG2 2
+#endif
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_int){__VA_ARGS__})
+#endif
+
+
+/* Zips the upper half of the rows with the lower half, `passes` times. With 2^m rows, a pass rotates the bits of
+   (row, lane) by one place, so m passes interleave the rows: in the order of memory, the rows' elements 0, then their
+   elements 1 … For a square, that is its transpose. */
+INLINE void zip_rows(const int num_rows, const int passes, vec rows[])
+{
+    UNROLL for (int pass = 0; pass < passes; pass++) {
+        vec zipped[16];
+        UNROLL for (int i = 0; i < num_rows / 2; i++) {
+            zipped[2 * i] = SHUFFLE(rows[i], rows[i + num_rows / 2], LOW_HALVES);
+            zipped[2 * i + 1] = SHUFFLE(rows[i], rows[i + num_rows / 2], HIGH_HALVES);
+        }
+        UNROLL for (int i = 0; i < num_rows; i++)
+            rows[i] = zipped[i];
+    }
+}
+
 /* The first `count` floats, the other lanes 0. */
 INLINE vec load_some(const float *from, int64_t count)
 {
