@@ -7,20 +7,34 @@ other weights, or of another shape, must never be attended to.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
 from orchestrator.server import Server
 
 
+class ServedModelNames(Protocol):
+    """The part of a ServedModel that matters here."""
+
+    @property
+    def name(self) -> str: ...
+
+    def is_meant_by(self, name: str) -> bool: ...
+
+
 def disagreement(
-    server: Server, description: control_pb2.ServerDescription, others: Iterable[Server], *, model: str | None
+    server: Server,
+    description: control_pb2.ServerDescription,
+    others: Iterable[Server],
+    *,
+    model: ServedModelNames | None,
 ) -> str | None:
     """In words, why `server`, which describes itself so, cannot join; None when it can."""
     if description.role != server.role:
         return f"{server.address} is a {description.role} server, and was named as a {server.role} server"
-    if model is not None and not is_same_model(description.model, model):
-        return f"{server.address} serves {description.model!r}, and this deployment serves {model!r}"
+    if model is not None and not (model.is_meant_by(description.model) or is_same_model(description.model, model.name)):
+        return f"{server.address} serves {description.model!r}, and this deployment serves {model.name!r}"
     for other in others:
         if other is not server and (reason := _between(description, other)) is not None:
             return f"{server.address}: {reason} ({other.role} server {other.instance_id})"

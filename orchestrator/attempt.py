@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from disaggregated import rpc
-from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost, TransferError
+from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost, TransferError, TransferTimeout
 from disaggregated.request_life import Phase
 from disaggregated.v1 import control_pb2
 from orchestrator.placement import Placement
@@ -22,8 +22,8 @@ from orchestrator.server import Server, Share
 from orchestrator.story import AttemptStory
 from orchestrator.token_order import Arrival, TokenOrder
 
-TRANSFER_TIMEOUT_S: Final = 60.0
-"""The most that an admission waits for its KV, or for its local prefill, within what the request has left."""
+TRANSFER_TIMEOUT_S: Final = 30.0
+"""From the first token to the second: after that long without one, the transfer between two live servers is stuck."""
 
 
 class Attempt:
@@ -40,6 +40,8 @@ class Attempt:
         self._sampling = run.sampling
         self._order = TokenOrder(len(self._token_ids))
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._held_back: set[Server] = set()
+        self._landing_timer: asyncio.TimerHandle | None = None
         self._has_landed = False
         self._is_over_there = False
         self.story = AttemptStory(
@@ -66,8 +68,10 @@ class Attempt:
 
     def give_back(self) -> None:
         for server, _ in self._shares:
-            server.give_back(self._key)
+            server.give_back(self._key, makes_room=server not in self._held_back)
         self._shares = []
+        if self._landing_timer is not None:
+            self._landing_timer.cancel()
         if self._ended.done() and not self._ended.cancelled():
             self._ended.exception()  # whoever awaited the attempt was told by another failure before
 
@@ -109,11 +113,8 @@ class Attempt:
         assert context is not None, "a local prefill has no context server"
         try:
             await self._read_prefill(context)
-        except AdmissionError:
-            context.is_full()
-            raise
-        except DisaggregatedError:
-            self.culprits.add(self.story.context_instance)
+        except DisaggregatedError as error:
+            self._hold_back(context, error)
             if not self._has_landed:
                 raise
 
@@ -162,18 +163,22 @@ class Attempt:
             request_id=self._wire_id,
             token_ids=self._token_ids,
             sampling=self._sampling.to_proto(),
-            deadline_s=min(self._seconds_left(), TRANSFER_TIMEOUT_S),
+            deadline_s=self._seconds_left(),
             source=self._ticket(),
         )
         try:
             await link.admit(request)
-        except AdmissionError:
-            generation.is_full()
-            self._is_over_there = True
+        except DisaggregatedError as error:
+            self._is_over_there = isinstance(error, AdmissionError)
+            self._hold_back(generation, error)
             raise
-        except DisaggregatedError:
-            self.culprits.add(self.story.generation_instance)
-            raise
+
+    def _hold_back(self, server: Server, error: DisaggregatedError) -> None:
+        """A server that failed to take one request would fail the next one too, and at once."""
+        server.hold_back()
+        self._held_back.add(server)
+        if not isinstance(error, AdmissionError):
+            self.culprits.add(server.instance_id)
 
     def _ticket(self) -> control_pb2.TransferTicket | None:
         context = self.placement.context
@@ -229,8 +234,16 @@ class Attempt:
         if self._run.deliver(due, now_s=now_s):
             life.advance(Phase.FINISHED, now_s=now_s)
             self._ended.set_result(None)
+        elif life.phase is Phase.PREFILLING and self._has_landed:
+            life.advance(Phase.DECODING, now_s=now_s)
         elif life.phase is Phase.PREFILLING:
-            life.advance(Phase.DECODING if self._has_landed else Phase.TRANSFERRING, now_s=now_s)
+            life.advance(Phase.TRANSFERRING, now_s=now_s)
+            self._landing_timer = asyncio.get_running_loop().call_later(TRANSFER_TIMEOUT_S, self._not_landed)
+
+    def _not_landed(self) -> None:
+        if not self._has_landed:
+            self.culprits.add(self.story.context_instance)
+            self._fail(TransferTimeout(f"no second token {TRANSFER_TIMEOUT_S:g} s after the first one"))
 
     def _fail(self, error: DisaggregatedError) -> None:
         if not self._ended.done():

@@ -53,6 +53,10 @@ class GenerationLink:
         self._broken: ServerLost | None = None
         self._calls: asyncio.TaskGroup
 
+    @property
+    def is_broken(self) -> bool:
+        return self._broken is not None
+
     async def run(self, opened: Callable[[], None]) -> None:
         """Read and cancel until the link breaks, then tell everybody on it. Never returns.
 

@@ -67,7 +67,7 @@ class Server:
         self.num_times_lost = 0
         self.shares: dict[int, Share] = {}
         self._blocks_promised = 0
-        self._is_full = False
+        self._is_held_back = False
 
     @property
     def instance_id(self) -> str:
@@ -75,7 +75,8 @@ class Server:
 
     @property
     def is_ready(self) -> bool:
-        return self.standing is Standing.READY
+        """A link breaks a moment before everybody has heard that its server is lost."""
+        return self.standing is Standing.READY and not (self.link is not None and self.link.is_broken)
 
     @property
     def layout(self) -> KVLayout:
@@ -105,7 +106,7 @@ class Server:
     def _disconnect(self) -> None:
         self.client = self.link = self.heard_s = None
         self.heartbeat = control_pb2.Heartbeat()
-        self._blocks_promised, self._is_full = 0, False
+        self._blocks_promised, self._is_held_back = 0, False
 
     def lost(self, error: ServerLost) -> None:
         """Everybody who has something here is told, once; from now on nothing is sent here."""
@@ -117,7 +118,7 @@ class Server:
 
     def heard(self, heartbeat: control_pb2.Heartbeat, *, now_s: float) -> None:
         self.heartbeat, self.heard_s = heartbeat, now_s
-        self._blocks_promised, self._is_full = 0, False
+        self._blocks_promised, self._is_held_back = 0, False
         if heartbeat.draining and self.is_ready:
             self.standing, self.reason = Standing.DRAINING, "draining"
 
@@ -126,16 +127,18 @@ class Server:
         self.shares[key] = share
         self._blocks_promised += share.num_blocks
 
-    def give_back(self, key: int) -> None:
+    def give_back(self, key: int, *, makes_room: bool) -> None:
         del self.shares[key]
-        self._is_full = False
+        if makes_room:
+            self._is_held_back = False
 
-    def is_full(self) -> None:
-        """It refused a request; nothing more is tried before something ends there or its next heartbeat."""
-        self._is_full = True
+    def hold_back(self) -> None:
+        """It refused a request, or a call to it failed; nothing more is tried before its next heartbeat, or before
+        something else has ended there."""
+        self._is_held_back = True
 
     def has_room(self, *, num_blocks: int) -> bool:
-        if not self.is_ready or self._is_full or len(self.shares) >= max(1, self.description.max_batch_size):
+        if not self.is_ready or self._is_held_back or len(self.shares) >= max(1, self.description.max_batch_size):
             return False
         if not self.shares:
             return True

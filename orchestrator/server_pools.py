@@ -19,7 +19,7 @@ from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import DisaggregatedError, InvalidRequest, ServerLost
 from disaggregated.v1 import control_pb2
-from orchestrator.agreement import disagreement
+from orchestrator.agreement import ServedModelNames, disagreement
 from orchestrator.generation_link import GenerationLink
 from orchestrator.server import Role, Server, Standing
 from orchestrator.server_client import Connect, GrpcServerClient, ServerClient
@@ -51,15 +51,17 @@ class ServerPools:
         clock: Callable[[], float] = time.monotonic,
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
-        self.model: str | None = None
-        """What servers must serve, by its full name; None while the orchestrator has not loaded its side of it."""
+        self.model: ServedModelNames | None = None
+        """What servers must serve; None while the orchestrator has not loaded its side of it."""
         self.on_change: Callable[[], None] = lambda: None
         self._progress_timeout_s = config.progress_timeout_s
         self._connect = connect
         self._clock = clock
         self._servers: dict[tuple[Role, str], Server] = {}
         self._tasks: dict[Server, asyncio.Task[None]] = {}
-        self._owner = TaskOwner(on_crash or _end_process)
+        self.on_crash = on_crash or _end_process
+        self._owner = TaskOwner(self.on_crash)
+        self._described = asyncio.Event()
         self._link_numbers = itertools.count(1)
         self._orchestrator_id = f"orchestrator-{config.node_id}-{os.getpid()}"
         self._is_open = False
@@ -83,6 +85,11 @@ class ServerPools:
         """The longest sequence that every server takes, so that it can go on anywhere; None when none is known."""
         known = [server.num_tokens_max for server in self if server.description.max_seq_len]
         return min(known) if known else None
+
+    async def first_model(self) -> str:
+        """The name that the first server to answer gives its model."""
+        await self._described.wait()
+        return next(server.description.model for server in self if server.description.model)
 
     def add(self, role: str, address: str) -> None:
         """The server at `host:port` joins as soon as it answers; it need not be there yet. Idempotent."""
@@ -173,6 +180,7 @@ class ServerPools:
             server.refused(reason)
             raise ServerLost(reason)
         server.connected(client, description)
+        self._described.set()
         await self._stay(server, client)
 
     async def _stay(self, server: Server, client: ServerClient) -> None:

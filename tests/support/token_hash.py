@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from disaggregated.sampling_params import SamplingParams
 
 
-def next_token(sequence: Sequence[int], seed: int = 0, vocab_size: int = 1000) -> int:
-    return zlib.crc32(np.asarray(sequence, dtype=np.uint32).tobytes(), seed & 0xFFFFFFFF) % vocab_size
+VOCAB_SIZE: Final = 250
+
+
+def next_token(sequence: Sequence[int], seed: int = 0) -> int:
+    return zlib.crc32(np.asarray(sequence, dtype=np.uint32).tobytes(), seed & 0xFFFFFFFF) % VOCAB_SIZE
 
 
 def finish_reason_of(token: int, num_generated: int, sampling: SamplingParams) -> str:

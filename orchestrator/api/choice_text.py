@@ -1,0 +1,32 @@
+"""Token ids of one sequence, turned into the text that its client may see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.text import StopStrings, Tokenizer
+
+
+class ChoiceText:
+    """Detokenizes, drops the stopping token, and ends at the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self._detokenizer = tokenizer.detokenizer(prompt_ids)
+        self._stops = StopStrings(stop) if stop else None
+        self.finish_reason = ""
+
+    def push(self, token_ids: Sequence[int], finish_reason: str) -> str:
+        """The text that these ids complete. Afterwards `finish_reason` is set if it ends here, for whichever reason."""
+        shown = token_ids[:-1] if finish_reason == "stop" else token_ids
+        text = self._detokenizer.push(shown)
+        if finish_reason:
+            text += self._detokenizer.flush()
+        self.finish_reason = finish_reason
+        if self._stops is None:
+            return text
+        text, stopped = self._stops.push(text)
+        if stopped:
+            self.finish_reason = "stop"
+        elif finish_reason:
+            text += self._stops.flush()
+        return text

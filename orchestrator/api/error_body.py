@@ -1,0 +1,39 @@
+"""An error as OpenAI's clients expect it. The only place where errors become HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from disaggregated.errors import DisaggregatedError
+
+
+def error_fields(error: DisaggregatedError) -> dict[str, Any]:
+    return {
+        "error": {
+            "message": str(error),
+            "type": error.openai_type,
+            "param": getattr(error, "param", None),
+            "code": getattr(error, "code", None),
+        }
+    }
+
+
+def error_response(error: DisaggregatedError, *, retry_after_s: int) -> web.Response:
+    """Who is refused for want of room is told when to come back."""
+    headers = {"Retry-After": str(retry_after_s)} if error.http_status in (429, 503) else {}
+    return json_response(error_fields(error), status=error.http_status, headers=headers)
+
+
+def plain_error_response(message: str, *, status: int, kind: str = "invalid_request_error") -> web.Response:
+    """What HTTP itself refuses: no such path, a body that is too large."""
+    fields = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return json_response(fields, status=status)
+
+
+def json_response(fields: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=orjson.dumps(fields), status=status, content_type="application/json", headers=headers or {}
+    )

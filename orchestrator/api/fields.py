@@ -1,0 +1,100 @@
+"""Reads the fields of a request body. What is wrong is told by the field's name and, where there is one, the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from disaggregated.errors import InvalidRequest
+
+
+class Fields:
+    """A JSON object from a client. A field that is null counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    @classmethod
+    def parse(cls, body: bytes) -> Fields:
+        """
+        Raises:
+            InvalidRequest: not JSON, or not an object.
+        """
+        try:
+            values = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise InvalidRequest(f"the body must be a JSON object, is {json_type(values)}")
+        return cls(values)
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def integer(self, name: str, *, low: int, high: int) -> int | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+            raise wrong_type(name, "an integer", value)
+        _check_range(name, value, low, high)
+        return int(value)
+
+    def number(self, name: str, *, low: float, high: float) -> float | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong_type(name, "a number", value)
+        _check_range(name, value, low, high)
+        return float(value)
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        value = self.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise wrong_type(name, "true or false", value)
+        return value
+
+    def text(self, name: str) -> str | None:
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise wrong_type(name, "a string", value)
+        return value
+
+    def mapping(self, name: str) -> Mapping[str, Any] | None:
+        value = self.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise wrong_type(name, "an object", value)
+        return value
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if value < low:
+        raise InvalidRequest(f"{name} must be at least {low}, is {value}", param=name)
+    if not value <= high:
+        raise InvalidRequest(f"{name} must be at most {high}, is {value}", param=name)
+
+
+def wrong_type(name: str, wanted: str, value: object) -> InvalidRequest:
+    return InvalidRequest(f"{name} must be {wanted}, is {json_type(value)}", param=name)
+
+
+def json_type(value: object) -> str:
+    """What JSON calls it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+        case _:
+            return "an object"

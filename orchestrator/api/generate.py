@@ -1,0 +1,108 @@
+"""POST /v1/chat/completions and /v1/completions: from a checked job to an answer or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import orjson
+from aiohttp import web
+
+from disaggregated.errors import DisaggregatedError, RequestCancelled
+from orchestrator.api.choices import CollectedChoice, StreamedChoice
+from orchestrator.api.error_body import error_fields
+from orchestrator.api.jobs import Job, chat_job, completion_job
+from orchestrator.api.shapes import Usage
+from orchestrator.api.sse import DONE, EventStream
+from orchestrator.front_door import FrontDoor
+from orchestrator.request_run import TokenSink
+from orchestrator.story import RequestStory
+
+
+async def chat_completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
+    return await _answer(door, http, await chat_job(door, http))
+
+
+async def completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
+    return await _answer(door, http, await completion_job(door, http))
+
+
+async def _answer(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
+    door.metrics.request_began(stream=job.fields.stream)
+    return await (_stream(door, http, job) if job.fields.stream else _collect(door, job))
+
+
+async def _collect(door: FrontDoor, job: Job) -> web.Response:
+    choices = [CollectedChoice(job.text_of(request)) for request in job.requests]
+    stories = await _run_all(door, job, choices)
+    shows = job.fields.return_token_ids
+    body = job.shape.whole(
+        [(choice.text, choice.finish_reason, choice.token_ids if shows else None) for choice in choices],
+        _usage(stories),
+    )
+    return web.Response(body=body, content_type="application/json", headers=job.headers)
+
+
+async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
+    choices = [
+        StreamedChoice(index, job.text_of(request), job.shape, shows_token_ids=job.fields.return_token_ids)
+        for index, request in enumerate(job.requests)
+    ]
+
+    def flush() -> None:
+        for choice in choices:
+            choice.flush()
+
+    stream = EventStream(http, job.headers, flush)
+    for choice in choices:
+        choice.stream = stream
+    deadline_s = job.requests[0].deadline_s
+    try:
+        async with asyncio.timeout(deadline_s - door.clock() + 1.0):
+            return await _pumped(door, job, stream, choices)
+    except TimeoutError as error:  # the requests have an earlier deadline of their own: it is the client who is late
+        stream.abort()
+        raise RequestCancelled("the client did not read its stream in time") from error
+    except ConnectionError as error:
+        raise RequestCancelled("the client went away") from error
+
+
+async def _pumped(
+    door: FrontDoor, job: Job, stream: EventStream, choices: Sequence[StreamedChoice]
+) -> web.StreamResponse:
+    """An error before the first token has a status of its own; afterwards it is the last event."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            pump = group.create_task(stream.pump())
+            stories = await _run_all(door, job, choices)
+            pump.cancel()
+    except ExceptionGroup as failures:
+        error = failures.exceptions[0]
+        if not (stream.is_open and isinstance(error, DisaggregatedError)):
+            raise error from failures
+        door.metrics.error_answered(error)
+        return await stream.end(b"data: " + orjson.dumps(error_fields(error)) + b"\n\n", DONE)
+    usage = [job.shape.usage(_usage(stories))] if job.fields.include_usage else []
+    return await stream.end(*usage, DONE)
+
+
+async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> list[RequestStory]:
+    """Every sequence of the job. One that fails ends the others: an answer is whole or it is an error."""
+    if len(sinks) == 1:
+        return [await door.dispatcher.run(job.requests[0], sinks[0])]
+    try:
+        async with asyncio.TaskGroup() as group:
+            runs = [
+                group.create_task(door.dispatcher.run(request, sink))
+                for request, sink in zip(job.requests, sinks, strict=True)
+            ]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    return [run.result() for run in runs]
+
+
+def _usage(stories: Sequence[RequestStory]) -> Usage:
+    total = Usage(0, 0, 0)
+    for story in stories:
+        total += Usage(story.num_prompt_tokens, story.num_cached_tokens, story.num_tokens)
+    return total

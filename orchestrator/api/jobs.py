@@ -1,0 +1,143 @@
+"""From an HTTP body to sequences that can be dispatched: everything is checked here, before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from aiohttp import web
+
+from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
+from orchestrator.api.choice_text import ChoiceText
+from orchestrator.api.fields import Fields
+from orchestrator.api.generation_fields import TOKENS_MAX, GenerationFields, read_generation_fields
+from orchestrator.api.prompts import chat_prompt, completion_prompts
+from orchestrator.api.request_ids import request_id_of
+from orchestrator.api.shapes import ChatShape, CompletionShape, Shape
+from orchestrator.front_door import FrontDoor
+from orchestrator.request_run import TokenRequest
+from orchestrator.served_model import ServedModel
+
+COMPLETION_TOKENS_DEFAULT: Final = 16
+"""OpenAI's, for text completions; a chat may fill what its prompt leaves."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One HTTP request, checked and tokenized; one sequence for each of its prompts."""
+
+    model: ServedModel
+    fields: GenerationFields
+    shape: Shape
+    requests: Sequence[TokenRequest]
+    headers: dict[str, str]
+
+    def text_of(self, request: TokenRequest) -> ChoiceText:
+        return ChoiceText(self.model.tokenizer, request.token_ids, self.fields.stop)
+
+
+async def chat_job(door: FrontDoor, http: web.Request) -> Job:
+    """
+    Raises:
+        InvalidRequest: names the field and the limit.
+    """
+    draft = await _Draft.read(door, http, max_tokens_default=TOKENS_MAX)
+    prompt = await chat_prompt(draft.body, draft.model)
+    shape = ChatShape(
+        f"chatcmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
+    )
+    return draft.job(shape, [prompt], "messages")
+
+
+async def completion_job(door: FrontDoor, http: web.Request) -> Job:
+    """
+    Raises:
+        InvalidRequest: names the field and the limit.
+    """
+    draft = await _Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT)
+    prompts = await completion_prompts(draft.body, draft.model)
+    shape = CompletionShape(
+        f"cmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
+    )
+    return draft.job(shape, prompts, "prompt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A body whose shared fields are read, and whose prompt is not."""
+
+    door: FrontDoor
+    request_id: str
+    arrived_s: float
+    body: Fields
+    model: ServedModel
+    fields: GenerationFields
+
+    @classmethod
+    async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int) -> _Draft:
+        arrived_s = door.clock()
+        body = Fields.parse(await http.read())
+        model = _known_model(door, body)
+        return cls(
+            door=door,
+            request_id=request_id_of(http),
+            arrived_s=arrived_s,
+            body=body,
+            model=model,
+            fields=read_generation_fields(body, model, max_tokens_default=max_tokens_default),
+        )
+
+    def job(self, shape: Shape, prompts: Sequence[Sequence[int]], param: str) -> Job:
+        headers = {"x-request-id": self.request_id}
+        if self.fields.unknown:
+            headers["x-disagg-ignored"] = ",".join(name for name in self.fields.unknown if name.isidentifier())[:1000]
+        return Job(
+            model=self.model,
+            fields=self.fields,
+            shape=shape,
+            requests=[
+                self._request(prompt, self.request_id if len(prompts) == 1 else f"{self.request_id}.{index}", param)
+                for index, prompt in enumerate(prompts)
+            ],
+            headers=headers,
+        )
+
+    def _request(self, prompt: Sequence[int], request_id: str, param: str) -> TokenRequest:
+        wanted = self.fields.sampling.max_tokens
+        room = _room(prompt, self.door.num_tokens_max(self.model), param)
+        return TokenRequest(
+            request_id=request_id,
+            token_ids=prompt,
+            sampling=dataclasses.replace(self.fields.sampling, max_tokens=min(wanted, room)),
+            arrived_s=self.arrived_s,
+            deadline_s=self.arrived_s + self.door.config.request_timeout_s,
+            priority=self.fields.priority,
+        )
+
+
+def _known_model(door: FrontDoor, body: Fields) -> ServedModel:
+    """
+    Raises:
+        UnknownModel: `model` is neither the full name nor an alias of what is served.
+        NoServerAvailable: the model is not known yet.
+    """
+    model = door.served_model()
+    name = body.text("model")
+    if not name:
+        raise InvalidRequest("model is missing", param="model")
+    if not model.is_meant_by(name):
+        raise UnknownModel(f"the model {name!r} does not exist; {model.name!r} is served here", param="model")
+    return model
+
+
+def _room(prompt: Sequence[int], num_tokens_max: int, param: str) -> int:
+    """Tokens that may follow. A larger `max_tokens` is cut to it: the sequence then ends with "length"."""
+    if len(prompt) >= num_tokens_max:
+        raise PromptTooLong(
+            f"the prompt has {len(prompt)} tokens, the limit is {num_tokens_max - 1}: "
+            f"{num_tokens_max} tokens with at least one generated",
+            param=param,
+        )
+    return num_tokens_max - len(prompt)

@@ -1,0 +1,145 @@
+"""What operators and their tools ask: health, metrics, who is there, what happened to a request, who holds what."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from aiohttp import web
+
+from disaggregated import __version__
+from disaggregated.errors import DisaggregatedError, InvalidRequest, NoServerAvailable
+from orchestrator.api.error_body import error_response, json_response, plain_error_response
+from orchestrator.api.fields import Fields
+from orchestrator.front_door import FrontDoor
+from orchestrator.metrics import CONTENT_TYPE
+from orchestrator.server import Role, Server
+
+LEDGER_TIMEOUT_S: Final = 10.0
+_INSTANCES_MAX: Final = 10_000
+
+
+async def models(door: FrontDoor, http: web.Request) -> web.Response:
+    model = door.served_model()
+    entry = {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "disaggregated",
+        "max_model_len": door.num_tokens_max(model),
+    }
+    return json_response({"object": "list", "data": [entry]})
+
+
+async def health(door: FrontDoor, http: web.Request) -> web.Response:
+    reason = door.why_not_serving()
+    if reason is None:
+        return json_response({"status": "serving"})
+    return error_response(NoServerAvailable(reason), retry_after_s=1)
+
+
+async def metrics(door: FrontDoor, http: web.Request) -> web.Response:
+    return web.Response(body=door.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def version(door: FrontDoor, http: web.Request) -> web.Response:
+    return json_response({"version": __version__})
+
+
+async def cluster_info(door: FrontDoor, http: web.Request) -> web.Response:
+    answer: dict[str, Any] = {
+        "is_ready": door.why_not_serving() is None,
+        "current_workers": {
+            f"{role.value}_servers": [_worker(server) for server in door.pools.of(role)] for role in Role
+        },
+        "queue_depth": len(door.dispatcher.queue),
+    }
+    if door.scaler is not None:
+        answer["processes"] = list(door.scaler.describe())
+    return json_response(answer)
+
+
+def _worker(server: Server) -> dict[str, Any]:
+    host, _, port = server.address.rpartition(":")
+    known: dict[str, Any] = {
+        "worker_id": server.instance_id,
+        "host": host,
+        "port": int(port) if port.isdigit() else port,
+        "role": server.role.value,
+        "standing": server.standing.value,
+        "reason": server.reason,
+        "times_lost": server.num_times_lost,
+        "requests": len(server.shares),
+    }
+    if server.client is not None:
+        known |= {
+            "model": server.description.model,
+            "device": server.description.device,
+            "dtype": server.description.dtype,
+            "pid": server.description.pid,
+            "blocks": server.heartbeat.num_blocks,
+            "blocks_free": server.heartbeat.num_blocks_free,
+            "transports": list(server.description.transports),
+        }
+    return known
+
+
+async def scale(door: FrontDoor, http: web.Request) -> web.Response:
+    """`{"generation": 2}`. Answers once it is so, which takes as long as a server takes to load its model."""
+    if door.scaler is None:
+        raise InvalidRequest("the servers of this deployment are run by somebody else; start or stop them there")
+    body = Fields.parse(await http.read())
+    if not body.values:
+        raise InvalidRequest('name a role and a count, such as {"generation": 2}')
+    for role in body.values:
+        if role not in {known.value for known in Role}:
+            raise InvalidRequest(f"there is no role {role!r}; the roles are context and generation", param=role)
+    counts = {role: body.integer(role, low=0, high=_INSTANCES_MAX) or 0 for role in body.values}
+    for role, count in counts.items():
+        await door.scaler.scale(role, count)
+    return json_response(counts)
+
+
+async def request_story(door: FrontDoor, http: web.Request) -> web.Response:
+    request_id = http.match_info["request_id"]
+    stories = door.dispatcher.stories
+    if (story := stories.find(request_id)) is not None:
+        return json_response(story.as_json(now_s=door.clock()))
+    parts: list[dict[str, Any]] = []
+    while (part := stories.find(f"{request_id}.{len(parts)}")) is not None:
+        parts.append(part.as_json(now_s=door.clock()))
+    if parts:
+        return json_response({"request_id": request_id, "sequences": parts})
+    kept = door.config.perf_metrics_max_requests
+    return plain_error_response(
+        f"no story of {request_id!r}: the last {kept} requests are kept (perf_metrics_max_requests)", status=404
+    )
+
+
+async def ledger(door: FrontDoor, http: web.Request) -> web.Response:
+    """Every block, lease and transfer of every server, with its owner."""
+    servers = list(door.pools)
+    answers = await asyncio.gather(*(_ledger_of(server) for server in servers))
+    dispatcher = door.dispatcher
+    return json_response(
+        {
+            "queued": len(dispatcher.queue),
+            "running": dispatcher.stories.num_running,
+            "shares": sum(len(server.shares) for server in servers),
+            "servers": answers,
+        }
+    )
+
+
+async def _ledger_of(server: Server) -> dict[str, Any]:
+    answer: dict[str, Any] = {"instance": server.instance_id, "role": server.role.value, "entries": []}
+    if server.client is None:
+        return {**answer, "error": server.reason}
+    try:
+        entries = await server.client.ledger(timeout_s=LEDGER_TIMEOUT_S)
+    except DisaggregatedError as error:
+        return {**answer, "error": str(error)}
+    answer["entries"] = [
+        {"kind": entry.kind, "owner": entry.owner, "count": entry.count, "age_s": entry.age_s} for entry in entries
+    ]
+    return answer

@@ -1,0 +1,82 @@
+"""A stream of server-sent events that no client can make us wait for.
+
+Events are written straight to the connection while it takes them. When a client reads too slowly, writing stops at the
+transport's own limit (64 KiB), what its sequences say meanwhile is kept as text, and once the connection has drained it
+goes out as one event: a slow client gets the same text in fewer events, costs a few bytes a token, and delays nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream:
+    """One HTTP response. Nothing is sent, not even its status, before `pump()` has seen the first `wake()`."""
+
+    def __init__(self, http: web.Request, headers: Mapping[str, str], flush: Callable[[], None]) -> None:
+        self._http = http
+        self._response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
+        )
+        self._flush = flush
+        """Sends whatever has been kept."""
+        self._is_chunked = http.version >= HttpVersion11
+        self._writer: AbstractStreamWriter | None = None
+        self._transport: asyncio.Transport | None = None
+        self._wanted = asyncio.Event()
+
+    @property
+    def is_open(self) -> bool:
+        """The status line is out; from now on an error can only be an event."""
+        return self._transport is not None
+
+    @property
+    def takes_more(self) -> bool:
+        return self._transport is not None and not self._http.protocol.writing_paused
+
+    def wake(self) -> None:
+        """There is something to send that could not be sent now."""
+        self._wanted.set()
+
+    def send(self, event: bytes) -> None:
+        """Whole events, in HTTP's chunked framing. A client that has gone is noticed by whoever runs the handler."""
+        assert self._transport is not None, "the stream is not open yet"
+        if not self._transport.is_closing():
+            self._transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event)
+
+    async def pump(self) -> None:
+        """Opens the response at the first wake-up, and after each stall goes on when the client has caught up."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            await self._ready()
+            self._flush()
+
+    async def _ready(self) -> None:
+        if self._writer is None:
+            self._writer = await self._response.prepare(self._http)
+            assert self._writer is not None, "the response was prepared twice"
+            self._writer.send_headers()
+            self._transport = self._http.transport
+            if self._transport is None:
+                raise ConnectionResetError("the client went away")
+        await self._writer.drain()
+
+    async def end(self, *events: bytes) -> web.StreamResponse:
+        """Whatever is kept, then `events`, then the end of the response, once the client has taken all of it."""
+        await self._ready()
+        self._flush()
+        self.send(b"".join(events))
+        await self._response.write_eof()
+        return self._response
+
+    def abort(self) -> None:
+        """The client does not read and its time is up."""
+        if self._transport is not None:
+            self._transport.abort()

@@ -1,0 +1,122 @@
+"""The front door as an aiohttp application: routes, request ids, and the one place where errors become HTTP."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from disaggregated import logs
+from disaggregated.config.deployment import DeploymentConfig
+from disaggregated.errors import DisaggregatedError
+from orchestrator.api import generate, operations
+from orchestrator.api.error_body import error_response, plain_error_response
+from orchestrator.api.request_ids import assign_request_id
+from orchestrator.front_door import FrontDoor
+from orchestrator.scaler import Scaler
+from orchestrator.served_model import ServedModel
+from orchestrator.server_pools import ServerPools
+
+log = logs.get(__name__)
+
+BODY_BYTES_MAX: Final = 32 << 20
+"""Of one request; a prompt of a million token ids takes seven."""
+SHUTDOWN_TIMEOUT_S: Final = 60.0
+"""For requests under way when the application is cleaned up; whoever cleans up may be less patient."""
+DOOR: Final = web.AppKey("door", FrontDoor)
+
+DoorHandler = Callable[[FrontDoor, web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(
+    config: DeploymentConfig,
+    pools: ServerPools,
+    *,
+    model: ServedModel | None = None,
+    scaler: Scaler | None = None,
+) -> web.Application:
+    """The application owns `pools` from its start-up to its clean-up.
+
+    Without `model`, the tokenizer is loaded in the background: the configured one, or what the first server tells.
+    """
+    door = FrontDoor(config, pools, model=model, scaler=scaler)
+    app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_edge(door)])
+    app[DOOR] = door
+    for method, path, handler in (
+        ("POST", "/v1/chat/completions", generate.chat_completions),
+        ("POST", "/v1/completions", generate.completions),
+        ("GET", "/v1/models", operations.models),
+        ("GET", "/health", operations.health),
+        ("GET", "/metrics", operations.metrics),
+        ("GET", "/prometheus/metrics", operations.metrics),
+        ("GET", "/version", operations.version),
+        ("GET", "/cluster_info", operations.cluster_info),
+        ("POST", "/cluster/scale", operations.scale),
+        ("GET", "/requests/{request_id:.+}", operations.request_story),
+        ("GET", "/ledger", operations.ledger),
+    ):
+        app.router.add_route(method, path, functools.partial(_call, door, handler))
+
+    async def life(_: web.Application) -> AsyncIterator[None]:
+        door.start()
+        yield
+        await door.close()
+
+    app.cleanup_ctx.append(life)
+    return app
+
+
+def make_runner(app: web.Application, *, shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S) -> web.AppRunner:
+    """A client that hangs up cancels its handler, and with it the work on every server."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s)
+
+
+async def _call(door: FrontDoor, handler: DoorHandler, http: web.Request) -> web.StreamResponse:
+    return await handler(door, http)
+
+
+def _edge(door: FrontDoor) -> Middleware:
+    @web.middleware
+    async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request_id = assign_request_id(request)
+        response = await _answered(door, request, handler)
+        if not response.prepared:
+            response.headers["x-request-id"] = request_id
+        return response
+
+    return edge
+
+
+async def _answered(door: FrontDoor, http: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(http)
+    except DisaggregatedError as error:
+        door.metrics.error_answered(error)
+        return error_response(error, retry_after_s=door.dispatcher.retry_after_s())
+    except web.HTTPException as error:
+        return _refused_by_http(http, error)
+    except Exception as error:  # noqa: BLE001 - the process's edge: one request's bug is one 500 and a traceback
+        log.traceback("handler_crashed", error)
+        door.metrics.crash_answered()
+        return plain_error_response("internal error", status=500, kind="internal_error")
+
+
+def _refused_by_http(http: web.Request, error: web.HTTPException) -> web.Response:
+    match error:
+        case web.HTTPRequestEntityTooLarge():
+            message = f"the body is larger than the limit of {BODY_BYTES_MAX} bytes"
+        case web.HTTPNotFound():
+            message = f"there is no {http.method} {_shown(http.path)}"
+        case web.HTTPMethodNotAllowed():
+            message = f"{_shown(http.path)} takes {', '.join(sorted(error.allowed_methods))}, not {http.method}"
+        case _:
+            message = error.reason
+    return plain_error_response(message, status=error.status)
+
+
+def _shown(path: str) -> str:
+    return re.sub(r"[^\x20-\x7e]", "?", path)[:200]

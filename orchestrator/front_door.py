@@ -1,0 +1,131 @@
+"""What every HTTP handler needs, in one place: the model, the servers, the dispatcher, the numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+from disaggregated import logs
+from disaggregated.config.deployment import DeploymentConfig
+from disaggregated.errors import ModelUnavailable, NoServerAvailable
+from orchestrator.dispatch import Dispatcher
+from orchestrator.metrics import Metrics
+from orchestrator.scaler import Scaler
+from orchestrator.served_model import ServedModel
+from orchestrator.server import Role, Server
+from orchestrator.server_pools import ServerPools
+from orchestrator.task_owner import TaskOwner
+
+log = logs.get(__name__)
+
+START_GRACE_S: Final = 15.0
+"""At start, how long /health waits for the servers that the file names but that have not joined yet, once requests
+could be served without them."""
+
+
+class FrontDoor:
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        pools: ServerPools,
+        *,
+        model: ServedModel | None,
+        scaler: Scaler | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.pools = pools
+        self.scaler = scaler
+        self.clock = clock
+        self.metrics = Metrics(pools)
+        self.dispatcher = Dispatcher(config, pools, observer=self.metrics, clock=clock)
+        self.metrics.watch(self.dispatcher)
+        self._model: ServedModel | None = None
+        self._model_problem = ""
+        self._servable_since_s: float | None = None
+        self._has_started = False
+        self._owner = TaskOwner(pools.on_crash)
+        if model is not None:
+            self._serve_model(model)
+
+    # The model.
+
+    def served_model(self) -> ServedModel:
+        """
+        Raises:
+            NoServerAvailable: it is not known yet which model this is, or its tokenizer cannot be loaded.
+        """
+        if self._model is None:
+            raise NoServerAvailable(self._model_problem or "the model is not loaded yet")
+        return self._model
+
+    def num_tokens_max(self, model: ServedModel) -> int:
+        """The longest sequence, prompt and generated tokens together."""
+        return min(model.num_tokens_max, self.pools.num_tokens_max or model.num_tokens_max)
+
+    def _serve_model(self, model: ServedModel) -> None:
+        self._model = self.pools.model = model
+        log.info("model_loaded", model=model.name)
+
+    async def _load_model(self) -> None:
+        """The configured one, or else the one that the first server tells."""
+        name = self.config.model or await self.pools.first_model()
+        try:
+            self._serve_model(await asyncio.to_thread(ServedModel.load, name))
+        except ModelUnavailable as error:
+            self._model_problem = f"the tokenizer of {name!r} cannot be loaded here: {error}"
+            log.error("model_unavailable", model=name, error=str(error))
+
+    # Life.
+
+    def start(self) -> None:
+        self.pools.start()
+        if self._model is None:
+            self._owner.start(self._load_model(), name="load model")
+
+    async def close(self) -> None:
+        await self._owner.close()
+        await self.pools.close()
+
+    # Health.
+
+    def why_not_serving(self) -> str | None:
+        """In words, why a request that came now would have to wait or fail; None when it would be served."""
+        problem = self._why_not_servable()
+        if problem is not None:
+            self._servable_since_s = None
+            return problem
+        if self._has_started:
+            return None
+        if self._servable_since_s is None:
+            self._servable_since_s = self.clock()
+        missing = self._missing()
+        if missing and self.clock() - self._servable_since_s < START_GRACE_S:
+            return f"starting: waiting for {missing}"
+        self._has_started = True
+        return None
+
+    def _why_not_servable(self) -> str | None:
+        if self._model is None:
+            return self._model_problem or "the model is not loaded yet"
+        decoders = self.pools.ready(Role.GENERATION)
+        if not decoders:
+            return f"no generation server is ready{_reasons(self.pools.of(Role.GENERATION))}"
+        if not self.pools.ready(Role.CONTEXT) and not any(server.description.can_prefill for server in decoders):
+            return f"no context server is ready{_reasons(self.pools.of(Role.CONTEXT))}"
+        return None
+
+    def _missing(self) -> str:
+        wanted = {Role.CONTEXT: self.config.context, Role.GENERATION: self.config.generation}
+        short = [
+            f"{pool.num_instances - len(self.pools.ready(role))} {role}"
+            for role, pool in wanted.items()
+            if len(self.pools.ready(role)) < pool.num_instances
+        ]
+        return f"{' and '.join(short)} servers" if short else ""
+
+
+def _reasons(servers: list[Server]) -> str:
+    return "".join(f"; {server.address}: {server.reason}" for server in servers[:4] if server.reason)

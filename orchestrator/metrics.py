@@ -1,0 +1,207 @@
+"""What Prometheus reads. Requests are counted as they end; servers are looked at when somebody reads.
+
+Names end in their unit. Labels are role, instance, outcome, reason and transport, which all have few values; never a
+request id. The counters without our prefix are TensorRT-LLM's, so that its dashboards keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from disaggregated import logs
+from disaggregated.errors import DisaggregatedError
+from orchestrator.server import Server
+from orchestrator.story import RequestStory
+
+if TYPE_CHECKING:
+    from orchestrator.dispatch import Dispatcher
+
+log = logs.get(__name__)
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 180.0)
+_SHORT_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Metrics:
+    """Implements `dispatch.RequestObserver`. Nothing here is touched for a token, only for a request."""
+
+    def __init__(self, servers: Iterable[Server]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._servers = servers
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=registry)
+
+        self._requests = counter("disagg_requests_total", "Sequences that ended, by outcome.", "outcome")
+        self._attempts_failed = counter(
+            "disagg_attempts_failed_total",
+            "Attempts that came to nothing, by the error; most went on elsewhere.",
+            "reason",
+        )
+        self._errors = counter("disagg_errors_answered_total", "Errors that a client saw, by HTTP status.", "status")
+        self._prompt_tokens = counter("disagg_prompt_tokens_total", "Tokens of prompts that were prefilled.")
+        self._cached_tokens = counter("disagg_prompt_cached_tokens_total", "Of these, found in a prefix cache.")
+        self._tokens = counter("disagg_generation_tokens_total", "Tokens that were generated.")
+        self._bytes = counter("disagg_kv_transferred_bytes_total", "KV that moved, by transport.", "transport")
+        self._ttft = histogram("disagg_ttft_seconds", "Arrival to first token.")
+        self._tpot = histogram("disagg_tpot_seconds", "Mean gap between tokens of a sequence.", _SHORT_SECONDS)
+        self._gap = histogram("disagg_longest_gap_seconds", "Longest gap between two tokens of a sequence.")
+        self._e2e = histogram("disagg_e2e_seconds", "Arrival to last token.")
+        self._queue = histogram("disagg_queue_seconds", "Waiting for servers, in the orchestrator.")
+        self._prefill_queue = histogram("disagg_prefill_queue_seconds", "Waiting for the first chunk, on its server.")
+        self._prefill = histogram("disagg_prefill_seconds", "Computing the prompt.")
+        self._transfer = histogram(
+            "disagg_transfer_seconds", "First block asked for to last one verified.", _SHORT_SECONDS
+        )
+        self._exposed = histogram(
+            "disagg_transfer_exposed_seconds", "The part of a transfer that prefill did not hide.", _SHORT_SECONDS
+        )
+        self._total = counter("total_requests", "HTTP requests to generate.")
+        self._stream = counter("stream_requests", "Of these, streamed.")
+        self._nonstream = counter("nonstream_requests", "Of these, not streamed.")
+        self._validation = counter("validation_exceptions", "Requests refused as invalid.")
+        self._http = counter("http_exceptions", "Requests answered with an error other than that.")
+        self._internal = counter("internal_errors", "Of those, mistakes of this process.")
+        self._responses = counter("total_responses", "Sequences that ended with a finish reason.")
+
+    def watch(self, dispatcher: Dispatcher) -> None:
+        self._registry.register(_LiveNumbers(dispatcher, self._servers))
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    # HTTP.
+
+    def request_began(self, *, stream: bool) -> None:
+        self._total.inc()
+        (self._stream if stream else self._nonstream).inc()
+
+    def error_answered(self, error: DisaggregatedError) -> None:
+        self._errors.labels(str(error.http_status)).inc()
+        (self._validation if 400 <= error.http_status < 429 else self._http).inc()
+
+    def crash_answered(self) -> None:
+        self._errors.labels("500").inc()
+        self._http.inc()
+        self._internal.inc()
+
+    # dispatch.RequestObserver.
+
+    def attempt_failed(self, error: DisaggregatedError, *, goes_on: bool) -> None:
+        self._attempts_failed.labels(type(error).__name__).inc()
+
+    def request_ended(self, story: RequestStory) -> None:
+        outcome = str(story.life.phase)
+        self._requests.labels(outcome).inc()
+        self._tokens.inc(story.num_tokens)
+        ended_s = story.life.story[-1][0]
+        self._queue.observe(story.queue_s(until_s=ended_s))
+        if story.finish_reason:
+            self._responses.inc()
+            self._e2e.observe(ended_s - story.arrived_s)
+        self._observe_first_token(story)
+        self._observe_attempts(story)
+        self._log(story, outcome, ended_s)
+
+    def _observe_first_token(self, story: RequestStory) -> None:
+        if story.ttft_s is None:
+            return
+        self._ttft.observe(story.ttft_s)
+        self._prompt_tokens.inc(story.num_prompt_tokens)
+        self._cached_tokens.inc(story.num_cached_tokens)
+        if story.tpot_s is not None:
+            self._tpot.observe(story.tpot_s)
+            self._gap.observe(story.longest_gap_s)
+
+    def _observe_attempts(self, story: RequestStory) -> None:
+        for attempt in story.attempts:
+            if attempt.prefill_compute_s:
+                self._prefill_queue.observe(attempt.prefill_queue_s)
+                self._prefill.observe(attempt.prefill_compute_s)
+            if attempt.transport:
+                self._bytes.labels(attempt.transport).inc(attempt.transfer_bytes)
+                self._transfer.observe(attempt.transfer_s)
+                self._exposed.observe(attempt.exposed_s)
+
+    def _log(self, story: RequestStory, outcome: str, ended_s: float) -> None:
+        fields: dict[str, object] = {
+            "request_id": story.request_id,
+            "outcome": outcome,
+            "finish_reason": story.finish_reason,
+            "prompt_tokens": story.num_prompt_tokens,
+            "cached_tokens": story.num_cached_tokens,
+            "tokens": story.num_tokens,
+            "e2e_s": ended_s - story.arrived_s,
+            "attempts": len(story.attempts),
+        }
+        if story.ttft_s is not None:
+            fields |= {"ttft_s": story.ttft_s, **story.ttft_parts()}
+        if story.attempts:
+            last = story.attempts[-1]
+            fields |= {"context": last.context_instance, "generation": last.generation_instance}
+            fields |= {"transport": last.transport, "transfer_s": last.transfer_s, "exposed_s": last.exposed_s}
+        if story.error:
+            fields["error"] = story.error
+        log.info("request_done", **fields)
+
+
+_SERVER_GAUGES: Final = (
+    ("disagg_blocks", "KV blocks of the server.", "num_blocks"),
+    ("disagg_blocks_free", "KV blocks that a new sequence could have.", "num_blocks_free"),
+    ("disagg_blocks_leased", "KV blocks held for a transfer.", "num_blocks_leased"),
+    ("disagg_blocks_quarantined", "KV blocks that a late write could still reach.", "num_blocks_quarantined"),
+    ("disagg_sequences_running", "Sequences in the engine's batch.", "num_running"),
+    ("disagg_sequences_waiting", "Sequences that wait inside the server.", "num_waiting"),
+    ("disagg_step_age_seconds", "Since the last finished step while there is work.", "step_age_s"),
+)
+
+
+class _LiveNumbers(Collector):
+    """Read from the books at each scrape: nothing to keep up to date, nothing to forget when a server goes."""
+
+    def __init__(self, dispatcher: Dispatcher, servers: Iterable[Server]) -> None:
+        self._dispatcher = dispatcher
+        self._servers = servers
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "disagg_queue_depth", "Sequences that wait for servers.", value=len(self._dispatcher.queue)
+        )
+        yield GaugeMetricFamily(
+            "disagg_requests_active", "Sequences that wait or run.", value=self._dispatcher.stories.num_running
+        )
+        up = GaugeMetricFamily("disagg_server_up", "1 while the server takes requests.", labels=["role", "instance"])
+        lost = CounterMetricFamily(
+            "disagg_server_lost", "Times that the server at this address was lost.", labels=["role", "address"]
+        )
+        leaked = GaugeMetricFamily(
+            "disagg_blocks_leaked", "Blocks still held by a server that has nothing to do.", labels=["role", "instance"]
+        )
+        for server in self._servers:
+            labels = [server.role.value, server.instance_id]
+            up.add_metric(labels, float(server.is_ready))
+            lost.add_metric([server.role.value, server.address], server.num_times_lost)
+            if server.client is not None:
+                leaked.add_metric(labels, _num_leaked(server))
+        yield from (up, lost, leaked)
+        for name, text, field in _SERVER_GAUGES:
+            family = GaugeMetricFamily(name, text, labels=["role", "instance"])
+            for server in self._servers:
+                if server.client is not None:
+                    family.add_metric([server.role.value, server.instance_id], getattr(server.heartbeat, field))
+            yield family
+
+
+def _num_leaked(server: Server) -> int:
+    heartbeat = server.heartbeat
+    is_idle = not (server.shares or heartbeat.num_running or heartbeat.num_waiting)
+    return heartbeat.num_blocks_leased + heartbeat.num_blocks_quarantined if is_idle else 0

@@ -1,0 +1,62 @@
+"""What the orchestrator itself needs of the model: its names, its tokenizer, its sampling defaults. No weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from disaggregated.errors import ModelUnavailable
+from disaggregated.model_files import ModelConfig, resolve
+from orchestrator.text import Tokenizer
+
+_SAMPLING_KEYS: Final = ("temperature", "top_p", "top_k", "min_p")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    name: str
+    """In full, as servers describe it."""
+    aliases: tuple[str, ...]
+    """Other names that clients may use; the basename is one of them."""
+    tokenizer: Tokenizer
+    num_tokens_max: int
+    """The model's own limit; servers may have a lower one."""
+    sampling_defaults: Mapping[str, float]
+    """What generation_config.json says where a client says nothing."""
+    created: int
+    """Seconds since 1970, for `/v1/models`."""
+
+    @classmethod
+    def load(cls, name: str) -> ServedModel:
+        """Reads files; takes a fraction of a second, so call it on a thread.
+
+        Raises:
+            ModelUnavailable: names the file that is missing or wrong.
+        """
+        files = resolve(name, weights=False)
+        return cls(
+            name=files.name,
+            aliases=files.aliases,
+            tokenizer=Tokenizer.load(files.path),
+            num_tokens_max=ModelConfig.load(files.path).max_position_embeddings,
+            sampling_defaults=_sampling_defaults(files.path / "generation_config.json"),
+            created=int(time.time()),
+        )
+
+    def is_meant_by(self, name: str) -> bool:
+        return name == self.name or name in self.aliases
+
+
+def _sampling_defaults(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        return {}
+    try:
+        found: Any = orjson.loads(path.read_bytes())
+        return {key: float(found[key]) for key in _SAMPLING_KEYS if found.get(key) is not None}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelUnavailable(f"{path} is damaged: {error}") from error

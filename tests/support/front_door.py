@@ -1,0 +1,100 @@
+"""An orchestrator in this process, on a real port, before fake servers that speak real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from disaggregated.config.deployment import DeploymentConfig, PoolConfig
+from disaggregated.config.server import ServerConfig
+from disaggregated.sampling_params import SamplingParams
+from orchestrator.app import DOOR, make_app, make_runner
+from orchestrator.front_door import FrontDoor
+from orchestrator.scaler import Scaler
+from orchestrator.served_model import ServedModel
+from orchestrator.server_pools import ServerPools
+from tests.support.byte_model import byte_model
+from tests.support.fake_cluster import FakeCluster, Temper
+from tests.support.fake_servers import fake_servers
+from tests.support.token_hash import oracle
+
+FAST = Temper(latency_s=0.0, step_s=0.001, prefill_token_s=0.0)
+
+
+@dataclasses.dataclass
+class Door:
+    url: str
+    http: aiohttp.ClientSession
+    cluster: FakeCluster
+    door: FrontDoor
+    model: ServedModel
+
+    async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
+        if isinstance(body, bytes):
+            options["data"] = body
+        else:
+            options["json"] = body
+        async with self.http.post(self.url + path, **options) as answer:
+            return answer.status, await answer.json()
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.http.get(self.url + path) as answer:
+            return answer.status, await answer.json()
+
+    def expected(self, prompt: Sequence[int], **sampling: Any) -> tuple[str, str]:
+        """Text and finish reason of an undisturbed run."""
+        tokens, reason = oracle(prompt, SamplingParams(stop_token_ids=frozenset({256}), **sampling))
+        return self.model.tokenizer.decode(tokens[:-1] if reason == "stop" else tokens), reason
+
+    async def wait_idle(self) -> None:
+        """Nothing is held on any server. The test's own timeout bounds this."""
+        while any(server.admitted for server in self.cluster.servers.values()) or len(self.door.dispatcher.queue):
+            await asyncio.sleep(0.005)
+        self.door.dispatcher.check_idle()
+
+
+@contextlib.asynccontextmanager
+async def front_door(
+    *,
+    num_context: int = 1,
+    num_generation: int = 1,
+    temper: Temper = FAST,
+    scaler: Scaler | None = None,
+    is_awaited: bool = True,
+    **config: Any,
+) -> AsyncIterator[Door]:
+    async with (
+        fake_servers(num_context=num_context, num_generation=num_generation, temper=temper) as cluster,
+        aiohttp.ClientSession() as http,
+    ):
+        crashes: list[BaseException] = []
+        settings = DeploymentConfig(
+            context=_pool(cluster, "context"), generation=_pool(cluster, "generation"), **config
+        )
+        model = byte_model()
+        app = make_app(settings, ServerPools(settings, on_crash=crashes.append), model=model, scaler=scaler)
+        runner = make_runner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        door = Door(f"http://127.0.0.1:{runner.addresses[0][1]}", http, cluster, app[DOOR], model)
+        try:
+            if is_awaited:
+                while (await door.get("/health"))[0] != 200:
+                    await asyncio.sleep(0.01)
+            yield door
+        finally:
+            await http.close()
+            await runner.cleanup()
+        assert not crashes, crashes
+
+
+def _pool(cluster: FakeCluster, role: str) -> PoolConfig:
+    urls = tuple(server.address for server in cluster.of(role))
+    return PoolConfig(num_instances=len(urls), urls=urls, server=ServerConfig(model="fake", role=role))
