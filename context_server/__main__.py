@@ -6,11 +6,10 @@ from context_server.role import ContextRole
 from disaggregated.config.server import ServerConfig
 from disaggregated.config.server_cli import server_command
 from disaggregated.engine.serving.process_life import run_server
-from kvtransfer import Region, check_backend
+from kvtransfer import Region
 
 
 def main(config: ServerConfig) -> int:
-    check_backend(config.cache_transceiver_config.backend)  # Before the weights are loaded.
     return run_server(config, allocate=lambda layout: Region.allocate(layout.pool_bytes), make_role=ContextRole)
 
 

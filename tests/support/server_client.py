@@ -149,6 +149,7 @@ class GenerationClient(ServerClient):
         self.num_batches = 0
         self._generation = control_pb2_grpc.GenerationStub(self._channel)
         self._deltas: dict[int, asyncio.Queue[control_pb2.StreamDelta | Exception]] = {}
+        self._completions: dict[int, Completion] = {}
         self._keys = itertools.count(1)
 
     async def __aenter__(self) -> Self:
@@ -191,7 +192,7 @@ class GenerationClient(ServerClient):
     ) -> int:
         """The key by which `completion` finds it."""
         key = next(self._keys)
-        self._deltas[key] = asyncio.Queue()
+        self._deltas[key], self._completions[key] = asyncio.Queue(), Completion()
         request = control_pb2.AdmitRequest(
             orchestrator_id=self.orchestrator_id,
             stream_key=key,
@@ -211,17 +212,19 @@ class GenerationClient(ServerClient):
             return (await self._generation.Cancel(request, timeout=CALL_TIMEOUT_S)).num_cancelled
 
     async def delta(self, key: int) -> control_pb2.StreamDelta:
+        """The next one; raises the error that ends the request."""
         async with asyncio.timeout(CALL_TIMEOUT_S):
             found = await self._deltas[key].get()
         if isinstance(found, Exception):
             raise found
+        self._completions[key].add(found)
         return found
 
     async def completion(self, key: int) -> Completion:
-        """Until it finishes; raises the error that ends it."""
-        completion = Completion()
+        """All of it, once it finishes; raises the error that ends it."""
+        completion = self._completions[key]
         while not completion.finish_reason:
-            completion.add(await self.delta(key))
+            await self.delta(key)
         return completion
 
     def has_news(self, key: int) -> bool:

@@ -16,16 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from disaggregated import logs, rpc
 from disaggregated.config.server import ServerConfig
-from disaggregated.engine.load import load_engine
 from disaggregated.engine.serving.role import AllocatePool, LoadedServer, MakeRole, MemoryT, Role, ServerIdentity
 from disaggregated.engine.serving.service import ServerService
 from disaggregated.errors import StartupError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2_grpc
+
+if TYPE_CHECKING:
+    from disaggregated.engine.load import LoadedEngine
 
 log = logs.get(__name__)
 
@@ -95,7 +97,7 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
         pool.append(allocate(layout))
         return pool[0].buffer
 
-    loaded = await _unless_asked_to_end(end, lambda: load_engine(config, allocate=allocate_once))
+    loaded = await _unless_asked_to_end(end, lambda: _load(config, allocate_once))
     if loaded is None:
         _exit_while_loading()
     if not pool:
@@ -120,6 +122,15 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
         await role.end_streams()
         await grpc_server.stop(None if end.at_once.is_set() else GOODBYE_S)
     return end.exit_code
+
+
+def _load(config: ServerConfig, allocate: Callable[[KVLayout], memoryview]) -> LoadedEngine:
+    from disaggregated.engine.load import load_engine  # Torch takes a second: the port is taken, or refused, before it.
+
+    loaded = load_engine(config, allocate=allocate)
+    for remark in loaded.config.remarks:
+        log.info("model_remarked", model=loaded.files.name, remark=remark)
+    return loaded
 
 
 async def _drain(role: Role, end: ProcessEnd) -> None:

@@ -8,17 +8,19 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 import grpc
 
 from disaggregated.config.server import ServerConfig
-from disaggregated.engine.load import LoadedEngine
 from disaggregated.engine.serving.live_requests import LiveRequests
 from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import DisaggregatedError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
+
+if TYPE_CHECKING:
+    from disaggregated.engine.load import LoadedEngine  # It imports torch, which is not needed to take a port.
 
 
 class PoolMemory(Protocol):
