@@ -78,7 +78,8 @@ class FrameServer:
         self._layout = layout
         self._expected = expected
         self._lock = threading.Lock()
-        self._connections: dict[FrameSocket, threading.Thread] = {}
+        self._connections: set[FrameSocket] = set()
+        self._threads: list[threading.Thread] = []  # Those that ended are dropped when the next one comes.
         self._closing = False
         self._acceptor = threading.Thread(target=self._accept, name=f"kv-{name}-accept", daemon=True)
         self.statistics = EndpointStatistics()
@@ -90,7 +91,7 @@ class FrameServer:
         """Every thread has ended when this returns. Raises TransferTimeout when one has not by the deadline."""
         with self._lock:
             self._closing = True
-            threads = list(self._connections.values())
+            threads = list(self._threads)
             for connection in self._connections:
                 connection.shut()
         with contextlib.suppress(OSError):
@@ -125,7 +126,8 @@ class FrameServer:
                 return
             connection = FrameSocket(accepted)
             thread = threading.Thread(target=self._serve, args=[connection], name=f"kv-{self._name}", daemon=True)
-            self._connections[connection] = thread
+            self._connections.add(connection)
+            self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
             self.statistics.connections_open = len(self._connections)
             thread.start()
 
@@ -139,7 +141,7 @@ class FrameServer:
             log.warning("kv_connection_cut", transport=self._name, reason=str(error))
         finally:
             with self._lock:
-                del self._connections[connection]
+                self._connections.remove(connection)
                 self.statistics.connections_open = len(self._connections)
                 connection.close()
 

@@ -67,7 +67,7 @@ def test_a_link_keeps_its_connection_from_read_to_read(pair: Pair) -> None:
     for block in range(10):
         pair.read(pair.order([block], [block]))
     assert pair.endpoint.statistics().connections_open == 1
-    assert pair.endpoint.statistics().reads_total == 10
+    assert pair.link.statistics().reads_total == 10
 
 
 def test_two_sources_send_into_one_pool_at_once(transport_name: str) -> None:

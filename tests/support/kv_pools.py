@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from disaggregated import rpc
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import Region, TransferSource
+from kvtransfer import Region, TransferDestination, TransferSource
 from kvtransfer.transport import SourceEndpoint
 
 SMALL = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32", num_blocks=32)
@@ -68,10 +69,18 @@ class ServedSource:
     layout: KVLayout
     address: str
     server: grpc.aio.Server
-    released: list[str]
+    released: asyncio.Queue[str]
+    """What `on_released` said and nobody has taken yet."""
 
     def ticket(self, transfer_id: str) -> SomeTicket:
         return SomeTicket(self.address, transfer_id)
+
+    async def wait_released(self, *transfer_ids: str) -> None:
+        """These, each once, and nothing else."""
+        async with asyncio.timeout(5):
+            ended = [await self.released.get() for _ in transfer_ids]
+        assert sorted(ended) == sorted(transfer_ids)
+        assert self.released.empty(), f"{self.released.get_nowait()} was released as well"
 
     def offer(
         self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, *, first_token: int = 42
@@ -94,14 +103,14 @@ async def served_source(
     transports: Sequence[str] = ("SHM", "TCP"),
     endpoints: Sequence[SourceEndpoint] | None = None,
 ) -> AsyncIterator[ServedSource]:
-    released: list[str] = []
+    released: asyncio.Queue[str] = asyncio.Queue()
     source = TransferSource(
         region,
         layout,
         fingerprint=fingerprint,
         instance_id="context-0",
         epoch=epoch,
-        on_released=released.append,
+        on_released=released.put_nowait,
         lease_s=lease_s,
         transports=transports,
         endpoints=endpoints,
@@ -117,6 +126,32 @@ async def served_source(
         source.check_integrity()
         await source.close()
         await server.stop(grace=None)
+
+
+@contextlib.asynccontextmanager
+async def destination(
+    region: Region,
+    layout: KVLayout,
+    *,
+    backend: str = "DEFAULT",
+    fingerprint: str = FINGERPRINT,
+    progress_timeout_s: float = 0.5,
+    max_tokens_in_buffer: int | None = None,
+) -> AsyncIterator[TransferDestination]:
+    made = TransferDestination(
+        region,
+        layout,
+        fingerprint=fingerprint,
+        instance_id="generation-0",
+        epoch=1,
+        backend=backend,
+        progress_timeout_s=progress_timeout_s,
+        max_tokens_in_buffer=max_tokens_in_buffer,
+    )
+    try:
+        yield made
+    finally:
+        await made.close()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
