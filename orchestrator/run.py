@@ -33,7 +33,7 @@ from orchestrator.server_pools import ServerPools
 log = logs.get(__name__)
 
 REQUESTS_TIMEOUT_S: Final = 3.0
-"""For the requests under way at Ctrl-C."""
+"""For the requests under way at Ctrl-C. Half of it for those that end by themselves, half for those that are cut."""
 SERVERS_TIMEOUT_S: Final = 1.5
 """For the servers after that, before they are killed."""
 
@@ -73,7 +73,9 @@ async def _answer(
 ) -> None:
     """HTTP from here until `asked_to_stop`, and then for as long as requests need, within REQUESTS_TIMEOUT_S."""
     model = await asyncio.to_thread(ServedModel.load, config.model) if config.model and launcher.has_work else None
-    runner = make_runner(make_app(config, pools, model=model, scaler=launcher))
+    runner = make_runner(
+        make_app(config, pools, model=model, scaler=launcher), shutdown_timeout_s=REQUESTS_TIMEOUT_S / 2
+    )
     try:
         await runner.setup()
         await web.SockSite(runner, listener).start()
@@ -83,9 +85,7 @@ async def _answer(
         await asked_to_stop.wait()
         log.info("stopping", requests_timeout_s=REQUESTS_TIMEOUT_S)
     finally:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REQUESTS_TIMEOUT_S):
-                await runner.cleanup()
+        await runner.cleanup()
 
 
 def _freeze_start_up_objects() -> None:

@@ -9,7 +9,8 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-BAR_WIDTH: Final = 48
+BAR_WIDTH: Final = 24
+"""With the words before it a line fits into 80 columns."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,9 +43,9 @@ def _attempt_steps(attempt: Mapping[str, Any], *, end_s: float) -> list[Step]:
     if attempt["transfer_bytes"]:
         landed_s = prefill_end_s + attempt["exposed_s"]
         mebibytes = attempt["transfer_bytes"] / 2**20
-        name = f"KV transfer, {mebibytes:.1f} MiB over {attempt['transport']}"
+        name = f"KV transfer, {mebibytes:.1f} MiB"
         begin_s = max(attempt["began_s"], landed_s - attempt["transfer_s"])
-        found.append(Step(name, f"{context} > {generation}", begin_s, attempt["transfer_s"], "yellow"))
+        found.append(Step(name, f"over {attempt['transport']}", begin_s, attempt["transfer_s"], "yellow"))
         decode_s = landed_s
     if generation:
         name = f"decode, {attempt['num_tokens']} tokens"
@@ -54,9 +55,11 @@ def _attempt_steps(attempt: Mapping[str, Any], *, end_s: float) -> list[Step]:
 
 def waterfall(story: Mapping[str, Any]) -> Table:
     total_s = max(story["e2e_s"], 1e-9)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=False)
+    for _ in range(4):
+        table.add_column(no_wrap=True)
     for step in steps(story):
-        table.add_row(step.name, step.where, _milliseconds(step.duration_s), _bar(step, total_s))
+        table.add_row(step.name, _short(step.where), _milliseconds(step.duration_s), _bar(step, total_s))
     table.add_row("", "", "", "")
     table.add_row("first token", "", _milliseconds(story["ttft_s"] or 0.0), "")
     if story["tpot_s"]:
@@ -71,6 +74,11 @@ def _bar(step: Step, total_s: float) -> Text:
     begin = min(round(step.begin_s / total_s * BAR_WIDTH), BAR_WIDTH - 1)
     length = max(1, round(step.duration_s / total_s * BAR_WIDTH))
     return Text(" " * begin + "━" * min(length, BAR_WIDTH - begin), style=step.color)
+
+
+def _short(instance: str) -> str:
+    """`generation-4711` of `generation-4711-5b3e01`: role and process; what follows only makes it unique for ever."""
+    return "-".join(instance.split("-")[:2])
 
 
 def _milliseconds(seconds: float) -> Text:
