@@ -47,14 +47,15 @@ def resolve(
     report = progress or _silent
     cache = cache_dir or cache_folder()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return _directory(model, path, weights=weights)
     if path.is_file() and path.suffix == ".gguf":
         return _gguf(model, path, cache, report, weights=weights)
     if SMOLLM2.is_meant_by(model):
         return _bundled(SMOLLM2, cache, report, weights=weights)
     if snapshot := _in_hub_cache(model):
-        return dataclasses.replace(_directory(model, snapshot, weights=weights), name=model)
+        check_checkpoint(snapshot, weights=weights)
+        return ModelFiles(name=model, aliases=_other_names(model), path=snapshot, weights=weights)
     raise _unknown(model, path)
 
 
