@@ -73,7 +73,8 @@ class LLMEngine:
         self._unsent: list[EngineEvent] = []
         self._num_arrivals = 0
         self._num_steps = 0
-        self._step_finished_s = clock()
+        self._last_progress_s = clock()
+        """When a step was last finished, or when there was last nothing to do."""
         self._prompt_tokens_total = 0
         self._prompt_cached_tokens_total = 0
         self._generation_tokens_total = 0
@@ -98,6 +99,7 @@ class LLMEngine:
             QueueFull: `num_waiting_max` requests wait already.
         """
         assert request.kind is not RequestKind.FROM_REMOTE, f"{request.request_id}: reserve() is for FROM_REMOTE"
+        self._note_progress_if_idle()
         self._check(request)
         if self._scheduler.num_waiting >= self._num_waiting_max:
             raise QueueFull(
@@ -135,6 +137,7 @@ class LLMEngine:
         token already ends it, one event without tokens says so. False when the request was cancelled meanwhile: its
         blocks are back now.
         """
+        self._note_progress_if_idle()
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.RESERVED:
             self.release(request_id)
@@ -153,6 +156,7 @@ class LLMEngine:
         For a PREFILL_ONLY in any phase, a reservation that failed and a cancelled one. Anything else, also an id that
         has ended, is left alone: a late release is not a mistake.
         """
+        self._note_progress_if_idle()
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
@@ -165,6 +169,7 @@ class LLMEngine:
         Its blocks are back afterwards, except those that a transfer may still touch, which wait for release(): a
         reservation's are quarantined, and those of a PREFILL_ONLY of which a chunk was computed stay leased.
         """
+        self._note_progress_if_idle()
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
@@ -187,7 +192,7 @@ class LLMEngine:
         sampled = self._runner.execute([self._row(chunk) for chunk in chunks])
         assert len(sampled) == len(chunks), f"{len(chunks)} rows, {len(sampled)} results"
         self._num_steps += 1
-        self._step_finished_s = self._clock()
+        self._last_progress_s = self._clock()
         for chunk in chunks:
             events += self._chunk_events(chunk, started_s)
         for (sequence, _), token_id in zip(chunks, sampled, strict=True):
@@ -199,7 +204,7 @@ class LLMEngine:
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
             step=self._num_steps,
-            step_age_s=self._clock() - self._step_finished_s if self.has_work else 0.0,
+            step_age_s=self._clock() - self._last_progress_s if self.has_work else 0.0,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_waiting_tokens=self._scheduler.num_prompt_tokens_left,
@@ -218,15 +223,16 @@ class LLMEngine:
         return self._pool.ledger(self._clock())
 
     def check_integrity(self) -> None:
-        self._scheduler.check_integrity()
+        self._scheduler.check_integrity(self._sequences.values())
         for entry in self.ledger():
             assert entry.owner in self._sequences, f"{entry} belongs to no request"
-        for request_id, sequence in self._sequences.items():
-            assert sequence.phase not in {Phase.NEW, Phase.ENDED}, f"{request_id} is known and {sequence.phase}"
-        num_holding = sum(sequence.holding is not None for sequence in self._sequences.values())
-        assert num_holding == len(self.ledger()), f"{num_holding} requests hold blocks, {len(self.ledger())} holdings"
 
     # Parts of the above.
+
+    def _note_progress_if_idle(self) -> None:
+        """Called before anything that may bring work, so that a step's age does not count the idle time before it."""
+        if not self.has_work:
+            self._last_progress_s = self._clock()
 
     def _check(self, request: EngineRequest) -> None:
         num_tokens = len(request.token_ids)
@@ -290,7 +296,7 @@ class LLMEngine:
         self._generation_tokens_total += 1
         event = self._tokens_sampled(sequence, (token_id,), finish_reason)
         if sequence.kind is RequestKind.PREFILL_ONLY:
-            self._scheduler.lease(sequence, now_s=self._step_finished_s)
+            self._scheduler.lease(sequence, now_s=self._last_progress_s)
         elif finish_reason is not None:
             self._end(sequence)
         return event

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import NamedTuple
 
 from disaggregated.engine.block_pool import BlockPool, HoldingKind
@@ -168,17 +169,21 @@ class Scheduler:
         if sequence.num_computed // self.limits.block_size > sequence.num_findable_blocks:
             self._offer_to_cache(sequence)
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, sequences: Collection[Sequence]) -> None:
+        """`sequences`: all that have begun and not ended."""
         self.pool.check_integrity()
-        for phase, queue in (
-            (Phase.WAITING, self._waiting),
-            (Phase.LANDED, self._landed),
-            (Phase.RUNNING, self._running),
-        ):
-            for sequence in queue.values():
-                assert sequence.phase is phase, f"{sequence.request_id} is {sequence.phase}, in the queue of {phase}"
-                assert (sequence.holding is None) == (phase is Phase.WAITING), f"{sequence.request_id}: {phase}"
-                assert sequence.num_to_compute > 0, f"{sequence.request_id}: {phase} with nothing to compute"
+        queues = {Phase.WAITING: self._waiting, Phase.LANDED: self._landed, Phase.RUNNING: self._running}
+        for sequence in sequences:
+            name, phase = sequence.request_id, sequence.phase
+            assert phase not in {Phase.NEW, Phase.ENDED}, f"{name} is {phase}"
+            assert (sequence.holding is None) == (phase is Phase.WAITING), f"{name} is {phase}: {sequence.holding}"
+            assert phase not in queues or queues[phase].get(name) is sequence, f"{name} is {phase}, not in its queue"
+            assert phase not in queues or sequence.num_to_compute > 0, f"{name} is {phase} with nothing to compute"
+            assert phase is not Phase.WAITING or sequence.num_computed == 0, f"{name} waits and is computed"
+        num_queued = sum(map(len, queues.values()))
+        assert num_queued == sum(s.phase in queues for s in sequences), f"{num_queued} queued: somebody twice"
+        num_growing = sum(s.can_grow and s.phase not in {Phase.WAITING, Phase.QUARANTINED} for s in sequences)
+        assert num_growing == self._num_growing, f"{self._num_growing} counted, {num_growing} grow"
         waiting_tokens = sum(sequence.num_to_compute for sequence in self._waiting.values())
         assert waiting_tokens == self._num_waiting_tokens, f"{self._num_waiting_tokens} counted, {waiting_tokens} wait"
         assert len(self._running) <= self.limits.max_rows, f"{len(self._running)} rows of {self.limits.max_rows}"
@@ -220,7 +225,6 @@ class Scheduler:
         self._landed.pop(sequence.request_id, None)
         self._give_back(sequence)
         sequence.num_computed = 0
-        sequence.num_findable_blocks = 0
         self.enqueue(sequence, now_s=now_s)
         self._waiting.move_to_end(sequence.request_id, last=False)
         self._head_wants = self.limits.num_blocks_for(len(sequence.token_ids))

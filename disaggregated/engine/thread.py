@@ -26,8 +26,8 @@ class EngineThread:
     """Owns `engine` from start() on; every method may be called from any thread and none of them waits but stop().
 
     `on_events` is called on this thread with what a step, or a refused submit(), brought. `on_crash` is called on it
-    at most once, when anything raised that is not an answer to a request: the engine is lost then, and whoever waits for
-    an answer gets ServerLost.
+    at most once, when anything is raised that is not an answer to a request: the engine is lost then, and whoever
+    waits for an answer gets ServerLost.
 
     The queue holds `num_commands_max` commands. When it is full, submit() and reserve() refuse with QueueFull; admit(),
     release() and cancel() are taken all the same, since they end what was accepted and are few for each request.
@@ -48,8 +48,8 @@ class EngineThread:
         self._commands: deque[Callable[[], object]] = deque()
         self._unanswered: set[Future[Any]] = set()
         self._changed = threading.Condition()
-        self._closed_by: DisaggregatedError | None = None
-        """Why nothing new is taken."""
+        self._closed_because: Callable[[], DisaggregatedError] | None = None
+        """Makes the error for whoever comes now; None while new work is taken."""
         self._statistics = engine.statistics()
         self._busy_since_s: float | None = None
         """When the last step ended, or work came; None while there is none."""
@@ -64,7 +64,7 @@ class EngineThread:
         Raises:
             TimeoutError: the step was not over within `deadline_s` from now; the thread dies with the process.
         """
-        self._close(Draining("the engine is stopping"))
+        self._close(lambda: Draining("the engine is stopping"))
         self._thread.join(deadline_s)
         if self._thread.is_alive():
             raise TimeoutError(f"the engine's current step has not ended within {deadline_s} s")
@@ -119,8 +119,8 @@ class EngineThread:
 
     def _put_bounded(self, command: Callable[[], object]) -> None:
         with self._changed:
-            if self._closed_by is not None:
-                raise self._closed_by
+            if self._closed_because is not None:
+                raise self._closed_because()
             if len(self._commands) >= self._num_commands_max:
                 raise QueueFull(f"{len(self._commands)} commands wait for the engine's current step, that is the limit")
             self._commands.append(command)
@@ -136,9 +136,9 @@ class EngineThread:
             raise
         return answer
 
-    def _close(self, reason: DisaggregatedError) -> None:
+    def _close(self, reason: Callable[[], DisaggregatedError]) -> None:
         with self._changed:
-            self._closed_by = self._closed_by or reason
+            self._closed_because = self._closed_because or reason
             self._changed.notify()
 
     # On the engine's thread.
@@ -163,11 +163,11 @@ class EngineThread:
     def _take_commands(self) -> tuple[list[Callable[[], object]], bool]:
         """Sleep until there is something to do; the commands given so far, and whether they are the last."""
         with self._changed:
-            while not (self._commands or self._engine.has_work or self._closed_by is not None):
+            while not (self._commands or self._engine.has_work or self._closed_because is not None):
                 self._changed.wait()
             commands = list(self._commands)
             self._commands.clear()
-            return commands, self._closed_by is not None
+            return commands, self._closed_because is not None
 
     def _submit(self, request: EngineRequest) -> None:
         try:
@@ -191,9 +191,11 @@ class EngineThread:
             self._busy_since_s = time.monotonic()
 
     def _crash(self, error: BaseException) -> None:
-        reason = ServerLost(f"the engine crashed: {error!r}")
+        def reason() -> ServerLost:
+            return ServerLost(f"the engine crashed: {error!r}")
+
         self._close(reason)
         for answer in list(self._unanswered):
-            if not answer.done():
-                answer.set_exception(reason)
+            if answer.running() or answer.set_running_or_notify_cancel():
+                answer.set_exception(reason())
         self._on_crash(error)

@@ -1,8 +1,8 @@
 """A model that is a hash function, and a KV pool that remembers what it was given.
 
 Each slot keeps its token and the digest of its sequence up to there, as real keys and values depend on everything
-before them. So whatever a scheduler can do wrong (a block shared too early, freed too early, written twice, a chunk at the
-wrong position) is an assertion here, or another token than the oracle's.
+before them. So whatever a scheduler can do wrong (a block shared too early, freed too early, written twice, a chunk at
+the wrong position) is an assertion here, or another token than the oracle's.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class FakeModelRunner:
                 assert other == index or not written & table, f"{row.request_id} writes into a row mate's block"
 
     def _compute(self, row: ScheduledSequence, prefix: list[Slot | None]) -> int | None:
-        """Each attended slot must continue the one before it; the oracle tells whether the tokens were the right ones."""
+        """Each attended slot must continue the one before it; the oracle tells whether the tokens are the right ones."""
         digest = _ROOT
         for position, slot in enumerate(prefix):
             assert slot is not None, f"{row.request_id} attends to position {position}, which was never computed"

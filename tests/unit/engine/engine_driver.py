@@ -1,0 +1,129 @@
+"""An engine over the fake runner, and what came out of it, for tests that say what happens in which step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from disaggregated.engine.api import (
+    ChunkComputed,
+    EngineEvent,
+    EngineRequest,
+    FinishReason,
+    RequestKind,
+    Reservation,
+    TokensSampled,
+)
+from disaggregated.engine.engine import LLMEngine
+from disaggregated.sampling_params import SamplingParams
+from tests.support.fake_runner import FakeModelRunner, oracle
+
+
+class EngineDriver:
+    """Every step is followed by check_integrity(), and the runner checks the step's limits."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_num_tokens: int = 8,
+        max_batch_size: int = 4,
+        max_seq_len: int = 1000,
+        enable_block_reuse: bool = True,
+        num_waiting_max: int = 100,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.runner = FakeModelRunner(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_tokens=max_num_tokens,
+            max_batch_size=max_batch_size,
+        )
+        self.engine = LLMEngine(
+            self.runner,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_tokens=max_num_tokens,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            enable_block_reuse=enable_block_reuse,
+            num_waiting_max=num_waiting_max,
+            clock=clock,
+        )
+        self.requests: dict[str, EngineRequest] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.chunks: dict[str, list[ChunkComputed]] = {}
+        self.finish_reasons: dict[str, FinishReason] = {}
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 4,
+        kind: RequestKind = RequestKind.FULL,
+        sampling: SamplingParams | None = None,
+    ) -> None:
+        self.engine.submit(self._request(request_id, prompt, kind, sampling or SamplingParams(max_tokens=max_tokens)))
+
+    def reserve(self, request_id: str, prompt: Sequence[int], *, max_tokens: int = 4) -> Reservation:
+        sampling = SamplingParams(max_tokens=max_tokens)
+        return self.engine.reserve(self._request(request_id, prompt, RequestKind.FROM_REMOTE, sampling))
+
+    def ask(self, request_id: str, prompt: Sequence[int], *, max_tokens: int, kind: RequestKind) -> None:
+        if kind is RequestKind.FROM_REMOTE:
+            self.reserve(request_id, prompt, max_tokens=max_tokens)
+        else:
+            self.submit(request_id, prompt, max_tokens=max_tokens, kind=kind)
+
+    def land(self, reservation: Reservation) -> int:
+        """Fill the reserved blocks as a transfer would, and admit with the first token, which is returned."""
+        request_id = reservation.request_id
+        prompt = self.requests[request_id].token_ids
+        self.runner.fill(reservation.block_ids, prompt, first_block=reservation.num_cached_blocks)
+        first_token = self.alone(request_id)[0]
+        assert self.engine.admit(request_id, first_token)
+        self.tokens[request_id] = [first_token]
+        self.engine.check_integrity()
+        return first_token
+
+    def step(self) -> list[EngineEvent]:
+        events = self.engine.step()
+        self.engine.check_integrity()
+        for event in events:
+            if isinstance(event, ChunkComputed):
+                self.chunks.setdefault(event.request_id, []).append(event)
+            elif isinstance(event, TokensSampled):
+                self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                if event.finish_reason is not None:
+                    self.finish_reasons[event.request_id] = event.finish_reason
+        return events
+
+    def run(self, *, num_steps_max: int = 1000) -> None:
+        """Step until there is nothing left to do."""
+        for _ in range(num_steps_max):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError(f"still at work after {num_steps_max} steps: {self.engine.statistics()}")
+
+    def alone(self, request_id: str) -> list[int]:
+        """The tokens the request would get if it had the engine for itself."""
+        request = self.requests[request_id]
+        return oracle(request.token_ids, request.sampling, max_seq_len=self.engine.max_seq_len)[0]
+
+    @property
+    def rows(self) -> list[tuple[str, int, int]]:
+        """(request id, first position, number of tokens) of each row of the last step."""
+        return self.runner.batches[-1]
+
+    @property
+    def num_free(self) -> int:
+        return self.engine.statistics().num_blocks_free
+
+    def _request(
+        self, request_id: str, prompt: Sequence[int], kind: RequestKind, sampling: SamplingParams
+    ) -> EngineRequest:
+        request = EngineRequest(request_id=request_id, kind=kind, token_ids=tuple(prompt), sampling=sampling)
+        self.requests[request_id] = request
+        return request
