@@ -75,11 +75,10 @@ async def main() -> None:
         exposed = [[attempt["exposed_s"] for attempt in attempts] for attempts in (with_overlap, without)]
         ratio = statistics.median(exposed[0]) / statistics.median(exposed[1])
         mib = with_overlap[0]["transfer_bytes"] / 2**20
-        rows += [
-            report.Row(what=f"{transport}, pulled while computing: exposed", seen=report.spread(exposed[0], "ms", scale=1e3)),
-            report.Row(what=f"{transport}, pulled after prefill: exposed", seen=report.spread(exposed[1], "ms", scale=1e3)),
-            report.Row(what=f"{transport}, ratio of the medians ({mib:.0f} MiB)", seen=f"{ratio:.2f}", bar="under 1", holds=ratio < 1),
-        ]  # fmt: skip
+        for way, seconds in zip(("pulled while computing", "pulled after prefill"), exposed, strict=True):
+            rows.append(report.Row(what=f"{transport}, {way}: exposed", seen=report.spread(seconds, "ms", scale=1e3)))
+        what = f"{transport}, ratio of the medians ({mib:.0f} MiB)"
+        rows.append(report.Row(what=what, seen=f"{ratio:.2f}", bar="under 1", holds=ratio < 1))
     title = f"Exposed transfer time of a {NUM_TOKENS}-token prompt in chunks of {CHUNK_SIZE}"
     report.write("overlap", title, rows)
 

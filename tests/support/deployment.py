@@ -21,6 +21,12 @@ READY: Final = re.compile(r"^READY orchestrator (\S+:\d+)")
 ROOT: Final = pathlib.Path(__file__).parents[2]
 
 
+def is_idle(ledger: Mapping[str, Any]) -> bool:
+    """Nobody waits, runs or holds a block, a lease or a transfer."""
+    held = any(server["entries"] or "error" in server for server in ledger["servers"])
+    return not (held or ledger["queued"] or ledger["running"] or ledger["shares"])
+
+
 class DeploymentFailed(Exception):
     """It did not start, or did not stop, as it should; the message carries its last words."""
 
@@ -74,6 +80,15 @@ class Deployment:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             self.output.append(line.decode(errors="replace").rstrip())
+
+    async def wait_idle(self, timeout_s: float = 1.0) -> dict[str, Any]:
+        """The ledger once nobody holds anything, or as it is after `timeout_s`."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            ledger: dict[str, Any] = await self.get_json("/ledger")
+            if is_idle(ledger) or time.monotonic() > end_s:
+                return ledger
+            await asyncio.sleep(0.02)
 
     async def stop(self, timeout_s: float = 15.0) -> float:
         """Ctrl-C; seconds until it was gone."""

@@ -14,7 +14,7 @@ from benchmarks import report
 from disaggregated import model_files
 from orchestrator.text import Tokenizer
 from tests.support.completions import Completion, complete
-from tests.support.deployment import Deployment, deployed
+from tests.support.deployment import Deployment, deployed, is_idle
 from tests.support.prompts import Prompt, forty_prompts
 
 MODEL: Final = "smollm2-135m-instruct"
@@ -59,17 +59,13 @@ async def run_load(deployment: Deployment, prompts: list[Prompt], seconds: float
     return seen, wrong
 
 
-async def ledger(deployment: Deployment) -> Any:
-    return await deployment.get_json("/ledger")
-
-
 @pytest.mark.timeout(180)
 async def test_six_streams_at_once_give_the_tokens_they_give_alone(tmp_path: pathlib.Path) -> None:
     async with deployed(tmp_path, document()) as deployment:
         seen, wrong = await run_load(deployment, chats(6), seconds=0)
         assert len(seen) == 6
         assert not wrong
-        assert all(not entries for entries in (await ledger(deployment)).values())
+        assert is_idle(left := await deployment.wait_idle()), left
 
 
 @pytest.mark.soak
@@ -77,10 +73,10 @@ async def test_six_streams_at_once_give_the_tokens_they_give_alone(tmp_path: pat
 async def test_thirty_two_streams_for_two_minutes(tmp_path: pathlib.Path) -> None:
     async with deployed(tmp_path, document()) as deployment:
         seen, wrong = await run_load(deployment, chats(32), seconds=120)
-        left = await ledger(deployment)
+        left = await deployment.wait_idle()
     tokens = sum(len(completion.token_ids) for completion in seen)
     gaps = [gap for completion in seen for gap in completion.gaps_s]
-    empty = all(not entries for entries in left.values())
+    empty = is_idle(left)
     report.write(
         "load",
         "32 concurrent streams for two minutes",

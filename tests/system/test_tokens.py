@@ -17,7 +17,7 @@ from disaggregated import model_files
 from disaggregated.sampling_params import SamplingParams
 from orchestrator.text import Tokenizer
 from tests.support.completions import complete
-from tests.support.deployment import deployed
+from tests.support.deployment import deployed, is_idle
 from tests.support.oracle import OneProcess
 from tests.support.prompts import Prompt, forty_prompts
 
@@ -79,13 +79,11 @@ async def observed(folder: pathlib.Path, setting: Setting, prompts: Sequence[Pro
             completion = await complete(session, url, prompt.token_ids, max_tokens=num_new, **setting.sampling)
             tokens[prompt.name] = completion.token_ids
 
-    async with (
-        deployed(folder, setting.document()) as deployment,
-        aiohttp.ClientSession() as session,
-        asyncio.TaskGroup() as group,
-    ):
-        for _ in range(setting.num_together):
-            group.create_task(work(session, deployment.url))
+    async with deployed(folder, setting.document()) as deployment:
+        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+            for _ in range(setting.num_together):
+                group.create_task(work(session, deployment.url))
+        assert is_idle(left := await deployment.wait_idle()), left
     return tokens
 
 
