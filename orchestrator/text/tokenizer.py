@@ -72,8 +72,10 @@ class Tokenizer:
         """
         try:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"the text is not valid Unicode at character {error.start}", param=param) from error
+        except TypeError as error:  # What the library says of it.
+            raise InvalidRequest(
+                "the text is not valid Unicode: it has half of a surrogate pair", param=param
+            ) from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence at once."""
