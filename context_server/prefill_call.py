@@ -16,7 +16,7 @@ class PrefillCall:
 
     Progress is told as the latest value and not as a queue: a caller that reads slowly skips chunks, and nothing grows.
 
-    Invariant: once `is_computed` or failed, nothing of it changes.
+    Invariant: the outcome is told at most once, after every chunk; a failure is told instead of it.
     """
 
     def __init__(self, engine_id: str, transfer_id: str, *, deadline_s: float) -> None:
@@ -25,6 +25,8 @@ class PrefillCall:
         self.transfer_id = transfer_id
         """Empty: nobody pulls its blocks, and they go back with the first token."""
         self.is_computed = False
+        self.is_told = False
+        """The caller has the outcome. When it leaves before, nobody will ever want these blocks."""
         self._arrived_s = time.monotonic()
         self._deadline_s = self._arrived_s + deadline_s
         self._started_s: float | None = None
@@ -72,6 +74,7 @@ class PrefillCall:
             is_last = self.is_computed
             yield progress
             if is_last:
+                self.is_told = True
                 return
 
     async def _next_news(self) -> None:

@@ -115,7 +115,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
                 yield progress
         finally:
             del self._prefills[engine_id]
-            if not prefill.is_computed:
+            if not prefill.is_told:
                 self._abandon(prefill)
 
     def _begin(self, prefill: PrefillCall, request: control_pb2.PrefillRequest) -> None:

@@ -54,7 +54,7 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_http_proxy", 0),  # a proxy for the web is never right between our own processes
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # what gRPC calls so is its connect timeout; a refusal is found at once
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 
@@ -145,10 +145,15 @@ def status_code(error: DisaggregatedError) -> grpc.StatusCode:
     return next(_STATUS[base] for base in type(error).__mro__ if base in _STATUS)
 
 
+def kind_of(error: DisaggregatedError) -> str:
+    """The class that other processes know: the error's own, or what a room's private one is a case of."""
+    return next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
+
+
 async def abort_with(call: grpc.aio.ServicerContext[Any, Any], error: DisaggregatedError) -> None:
     """End a call so that its caller gets `error`. Never returns."""
     text = str(error)[:_ERROR_TEXT_MAX]
-    fields = {"kind": type(error).__name__, "message": text, "param": getattr(error, "param", None)}
+    fields = {"kind": kind_of(error), "message": text, "param": getattr(error, "param", None)}
     metadata = ((ERROR_KEY, json.dumps(fields, ensure_ascii=False).encode()),)
     await call.abort(status_code(error), text[:_DETAILS_MAX], metadata)
 
@@ -251,9 +256,7 @@ def rebuild(kind: str, message: str, param: str | None = None) -> DisaggregatedE
 
 def to_stream_error(error: DisaggregatedError) -> control_pb2.StreamError:
     """An error that ends one request of a Generate stream, and not the stream."""
-    return control_pb2.StreamError(
-        kind=type(error).__name__, message=str(error)[:_ERROR_TEXT_MAX], retryable=error.retryable
-    )
+    return control_pb2.StreamError(kind=kind_of(error), message=str(error)[:_ERROR_TEXT_MAX], retryable=error.retryable)
 
 
 def from_stream_error(message: control_pb2.StreamError) -> DisaggregatedError:

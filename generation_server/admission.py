@@ -18,7 +18,12 @@ class Caller:
     def __init__(self, forget: Callable[[Admission], None]) -> None:
         """`forget` is called with an admission once its last delta was sent."""
         self.admissions: dict[int, Admission] = {}
-        self.stream = StepStream(on_last_sent=lambda stream_key: forget(self.admissions[stream_key]))
+        self.stream = StepStream(on_last_sent=self._last_sent)
+        self._forget = forget
+
+    def _last_sent(self, stream_key: int) -> None:
+        if admission := self.admissions.get(stream_key):  # None: we hung up while it was on its way.
+            self._forget(admission)
 
 
 class Admission:

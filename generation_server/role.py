@@ -36,7 +36,6 @@ from disaggregated.errors import (
     DeadlineExceeded,
     DisaggregatedError,
     InvalidRequest,
-    RequestCancelled,
     TransferError,
 )
 from disaggregated.sampling_params import SamplingParams
@@ -198,7 +197,9 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         finally:
             admission.is_reserving = False
         if admission.is_cancelled:
-            raise RequestCancelled(f"request {request.request_id} was cancelled while it was admitted")
+            raise AdmissionError(
+                f"request {request.request_id} was cancelled, or its stream broke, while it was admitted"
+            )
         return reservation
 
     def _pull_in_background(

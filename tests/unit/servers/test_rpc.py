@@ -59,7 +59,8 @@ async def served(faulty: Faulty) -> AsyncIterator[tuple[control_pb2_grpc.ServerA
 
 
 def tree(root: type[errors.DisaggregatedError]) -> list[type[errors.DisaggregatedError]]:
-    return [root, *(leaf for child in root.__subclasses__() for leaf in tree(child))]
+    children = [child for child in root.__subclasses__() if child.__module__ == errors.__name__]
+    return [root, *(leaf for child in children for leaf in tree(child))]
 
 
 @pytest.mark.parametrize("kind", tree(errors.DisaggregatedError), ids=lambda kind: kind.__name__)
@@ -71,6 +72,17 @@ async def test_every_error_arrives_in_its_own_class(kind: type[errors.Disaggrega
         ):
             await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
     assert type(caught.value) is kind
+
+
+class TornFrame(errors.PeerLost):
+    """An error of one room, that no other room knows."""
+
+
+async def test_a_rooms_own_error_arrives_as_what_it_is_a_case_of() -> None:
+    async with served(Faulty(TornFrame("half of it"))) as (stub, address, _):
+        with pytest.raises(errors.PeerLost, match="half of it") as caught, rpc.errors_from(address):
+            await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
+    assert type(caught.value) is errors.PeerLost
 
 
 async def test_the_name_of_a_bad_field_travels_too() -> None:

@@ -1,0 +1,92 @@
+"""One message a step for everybody, and bounded memory when the reader is slow."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from disaggregated.v1 import control_pb2
+from generation_server.step_stream import StepStream
+
+
+def delta(stream_key: int, first_position: int, *token_ids: int, finish_reason: str = "") -> control_pb2.StreamDelta:
+    return control_pb2.StreamDelta(
+        stream_key=stream_key, first_position=first_position, token_ids=token_ids, finish_reason=finish_reason
+    )
+
+
+async def next_batch(batches: AsyncIterator[control_pb2.StepBatch]) -> control_pb2.StepBatch:
+    return await asyncio.wait_for(anext(batches), 1)
+
+
+async def test_one_message_carries_what_a_step_brought_for_all_requests() -> None:
+    stream = StepStream(on_last_sent=lambda key: None)
+    stream.put(delta(1, 10, 5))
+    stream.put(delta(2, 20, 6))
+    stream.send(step=3)
+    batch = await next_batch(stream.batches())
+    assert batch.step == 3
+    assert [(found.stream_key, list(found.token_ids)) for found in batch.deltas] == [(1, [5]), (2, [6])]
+
+
+async def test_steps_that_nobody_reads_are_joined_into_one_message() -> None:
+    stream = StepStream(on_last_sent=lambda key: None)
+    first = delta(1, 10, 100)
+    first.times.transport = "SHM"
+    stream.put(first)
+    for step in range(1, 500):
+        stream.put(delta(1, 10 + step, 100 + step, finish_reason="length" if step == 499 else ""))
+        stream.send(step)
+    batch = await next_batch(stream.batches())
+    assert batch.step == 499
+    assert len(batch.deltas) == 1
+    assert batch.deltas[0].first_position == 10
+    assert list(batch.deltas[0].token_ids) == list(range(100, 600))
+    assert batch.deltas[0].finish_reason == "length"
+    assert batch.deltas[0].times.transport == "SHM"
+
+
+async def test_an_error_joins_the_tokens_that_came_before_it() -> None:
+    stream = StepStream(on_last_sent=lambda key: None)
+    stream.put(delta(1, 10, 100))
+    stream.put(control_pb2.StreamDelta(stream_key=1, error=control_pb2.StreamError(kind="PeerLost")))
+    stream.send(1)
+    batch = await next_batch(stream.batches())
+    assert list(batch.deltas[0].token_ids) == [100]
+    assert batch.deltas[0].error.kind == "PeerLost"
+
+
+def test_a_token_that_skips_a_position_is_our_own_mistake() -> None:
+    stream = StepStream(on_last_sent=lambda key: None)
+    stream.put(delta(1, 10, 100))
+    with pytest.raises(AssertionError, match="position 12, 11 was due"):
+        stream.put(delta(1, 12, 102))
+
+
+async def test_a_request_is_live_until_its_last_token_was_handed_over() -> None:
+    sent: list[int] = []
+    stream = StepStream(on_last_sent=sent.append)
+    stream.put(delta(1, 10, 100, finish_reason="stop"))
+    stream.put(delta(2, 10, 100))
+    stream.send(1)
+    batches = stream.batches()
+    await next_batch(batches)
+    assert sent == []
+    stream.end()
+    with pytest.raises(StopAsyncIteration):
+        await next_batch(batches)
+    assert sent == [1]
+
+
+async def test_what_was_dropped_does_not_leave_and_an_ended_stream_gives_what_is_left() -> None:
+    stream = StepStream(on_last_sent=lambda key: None)
+    stream.put(delta(1, 10, 100))
+    stream.put(delta(2, 10, 200))
+    stream.drop(1)
+    stream.drop(7)
+    stream.send(1)
+    stream.end()
+    batches = [batch async for batch in stream.batches()]
+    assert [[found.stream_key for found in batch.deltas] for batch in batches] == [[2]]
