@@ -30,15 +30,20 @@ _PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
 def convert(source: Path, target: Path, *, weights: bool, progress: Progress) -> None:
     """Make `target` a Hugging Face directory of the GGUF `source`; what is there already is not made again.
 
-    Any number of processes may call this at once: one does the work, the others find it done.
+    Any number of processes may call this at once: one does the work, the others find it done. Each step has its own
+    lock, so that who needs only the text files does not wait for the weights.
     """
-    with locked(target.with_name(target.name + ".lock"), progress), GgufFile(source) as gguf:
-        if not is_converted(target, weights=False):
-            _convert_text(gguf, target)
-        if weights and not is_converted(target, weights=True):
-            progress(f"converting the weights of {source.name}")
-            with file_in_one_step(target / WEIGHTS) as partial:
-                _convert_weights(gguf, partial)
+    with GgufFile(source) as gguf:
+        with locked(target.with_name(target.name + ".lock"), progress):
+            if not is_converted(target, weights=False):
+                _convert_text(gguf, target)
+        if not weights:
+            return
+        with locked(target.with_name(target.name + ".weights.lock"), progress):
+            if not is_converted(target, weights=True):
+                progress(f"converting the weights of {source.name}")
+                with file_in_one_step(target / WEIGHTS) as partial:
+                    _convert_weights(gguf, partial)
 
 
 def _convert_text(gguf: GgufFile, target: Path) -> None:

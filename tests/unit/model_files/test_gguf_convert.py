@@ -17,6 +17,7 @@ import transformers
 
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import ModelConfig
+from disaggregated.model_files.cache_folder import locked
 from disaggregated.model_files.converted import is_converted
 from disaggregated.model_files.gguf_convert import convert, undo_rope_permutation
 from tests.unit.model_files.gguf_samples import Array, tiny_llama, write_gguf
@@ -213,8 +214,16 @@ def test_many_starters_convert_once(tmp_path: Path) -> None:
         for future in [threads.submit(convert, source, target, weights=True, progress=lines.append) for _ in range(8)]:
             future.result()
     assert [line for line in lines if line.startswith("converting")] == ["converting the weights of tiny.gguf"]
-    assert sorted(path.name for path in target.parent.iterdir()) == ["tiny", "tiny.lock"]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["tiny", "tiny.lock", "tiny.weights.lock"]
     assert is_converted(target, weights=True)
+
+
+def test_who_needs_only_the_tokenizer_does_not_wait_for_the_weights(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    target = tmp_path / "cache" / "tiny"
+    with locked(target.with_name("tiny.weights.lock"), lambda line: None):  # As a process in the midst of it has.
+        convert(source, target, weights=False, progress=lambda line: None)
+    assert is_converted(target, weights=False)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "not ours"])
