@@ -53,7 +53,7 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is too old: Python 3.11 or later is needed (make PYTHON=python3.11 ...)"; exit 1; }
 	@test -x $(BIN)/python || { echo "== making the environment in $(VENV)"; $(PYTHON) -m venv $(VENV); } || \
 		{ echo "making it failed: on Debian, apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
-	@echo "== installing what the servers need"
+	@echo "== installing what the servers need; torch is large, so this takes minutes"
 	@$(INSTALL) --editable .
 	@touch $@
 

@@ -193,4 +193,4 @@ def demo_verb(config_file: Path | None, prompt: str, max_tokens: int) -> None:
     """Start a small deployment, chat with it, and show how the request was served."""
     from orchestrator.demo import demo
 
-    sys.exit(demo(config_file, prompt=prompt, max_tokens=max_tokens))
+    demo(config_file, prompt=prompt, max_tokens=max_tokens)

@@ -29,23 +29,25 @@ CHAT_TIMEOUT_S: Final = 180.0
 STOP_TIMEOUT_S: Final = 10.0
 
 _LISTENING: Final = re.compile(r"^READY orchestrator (\S+)")
-_SERVER_READY: Final = re.compile(r"^(\S+) \| READY ")
+_SERVER_JOINED: Final = re.compile(r" server_joined role=\S+ instance=(\S+)")
 _BUILT_IN: Final = "model: smollm2-135m-instruct\n"
 
 
-def demo(config_file: Path | None, *, prompt: str, max_tokens: int) -> int:
+def demo(config_file: Path | None, *, prompt: str, max_tokens: int) -> None:
     with contextlib.ExitStack() as stack:
-        if config_file is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            config_file = Path(folder) / "demo.yml"
-            config_file.write_text(_BUILT_IN)
+        path = config_file
+        if path is None:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo.yml"
+            path.write_text(_BUILT_IN)
         try:
-            return asyncio.run(_demo(config_file, prompt=prompt, max_tokens=max_tokens))
+            asyncio.run(_demo(path, prompt=prompt, max_tokens=max_tokens))
         except TimeoutError as error:
             raise click.ClickException("it took too long; see what it says: disaggregated -c FILE") from error
+    keep = config_file or f"FILE, with one line in it: {_BUILT_IN.strip()}"
+    click.echo(f"To keep one running: disaggregated -c {keep}")
 
 
-async def _demo(config_file: Path, *, prompt: str, max_tokens: int) -> int:
+async def _demo(config_file: Path, *, prompt: str, max_tokens: int) -> None:
     console = Console(highlight=False)
     config = load_deployment(config_file, os.environ)
     num_servers = sum(pool.num_instances for pool in (config.context, config.generation) if not pool.urls)
@@ -65,16 +67,19 @@ async def _demo(config_file: Path, *, prompt: str, max_tokens: int) -> int:
         console.print(waterfall(story))
         begin_s = time.monotonic()
     console.print(f"\nstopped, with every server, in {time.monotonic() - begin_s:.1f} s")
-    console.print(f"Keep one running: [bold]disaggregated -c {config_file.name}[/]")
-    return 0
 
 
 @contextlib.asynccontextmanager
 async def _deployment(config_file: Path) -> AsyncIterator[AsyncIterator[str]]:
     """The lines of an orchestrator of our own, on a free port, until it is stopped as by Ctrl-C."""
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "orchestrator", "-c", str(config_file)),
-        env={**os.environ, "DISAGG__PORT": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        *(sys.executable, "-m", "orchestrator", "-c", str(config_file), "--log-level", "info"),
+        env={
+            **os.environ,
+            "DISAGG__PORT": "0",
+            "DISAGG_LOG_FORMAT": "text",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -121,7 +126,7 @@ async def _wait_ready(lines: AsyncIterator[str], num_servers: int, *, show: Call
         last = line or last
         if match := _LISTENING.match(line):
             url = f"http://{match[1]}"
-        if match := _SERVER_READY.match(line):
+        if match := _SERVER_JOINED.search(line):
             servers.add(match[1])
         if url and len(servers) == num_servers:
             return url

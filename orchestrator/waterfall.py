@@ -9,7 +9,7 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-BAR_WIDTH: Final = 24
+BAR_WIDTH: Final = 22
 """With the words before it a line fits into 80 columns."""
 
 
