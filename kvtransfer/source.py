@@ -138,6 +138,11 @@ class TransferSource:
         now_s = time.monotonic()
         return [(transfer_id, num_blocks, now_s - opened_s) for transfer_id, num_blocks, opened_s in self._book.live()]
 
+    @property
+    def num_followers(self) -> int:
+        """Destinations that wait for publications, or have not released what they got."""
+        return self._service.num_followers
+
     def statistics(self) -> dict[str, EndpointStatistics]:
         return {endpoint.name: endpoint.statistics() for endpoint in self._endpoints}
 

@@ -45,6 +45,10 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         self._end = end
         self._followers: dict[str, asyncio.Event] = {}
 
+    @property
+    def num_followers(self) -> int:
+        return len(self._followers)
+
     def changed(self, transfer_id: str) -> None:
         """Wake the follower of this transfer, if there is one. On the event loop."""
         if follower := self._followers.get(transfer_id):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator
 
 import pytest
@@ -29,8 +30,10 @@ from tests.support.kv_pools import (
     ServedSource,
     blocks_of,
     destination,
+    eventually,
     fill,
     flip_bit,
+    has_landed,
     regions,
     served_source,
 )
@@ -87,8 +90,10 @@ async def test_chunks_are_read_while_later_ones_are_computed(both: Both) -> None
     pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
     for num_tokens in (3, 6, 8, 15):
         assert source.publish("t", TABLE, num_tokens)
-        assert source.ledger()[0][1] == num_tokens // SMALL.block_size  # A partial block is not published.
-        await asyncio.sleep(0.01)
+        full = num_tokens // SMALL.block_size
+        assert source.ledger()[0][1] == full  # A partial block is not published.
+        if full:
+            await eventually(functools.partial(has_landed, both.into, SMALL, INTO[full - 1]))
     assert source.finish("t", TABLE, 22, 5)
     landed = await pulling
     both.check_landed(6)
@@ -103,8 +108,10 @@ async def test_without_overlap_nothing_is_read_before_the_last_publication(both:
     pulling = asyncio.create_task(pull)
     for num_tokens in (4, 8, 12):
         source.publish("t", TABLE, num_tokens)
-        await asyncio.sleep(0.01)
-    assert not any(both.into.buffer)
+    await eventually(lambda: source.num_followers)
+    await both.destination.pull(both.source.offer("other", [0], 4), [0], deadline_s=5)  # Long enough for a read.
+    assert not blocks_of(both.into, SMALL, INTO).any()
+    both.into.buffer[:] = bytes(both.into.nbytes)
     source.finish("t", TABLE, 13, 5)
     await pulling
     both.check_landed(4)
@@ -122,7 +129,7 @@ async def test_blocks_that_are_here_already_do_not_travel(both: Both, skip: int)
 
 async def test_a_destination_may_follow_before_the_prefill_begins(both: Both) -> None:
     pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
-    await asyncio.sleep(0.05)
+    await eventually(lambda: both.source.source.num_followers)
     both.source.offer("t", TABLE, 24)
     await pulling
     both.check_landed(6)
@@ -251,7 +258,7 @@ async def test_a_failed_prefill_ends_the_transfer_at_once(both: Both, published:
     source.open("t")
     pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
     source.publish("t", TABLE, 4 * published)
-    await asyncio.sleep(0.02)
+    await eventually(lambda: source.num_followers)
     source.fail("t", "out of memory")
     with pytest.raises(SourceFailed, match="context-0: out of memory"):
         await pulling
@@ -327,7 +334,7 @@ async def test_two_destinations_cannot_follow_one_transfer(both: Both) -> None:
     both.source.source.open("t")
     async with destination(both.into, SMALL) as second:
         first = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: both.source.source.num_followers)
         with pytest.raises(TransferError, match="followed by another"):
             await second.pull(both.source.ticket("t"), INTO, deadline_s=5)
         both.source.source.finish("t", TABLE, 24, 1)
@@ -338,7 +345,7 @@ async def test_two_destinations_cannot_follow_one_transfer(both: Both) -> None:
 async def test_a_source_that_closes_tells_its_followers(both: Both) -> None:
     both.source.source.open("t")
     pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
-    await asyncio.sleep(0.1)
+    await eventually(lambda: both.source.source.num_followers)
     await both.source.source.close()
     with pytest.raises(SourceFailed, match="shutting down"):
         await pulling

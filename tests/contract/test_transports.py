@@ -74,7 +74,7 @@ def test_two_sources_send_into_one_pool_at_once(transport_name: str) -> None:
     with connected_pair(transport_name, LARGE) as one, connected_pair(transport_name, LARGE) as other:
         fill(other.source, seed=2)
         link = one.transport.connect(other.endpoint.describe(), other.identity, deadline=Deadline.after(5))
-        low, high = range(128), range(128, 256)
+        low, high = range(96), range(96, 192)
         theirs = other.order(high, high)
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
             second = threads.submit(link.read, theirs, stop=ReadStop(), deadline=Deadline.after(5))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import grpc
 import numpy as np
@@ -20,8 +21,8 @@ from kvtransfer.transport import SourceEndpoint
 
 SMALL = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32", num_blocks=32)
 """512 bytes a block and layer."""
-LARGE = KVLayout(num_layers=4, num_kv_heads=4, head_dim=64, block_size=32, dtype="float32", num_blocks=256)
-"""64 KiB a block and layer, 64 MiB in all: a read of it fills every socket buffer."""
+LARGE = KVLayout(num_layers=4, num_kv_heads=4, head_dim=64, block_size=32, dtype="float32", num_blocks=192)
+"""64 KiB a block and layer, 48 MiB in all: a read of it fills every socket buffer."""
 FINGERPRINT = "a-model"
 EPOCH = 7
 
@@ -37,8 +38,24 @@ class SomeTicket:
 
 
 def fill(region: Region, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    region.buffer[:] = random.bytes(region.nbytes)
+    region.buffer[:] = _noise(region.nbytes, seed)
+
+
+@functools.cache
+def _noise(num_bytes: int, seed: int) -> bytes:
+    return np.random.default_rng(seed).bytes(num_bytes)
+
+
+def has_landed(into: Region, layout: KVLayout, block_id: int) -> bool:
+    """In a pool that was all zeroes: its last layer is written last, and noise is never all zeroes."""
+    return bool(blocks_of(into, layout, [block_id])[-1].any())
+
+
+async def eventually(holds: Callable[[], object], *, within_s: float = 10.0) -> None:
+    """For what makes no event: bytes in memory, another process's socket."""
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
 
 
 def blocks_of(region: Region, layout: KVLayout, block_ids: Sequence[int]) -> Blocks:
