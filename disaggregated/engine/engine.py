@@ -196,8 +196,9 @@ class LLMEngine:
         for chunk in chunks:
             events += self._chunk_events(chunk, started_s)
         for (sequence, _), token_id in zip(chunks, sampled, strict=True):
-            if sequence.num_to_compute == 0:
-                assert token_id is not None, f"{sequence.request_id}: no token at its position {sequence.num_computed}"
+            is_last_chunk = sequence.num_to_compute == 0
+            assert (token_id is not None) == is_last_chunk, f"{sequence.request_id}: {token_id}, {is_last_chunk=}"
+            if token_id is not None:
                 events.append(self._take_token(sequence, token_id))
         return events
 

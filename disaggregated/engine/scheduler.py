@@ -150,7 +150,6 @@ class Scheduler:
 
     def schedule(self, *, now_s: float) -> list[Chunk]:
         """The rows of the next step; each is within budget, and its sequence holds the blocks for it."""
-        num_preemptions = self.preemptions_total
         self._join_landed(now_s)
         chunks = self._decode_chunks(now_s)
         budget = self.limits.max_num_tokens - len(chunks)
@@ -158,8 +157,7 @@ class Scheduler:
             if budget and sequence.num_to_compute > 1:
                 chunks.append(Chunk(sequence, min(budget, sequence.num_to_compute)))
                 budget -= chunks[-1].num_tokens
-        if num_preemptions == self.preemptions_total:  # Who was just preempted would only be preempted again.
-            self._start_waiting(chunks, budget, now_s)
+        self._start_waiting(chunks, budget, now_s)
         return chunks
 
     def computed(self, chunk: Chunk) -> None:

@@ -52,7 +52,7 @@ class EngineThread:
         """Makes the error for whoever comes now; None while new work is taken."""
         self._statistics = engine.statistics()
         self._busy_since_s: float | None = None
-        """When the last step ended, or work came; None while there is none."""
+        """When the step that is under way began; None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -154,7 +154,7 @@ class EngineThread:
                     return
                 if self._engine.has_work:
                     events = self._engine.step()
-                    self._publish_statistics(step_finished=True)
+                    self._publish_statistics()
                     if events:
                         self._on_events(events)
         except BaseException as error:  # noqa: BLE001  # The thread's edge; the owner is told, and ends the process.
@@ -183,12 +183,9 @@ class EngineThread:
                 answer.set_exception(error)
         self._unanswered.discard(answer)
 
-    def _publish_statistics(self, *, step_finished: bool = False) -> None:
+    def _publish_statistics(self) -> None:
         self._statistics = self._engine.statistics()
-        if not self._engine.has_work:
-            self._busy_since_s = None
-        elif step_finished or self._busy_since_s is None:
-            self._busy_since_s = time.monotonic()
+        self._busy_since_s = time.monotonic() if self._engine.has_work else None
 
     def _crash(self, error: BaseException) -> None:
         def reason() -> ServerLost:

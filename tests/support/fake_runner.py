@@ -110,7 +110,7 @@ class FakeModelRunner:
                 assert other == index or not written & table, f"{row.request_id} writes into a row mate's block"
 
     def _compute(self, row: ScheduledSequence, prefix: list[Slot | None]) -> int | None:
-        """Each attended slot must continue the one before it; the oracle tells whether the tokens are the right ones."""
+        """Each attended slot must continue the one before it; whether the tokens are right, the oracle tells."""
         digest = _ROOT
         for position, slot in enumerate(prefix):
             assert slot is not None, f"{row.request_id} attends to position {position}, which was never computed"

@@ -83,15 +83,45 @@ def test_a_preempted_sequence_finds_its_computed_blocks_in_the_prefix_cache() ->
     assert driver.tokens["young"] == driver.alone("young")
 
 
-def test_a_started_sequence_is_not_preempted_by_those_that_ran_before_it_in_the_next_step() -> None:
-    driver = EngineDriver(num_blocks=5, block_size=2, max_num_tokens=8)
+def test_a_sequence_starts_only_when_those_that_run_keep_a_block_to_grow_into() -> None:
+    driver = EngineDriver(num_blocks=6, block_size=2, max_num_tokens=8)
     driver.submit("old", [1, 2], max_tokens=6)
     driver.step()
-    driver.submit("young", range(10, 17), max_tokens=1)  # Would fit, but leave nothing for "old" to grow into.
+    driver.submit("young", range(10, 17), max_tokens=4)  # Would fit, but leave nothing for "old" to grow into.
     driver.step()
     assert [row[0] for row in driver.rows] == ["old"]
     driver.run()
     assert driver.engine.statistics().preemptions_total == 0
+    assert driver.tokens["young"] == driver.alone("young")
+
+
+def test_a_preempted_sequence_goes_before_those_that_never_ran_and_before_reservations() -> None:
+    driver = EngineDriver(num_blocks=6, block_size=2, max_num_tokens=8, max_batch_size=2)
+    driver.submit("old", [1, 2], max_tokens=9)
+    driver.submit("young", [3, 4], max_tokens=9)
+    driver.submit("new", [5], max_tokens=2)
+    while driver.engine.statistics().preemptions_total == 0:
+        driver.step()
+    assert driver.num_free == 2
+    with pytest.raises(PoolExhausted, match="wanted 1 KV blocks, 0 are free"):
+        driver.reserve("remote", [1])
+    driver.run()
+    order = [row[0] for batch in driver.runner.batches for row in batch]
+    assert order.index("new") > len(order) - 1 - order[::-1].index("old")
+    assert order[order.index("new") - 1] == "young"
+    assert driver.tokens["young"] == driver.alone("young")
+
+
+def test_a_prompt_preempted_before_its_first_token_does_not_count_its_own_blocks_as_cached() -> None:
+    driver = EngineDriver(num_blocks=7, block_size=2, max_num_tokens=2)
+    driver.submit("old", [1, 2], max_tokens=8)
+    driver.step()
+    driver.submit("young", range(10, 17), max_tokens=1)
+    driver.run()
+    assert driver.engine.statistics().preemptions_total == 1
+    assert [("young", 4, 2)] in driver.runner.batches  # Again from where its two full blocks end, now alone.
+    assert {chunk.num_cached_tokens for chunk in driver.chunks["young"]} == {0}
+    assert driver.engine.statistics().prompt_cached_tokens_total == 0
     assert driver.tokens["young"] == driver.alone("young")
 
 
@@ -168,6 +198,8 @@ def test_a_reservation_does_not_take_what_the_first_in_the_queue_waits_for() -> 
         driver.reserve("remote", range(40, 48))
     driver.step()
     assert [row[0] for row in driver.rows] == ["waiting"]
+    driver.engine.cancel("waiting")
+    assert len(driver.reserve("remote", range(40, 56)).block_ids) == 4  # Nobody waits any more.
 
 
 def test_a_landed_sequence_joins_the_next_step_before_any_prompt() -> None:
@@ -191,6 +223,19 @@ def test_landed_sequences_do_not_take_the_row_of_who_came_earlier() -> None:
     assert driver.rows == [("earlier", 0, 1)]
     driver.run()
     assert driver.tokens["remote"] == driver.alone("remote")
+
+
+def test_a_landed_sequence_goes_before_a_prompt_that_came_later() -> None:
+    driver = EngineDriver(max_batch_size=1)
+    driver.submit("running", [1], max_tokens=2)
+    driver.step()
+    driver.land(driver.reserve("remote", range(6), max_tokens=2))
+    driver.submit("later", [2], max_tokens=2)
+    driver.step()
+    driver.step()
+    assert driver.rows == [("remote", 6, 1)]
+    driver.run()
+    assert driver.tokens["later"] == driver.alone("later")
 
 
 def test_two_equal_prompts_in_one_step_share_nothing_that_is_not_computed() -> None:
