@@ -22,7 +22,8 @@ from typing import Final
 from disaggregated.errors import ConfigError, ModelUnavailable, NotEnoughMemory
 
 HOPELESS: Final = frozenset(error.exit_code for error in (ConfigError, ModelUnavailable, NotEnoughMemory))
-"""Exit codes with which a server says that starting it again cannot help."""
+"""Exit codes with which a server says that starting it again cannot help. Believed at its first start only: one that
+has run before may have found the machine in a bad moment."""
 
 
 class Phase(enum.StrEnum):
@@ -192,7 +193,7 @@ class LaunchPlan:
         if instance.phase in (Phase.DRAINING, Phase.STOPPING):
             del self._instances[name]
             self._note(now_s, name, f"stopped with {instance.last_exit}")
-        elif instance.phase is Phase.STARTING and code in HOPELESS:
+        elif instance.phase is Phase.STARTING and code in HOPELESS and instance.restarts == 0:
             self._enter(instance, Phase.FAILED, now_s, f"cannot start: {instance.last_exit}")
         else:
             self._wait_for_restart(instance, now_s)

@@ -23,6 +23,7 @@ from orchestrator.core_allocation import CoreAllocation, available_cores
 from orchestrator.launch_plan import (
     Decision,
     Drain,
+    Instance,
     Join,
     Kill,
     LaunchLimits,
@@ -38,6 +39,8 @@ log = logs.get(__name__)
 
 _EVENTS_MAX: Final = 1024
 """Events not handled yet. Whoever reports one more waits, which loses nothing."""
+CRASHES_MAX: Final = 3
+"""In a row; whoever waits for a server that crashes more often is told. It is started again all the same."""
 INSTANCES_MAX: Final = 256
 """More servers on one machine is a slip of the keyboard."""
 
@@ -120,10 +123,15 @@ class Launcher:
             return self.plan.scale(role, count, now_s=now_s)
 
         await self._events.put(event)
-        await self.wait_until(lambda: is_heard.is_set() and self._scale_is_over(role, count))
-        failed = [name for name, i in self.plan.instances.items() if i.role == role and i.phase is Phase.FAILED]
-        if failed:
-            raise DisaggregatedError(f"{failed[0]} cannot start: {self._last_words.get(failed[0], 'it said nothing')}")
+        limits = self.plan.limits
+        try:
+            async with asyncio.timeout(limits.start_timeout_s + limits.drain_timeout_s + 2 * limits.stop_timeout_s):
+                await self.wait_until(lambda: is_heard.is_set() and self._scale_is_over(role, count))
+        except TimeoutError as error:
+            raise DisaggregatedError(f"{role}: not {count} servers yet; it goes on, see /cluster_info") from error
+        if (troubled := self._troubled(role)) is not None:
+            words = self._last_words.get(troubled.name, "it said nothing")
+            raise DisaggregatedError(f"{troubled.name} cannot start: {troubled.last_exit}: {words}")
         if self.plan.wanted(role) != count:
             raise DisaggregatedError(f"{role}: {self.plan.wanted(role)} servers are wanted by now, no longer {count}")
 
@@ -158,8 +166,15 @@ class Launcher:
         return {role: pool for role, pool in self._configs.items() if not pool.urls}
 
     def _scale_is_over(self, role: str, count: int) -> bool:
-        failed = any(i.phase is Phase.FAILED for i in self.plan.instances.values() if i.role == role)
-        return failed or self.plan.wanted(role) != count or self.plan.is_settled(role)
+        return self._troubled(role) is not None or self.plan.wanted(role) != count or self.plan.is_settled(role)
+
+    def _troubled(self, role: str) -> Instance | None:
+        """An instance that does not start, or crashes at every start."""
+        for instance in self.plan.instances.values():
+            is_hopeless = instance.phase is Phase.FAILED or instance.failures_in_a_row >= CRASHES_MAX
+            if instance.role == role and is_hopeless:
+                return instance
+        return None
 
     async def _report_stop(self, stop: asyncio.Event) -> None:
         await stop.wait()

@@ -176,6 +176,16 @@ async def test_a_server_that_crashes_at_every_start_is_tried_again_and_again_vis
     assert shown.count("generation-0 | it is a bad day") >= 2
 
 
+async def test_scaling_to_servers_that_crash_at_every_start_is_told_in_their_words() -> None:
+    launcher = Launcher(deployment("crash"), NotingPools(), limits=LIMITS, modules=FAKES, show=lambda _: None)
+    stop = asyncio.Event()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(launcher.run(stop))
+        with pytest.raises(DisaggregatedError, match=r"^context-\d cannot start: exit code 1: it is a bad day$"):
+            await launcher.scale("context", 2)
+        stop.set()
+
+
 async def test_a_server_deaf_to_sigterm_is_killed() -> None:
     pools = NotingPools()
     async with launched(deployment("stubborn"), pools):

@@ -94,6 +94,14 @@ def test_a_server_that_says_it_cannot_start_is_not_started_again() -> None:
     assert plan.scale("context", 1, now_s=2.0) == [Start("context-0", "context")]
 
 
+def test_a_server_that_ran_before_is_started_again_whatever_it_says() -> None:
+    plan = plan_with("context", ready=1)
+    plan.exited("context-0", -9, now_s=50.0)
+    plan.wake(now_s=50.0)
+    plan.exited("context-0", ModelUnavailable.exit_code, now_s=51.0)
+    assert plan.instances["context-0"].phase is Phase.WAITING
+
+
 def test_a_server_too_slow_to_start_is_killed_and_starts_again() -> None:
     plan = LaunchPlan(LIMITS)
     plan.scale("context", 1, now_s=0.0)
