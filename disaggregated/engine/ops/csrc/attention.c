@@ -13,9 +13,20 @@
 #include "tile.h"
 
 #define TILE_KEYS 96 /* a multiple of PANEL and of PARTIAL_SUMS for every vector width */
+#define MAX_HEAD_DIM 256
 #define ROWS_OF_UNIT 96 /* queries that share one transposed tile of keys; enough to make the transposing cheap */
 
+/* Block sizes that are multiples of KEYS_AT_ONCE need no copying; every other works too. */
+#if LANES == 4
+#define KEYS_AT_ONCE 4
+#define KEYS_AT_ONCE_LOG2 2
+#else
+#define KEYS_AT_ONCE 8
+#define KEYS_AT_ONCE_LOG2 3
+#endif
+
 _Static_assert(TILE_KEYS % PANEL == 0 && TILE_KEYS % PARTIAL_SUMS == 0, "tiles are cut into panels and partial sums");
+_Static_assert(PANEL % KEYS_AT_ONCE == 0, "keys that are transposed together go into one panel");
 
 typedef struct {
     const float *q; /* (T, N, D), tokens q_stride floats apart */
@@ -36,7 +47,7 @@ typedef struct {
     const int32_t *block_table;
     int64_t kv_head, group, first_token, num_tokens, first_position, num_rows;
     float *queries; /* scaled, in interleaved tiles of MAX_ROWS rows */
-    float *keys;    /* panels [TILE_KEYS / PANEL][head_dim][PANEL] */
+    float *keys;    /* a panel of transposed keys (head_dim, PANEL) */
     float *scores;  /* (num_rows, TILE_KEYS), then probabilities */
     float *result;  /* (num_rows, head_dim), not yet divided by the sums */
     float *maximum, *sum;
@@ -44,7 +55,7 @@ typedef struct {
 
 static int64_t floats_of_unit(int64_t num_rows, int64_t head_dim)
 {
-    return TILE_KEYS * head_dim + num_rows * (2 * head_dim + TILE_KEYS + 2);
+    return PANEL * head_dim + num_rows * (2 * head_dim + TILE_KEYS + 2);
 }
 
 /* The key (which = 0) or value (1) at a position of the unit's sequence. */
@@ -55,44 +66,54 @@ static const float *pool_row(const attention_unit *unit, int which, int64_t posi
     return job->pool + (((block * 2 + which) * job->num_kv_heads + unit->kv_head) * job->block_size + slot) * job->head_dim;
 }
 
-/* Keys of positions [first, first + count) → panels of (head_dim, PANEL), so that scores are made PANEL keys at a time.
-   Lanes beyond `count` repeat the last key: their scores are masked, and nothing past the sequence is read. */
+/* KEYS_AT_ONCE keys, head_dim floats apart: where they lie when no block ends among them, else copied together. Those
+   past `count` are whatever memory holds, and their scores are masked. */
+static const float *keys_together(const attention_unit *unit, int64_t first, int64_t count, float *copy)
+{
+    int64_t head_dim = unit->job->head_dim;
+    if (unit->job->block_size % KEYS_AT_ONCE == 0)
+        return pool_row(unit, 0, first);
+    for (int64_t key = 0; key < smaller(count, KEYS_AT_ONCE); key++)
+        memcpy(copy + key * head_dim, pool_row(unit, 0, first + key), (size_t)head_dim * sizeof(float));
+    return copy;
+}
+
+/* Keys of positions [first, first + count), at most PANEL → a panel (head_dim, PANEL). The values of the same positions
+   are fetched on the side, so that DRAM works while the scores are made. */
 static void transpose_keys(const attention_unit *unit, int64_t first, int64_t count)
 {
-    const float *rows[TILE_KEYS];
-    int64_t head_dim = unit->job->head_dim, block_size = unit->job->block_size;
-    for (int64_t key = 0, run; key < count; key += run) {
-        run = smaller(count - key, block_size - (first + key) % block_size);
-        rows[key] = pool_row(unit, 0, first + key);
-        for (int64_t i = 1; i < run; i++)
-            rows[key + i] = rows[key] + i * head_dim;
-    }
-    for (int64_t key = count; key % LANES != 0; key++)
-        rows[key] = rows[count - 1];
-    for (int64_t key = 0; key < count; key += LANES) {
-        float *to = unit->keys + key / PANEL * PANEL * head_dim + key % PANEL;
+    float copy[KEYS_AT_ONCE * MAX_HEAD_DIM];
+    int64_t head_dim = unit->job->head_dim;
+    int64_t values = unit->job->num_kv_heads * unit->job->block_size * head_dim; /* how far a value lies behind its key */
+    for (int64_t key = 0; key < count; key += KEYS_AT_ONCE) {
+        const float *keys = keys_together(unit, first + key, count - key, copy);
         for (int64_t d = 0; d < head_dim; d += LANES) {
-            vec square[LANES];
+            vec rows[KEYS_AT_ONCE];
+            UNROLL for (int i = 0; i < KEYS_AT_ONCE; i++) {
+                rows[i] = load(keys + i * head_dim + d);
+                __builtin_prefetch(keys + i * head_dim + d + values);
+            }
+            zip_rows(KEYS_AT_ONCE, KEYS_AT_ONCE_LOG2, rows);
             UNROLL for (int i = 0; i < LANES; i++)
-                square[i] = load(rows[key + i] + d);
-            zip_rows(LANES, LANES_LOG2, square);
-            UNROLL for (int i = 0; i < LANES; i++)
-                store(to + (d + i) * PANEL, square[i]);
+                memcpy(unit->keys + (d + i) * PANEL + key, (const float *)rows + i * KEYS_AT_ONCE,
+                       KEYS_AT_ONCE * sizeof(float));
         }
     }
 }
 
-static void make_scores(const attention_unit *unit, int64_t first_row, int64_t count)
+/* Scores of the rows from `first_row` on with the keys of the tile's positions [0, count), a panel at a time. */
+static void make_scores(const attention_unit *unit, int64_t first_row, int64_t first, int64_t count)
 {
     static const float zeros[PANEL];
     int64_t head_dim = unit->job->head_dim;
-    for (int64_t row = first_row / MAX_ROWS * MAX_ROWS; row < unit->num_rows; row += MAX_ROWS)
-        for (int64_t key = 0; key < count; key += PANEL) {
-            tile t = {.a = unit->queries + row * head_dim, .b = unit->keys + key * head_dim, .b_stride = PANEL,
-                      .depth = head_dim, .from = zeros, .to = unit->scores + row * TILE_KEYS + key,
-                      .to_stride = TILE_KEYS};
+    for (int64_t key = 0; key < count; key += PANEL) {
+        transpose_keys(unit, first + key, smaller(PANEL, count - key));
+        for (int64_t row = first_row / MAX_ROWS * MAX_ROWS; row < unit->num_rows; row += MAX_ROWS) {
+            tile t = {.a = unit->queries + row * head_dim, .b = unit->keys, .b_stride = PANEL, .depth = head_dim,
+                      .from = zeros, .to = unit->scores + row * TILE_KEYS + key, .to_stride = TILE_KEYS};
             multiply_interleaved((int)smaller(MAX_ROWS, unit->num_rows - row), false, t);
         }
+    }
 }
 
 /* Scores of one row → probabilities relative to the largest score so far; what was summed before is brought to the
@@ -106,9 +127,8 @@ static void soften(const attention_unit *unit, int64_t row, int64_t count)
     vec largest = load(scores);
     for (int64_t key = LANES; key < end; key += LANES)
         largest = larger(load(scores + key), largest);
-    float maximum = unit->maximum[row], before = maximum;
-    for (int i = 0; i < LANES; i++)
-        maximum = largest[i] > maximum ? largest[i] : maximum;
+    float before = unit->maximum[row], maximum = largest_of(largest);
+    maximum = maximum > before ? maximum : before;
     vec sums[PARTIAL_SUMS / LANES] = {0};
     for (int64_t key = 0; key < end; key += PARTIAL_SUMS)
         for (int v = 0; v < PARTIAL_SUMS / LANES; v++) {
@@ -177,8 +197,7 @@ static void attend(const attention_unit *unit)
         int64_t token = first > unit->first_position ? first - unit->first_position : 0;
         int64_t beyond = smaller(first + TILE_KEYS - 1 - unit->first_position, unit->num_tokens);
         beyond = beyond > token ? beyond : token;
-        transpose_keys(unit, first, smaller(TILE_KEYS, end - first));
-        make_scores(unit, token * unit->group, smaller(TILE_KEYS, end - first));
+        make_scores(unit, token * unit->group, first, smaller(TILE_KEYS, end - first));
         attend_diagonal(unit, token, beyond, first);
         for (int64_t row = beyond * unit->group; row < unit->num_rows; row++)
             soften(unit, row, TILE_KEYS);
@@ -251,7 +270,7 @@ static void run_unit(void *argument, int64_t number, int member)
     int64_t most_rows = job->tokens_of_unit * unit.group;
     float *memory = team_scratch(job->team, member, (size_t)floats_of_unit(most_rows, job->head_dim) * sizeof(float));
     unit.keys = memory;
-    unit.queries = unit.keys + TILE_KEYS * job->head_dim;
+    unit.queries = unit.keys + PANEL * job->head_dim;
     unit.result = unit.queries + most_rows * job->head_dim;
     unit.scores = unit.result + most_rows * job->head_dim;
     unit.maximum = unit.scores + most_rows * TILE_KEYS;

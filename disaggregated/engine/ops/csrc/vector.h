@@ -99,16 +99,27 @@ INLINE void store_some(float *to, vec x, int64_t count)
     memcpy(to, padded, (size_t)count * sizeof(float));
 }
 
-/* The 16 partial sums as one number: halves are added until one is left. */
+/* The 16 partial sums as one number: the upper half is added to the lower one until one is left. (The zips move both
+   halves to the even lanes, so lane 0 always holds what it should; other lanes hold repetitions.) */
 INLINE float sum_of(const vec partial[PARTIAL_SUMS / LANES])
 {
-    float sums[PARTIAL_SUMS];
-    for (int v = 0; v < PARTIAL_SUMS / LANES; v++)
-        store(sums + v * LANES, partial[v]);
-    for (int half = PARTIAL_SUMS / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++)
-            sums[i] += sums[i + half];
-    return sums[0];
+    vec sums[PARTIAL_SUMS / LANES];
+    UNROLL for (int v = 0; v < PARTIAL_SUMS / LANES; v++)
+        sums[v] = partial[v];
+    UNROLL for (int half = PARTIAL_SUMS / LANES / 2; half > 0; half /= 2)
+        UNROLL for (int v = 0; v < half; v++)
+            sums[v] = sums[v] + sums[v + half];
+    vec sum = sums[0];
+    UNROLL for (int pass = 0; pass < LANES_LOG2; pass++)
+        sum = SHUFFLE(sum, sum, LOW_HALVES) + SHUFFLE(sum, sum, HIGH_HALVES);
+    return sum[0];
+}
+
+INLINE float largest_of(vec x)
+{
+    UNROLL for (int pass = 0; pass < LANES_LOG2; pass++)
+        x = larger(SHUFFLE(x, x, LOW_HALVES), SHUFFLE(x, x, HIGH_HALVES));
+    return x[0];
 }
 
 /* e^x within 2 ulp; 0 below the smallest normal number, clamped at e^88, NaN stays NaN.
