@@ -23,28 +23,29 @@ def scale(url: str, wanted: Mapping[str, int], *, timeout_s: float) -> None:
 
 def status(url: str) -> tuple[list[str], bool]:
     """Lines for a reader, and whether requests can be served."""
-    code, _ = _call(f"{url}/health", timeout_s=_STATUS_TIMEOUT_S)
+    code, health = _call(f"{url}/health", timeout_s=_STATUS_TIMEOUT_S)
     info_code, info = _call(f"{url}/cluster_info", timeout_s=_STATUS_TIMEOUT_S)
     if info_code != 200:
         raise click.ClickException(_reason(info_code, info))
-    lines = [f"{url}: {'serving' if code == 200 else 'not serving'}"]
-    for role, workers in info["current_workers"].items():
-        lines += [f"  {role}"] + [f"    {_worker_line(worker)}" for worker in workers]
-    lines += [f"  {_process_line(local)}" for local in info.get("processes", [])]
+    lines = [f"{url}: {'serving' if code == 200 else f'not serving: {_reason(code, health)}'}"]
+    rows = [_worker_row(worker) for workers in info["current_workers"].values() for worker in workers]
+    rows += [_process_row(local) for local in info.get("processes", []) if local["phase"] != "ready"]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        lines.append("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
     return lines, code == 200
 
 
-def _worker_line(worker: Mapping[str, Any]) -> str:
-    named = ("worker_id", "host", "port", "role")
-    extra = [f"{key}={value}" for key, value in worker.items() if key not in named and value not in ("", None)]
-    return f"{worker['host']}:{worker['port']}  {worker['worker_id']}  {' '.join(extra)}".rstrip()
+def _worker_row(worker: Mapping[str, Any]) -> list[str]:
+    room = f"{worker['blocks_free']} of {worker['blocks']} blocks free" if worker.get("blocks") else ""
+    reason = worker.get("reason") or f"{worker.get('requests', 0)} requests"
+    address = f"{worker['host']}:{worker['port']}"
+    return [worker["role"], address, worker.get("standing", ""), reason, room]
 
 
-def _process_line(local: Mapping[str, Any]) -> str:
-    words = [f"process {local['name']}: {local['phase']} for {local['phase_s']:.0f} s"]
-    if local["restarts"]:
-        words.append(f"{local['restarts']} restarts, last with {local['last_exit']}")
-    return ", ".join(words)
+def _process_row(local: Mapping[str, Any]) -> list[str]:
+    last = f"last one ended with {local['last_exit']}" if local["last_exit"] else ""
+    return [local["role"], local["name"], local["phase"], f"for {local['phase_s']:.0f} s", last]
 
 
 def _call(url: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) -> tuple[int, Any]:
