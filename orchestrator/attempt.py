@@ -48,7 +48,6 @@ class Attempt:
             context_instance=placement.context.instance_id if placement.context else "",
             generation_instance=placement.generation.instance_id if placement.generation else "",
             why=placement.why,
-            began_s=clock(),
         )
         self._shares = [
             (server, self._take(server)) for server in (placement.context, placement.generation) if server is not None
@@ -81,8 +80,9 @@ class Attempt:
         Raises:
             DisaggregatedError: the attempt came to nothing more; what it delivered is in the run.
         """
+        self.story.began_s = now_s = self._clock()
         self._run.story.attempts.append(self.story)
-        self._run.life.advance(Phase.PREFILLING, now_s=self._clock())
+        self._run.life.advance(Phase.PREFILLING, now_s=now_s)
         with contextlib.ExitStack() as link:
             stream_key = self._open(link)
             try:

@@ -178,6 +178,8 @@ class Dispatcher:
         if run.life.phase is not Phase.QUEUED:
             return DeadlineExceeded(f"not finished after {waited_s:.1f} s, {len(run.emitted)} tokens were generated")
         not_yet = run.not_yet or NotYet("others stand before it")
+        if not self._pools.ready(Role.GENERATION):
+            return NoServerAvailable(f"no generation server is ready; waited {waited_s:.1f} s")
         if not_yet.is_for_want_of_servers:
             return NoServerAvailable(f"{not_yet.reason}; waited {waited_s:.1f} s")
         return DeadlineExceeded(f"waited {waited_s:.1f} s in the queue: {not_yet.reason}")

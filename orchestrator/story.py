@@ -26,10 +26,11 @@ class AttemptStory:
     generation_instance: str
     """Empty: one token was wanted."""
     why: str
-    began_s: float
+    began_s: float = 0.0
     ended_s: float | None = None
     first_token_s: float | None = None
-    result: str = ""
+    result: str = "cancelled"
+    """The finish reason, or the error that ended it; what it says until then is so if nothing else ends it."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
     prefill_queue_s: float = 0.0

@@ -73,17 +73,27 @@ async def _pumped(
     """An error before the first token has a status of its own; afterwards it is the last event."""
     try:
         async with asyncio.TaskGroup() as group:
-            pump = group.create_task(stream.pump())
-            stories = await _run_all(door, job, choices)
-            pump.cancel()
+            group.create_task(stream.pump())
+            last_events = await _last_events(door, job, stream, choices)
     except ExceptionGroup as failures:
-        error = failures.exceptions[0]
-        if not (stream.is_open and isinstance(error, DisaggregatedError)):
-            raise error from failures
+        raise failures.exceptions[0] from failures
+    return await stream.end(*last_events, DONE)
+
+
+async def _last_events(
+    door: FrontDoor, job: Job, stream: EventStream, choices: Sequence[StreamedChoice]
+) -> Sequence[bytes]:
+    """Run the job to its end; what its client is told after the last token."""
+    try:
+        usage = _usage(await _run_all(door, job, choices))
+        return [job.shape.usage(usage)] if job.fields.include_usage else []
+    except DisaggregatedError as error:
+        if not stream.is_open:
+            raise
         door.metrics.error_answered(error)
-        return await stream.end(b"data: " + orjson.dumps(error_fields(error)) + b"\n\n", DONE)
-    usage = [job.shape.usage(_usage(stories))] if job.fields.include_usage else []
-    return await stream.end(*usage, DONE)
+        return [b"data: " + orjson.dumps(error_fields(error)) + b"\n\n"]
+    finally:
+        stream.stop_pump()
 
 
 async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> list[RequestStory]:

@@ -119,14 +119,15 @@ async def request_story(door: FrontDoor, http: web.Request) -> web.Response:
 async def ledger(door: FrontDoor, http: web.Request) -> web.Response:
     """Every block, lease and transfer of every server, with its owner."""
     servers = list(door.pools)
-    answers = await asyncio.gather(*(_ledger_of(server) for server in servers))
+    async with asyncio.TaskGroup() as group:
+        asked = [group.create_task(_ledger_of(server)) for server in servers]
     dispatcher = door.dispatcher
     return json_response(
         {
             "queued": len(dispatcher.queue),
             "running": dispatcher.stories.num_running,
             "shares": sum(len(server.shares) for server in servers),
-            "servers": answers,
+            "servers": [task.result() for task in asked],
         }
     )
 

@@ -30,6 +30,7 @@ class EventStream:
         self._writer: AbstractStreamWriter | None = None
         self._transport: asyncio.Transport | None = None
         self._wanted = asyncio.Event()
+        self._is_stopping = False
 
     @property
     def is_open(self) -> bool:
@@ -51,12 +52,21 @@ class EventStream:
             self._transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event)
 
     async def pump(self) -> None:
-        """Opens the response at the first wake-up, and after each stall goes on when the client has caught up."""
-        while True:
+        """Opens the response at the first wake-up, and after each stall goes on when the client has caught up.
+
+        Ended by `stop_pump()`, not by cancelling: aiohttp's waiter for a drained connection would be cancelled with it,
+        and whoever waits for the same connection afterwards would be cancelled too.
+        """
+        while not self._is_stopping:
             await self._wanted.wait()
             self._wanted.clear()
-            await self._ready()
-            self._flush()
+            if not self._is_stopping:
+                await self._ready()
+                self._flush()
+
+    def stop_pump(self) -> None:
+        self._is_stopping = True
+        self._wanted.set()
 
     async def _ready(self) -> None:
         if self._writer is None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ class Scene:
     observer: Observer
 
     def request(
-        self, number: int = 0, *, num_prompt: int = 40, timeout_s: float = 180.0, **sampling: int
+        self, number: int = 0, *, num_prompt: int = 40, timeout_s: float = 180.0, **sampling: Any
     ) -> TokenRequest:
         now_s = asyncio.get_running_loop().time()
         prompt = [(number * 31 + position) % 997 for position in range(num_prompt)]
@@ -78,7 +79,7 @@ class Scene:
         return client, story
 
     async def ready(self, num_servers: int) -> None:
-        while sum(server.is_ready for server in self.pools) < num_servers:
+        while sum(server.is_ready for server in self.pools) < num_servers:  # noqa: ASYNC110 - time is virtual
             await asyncio.sleep(0.05)
 
     async def check_nothing_left(self) -> None:

@@ -26,7 +26,7 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend, chat_template=ChatTemplate(TEMPLATE, {}), eos_token_ids=(256,))
 
 
-def byte_model(*, num_tokens_max: int = 4096) -> ServedModel:
+def byte_model(*, num_tokens_max: int = 1024) -> ServedModel:
     return ServedModel(
         name="house/fake",
         aliases=("fake",),

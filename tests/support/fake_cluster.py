@@ -1,7 +1,7 @@
 """Servers in virtual time that crash, freeze, refuse and damage at moments drawn from a seed.
 
-`FakeServer` is the process, `FakeClient` one connection to it, with the Protocol of `orchestrator.server_client`. What a
-frozen server is told waits until it thaws; what a crashed one was doing is gone, and every call to it fails.
+`FakeServer` is the process, `FakeClient` one connection to it, with the Protocol of `orchestrator.server_client`. What
+a frozen server is told waits until it thaws; what a crashed one was doing is gone, and every call to it fails.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FakeServer:
     def __init__(self, cluster: FakeCluster, role: str, address: str) -> None:
         self.cluster = cluster
         self.role = role
-        self.address = address
+        self.name = self.address = address
         self.epoch = 1
         self.is_alive = True
         self.thawed = asyncio.Event()
@@ -113,7 +113,7 @@ class FakeServer:
         await self.turn()
         pipe.queue.put_nowait(
             control_pb2.ServerDescription(
-                instance_id=self.address, epoch=self.epoch, role=self.role, model="fake", fingerprint=self.fingerprint,
+                instance_id=self.name, epoch=self.epoch, role=self.role, model="fake", fingerprint=self.fingerprint,
                 layout=LAYOUT.to_proto(), max_num_tokens=64, max_batch_size=self.cluster.temper.max_batch_size,
                 max_seq_len=4096, can_prefill=True,
             )
@@ -260,7 +260,7 @@ class FakeClient:
 
     async def describe(self, *, timeout_s: float) -> control_pb2.ServerDescription:
         with self._call(self._server.describe) as pipe:
-            return await _within(pipe, timeout_s)
+            return await _within(pipe, timeout_s)  # type: ignore[no-any-return]
 
     async def watch(self, *, interval_s: float) -> AsyncGenerator[control_pb2.Heartbeat, None]:
         with self._call(lambda pipe: self._server.watch(pipe, interval_s)) as pipe:
@@ -312,7 +312,7 @@ class FakeClient:
 
     async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply:
         with self._call(lambda pipe: self._server.admit(pipe, request)) as pipe:
-            return await _within(pipe, timeout_s)
+            return await _within(pipe, timeout_s)  # type: ignore[no-any-return]
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
         async def work(pipe: Pipe) -> None:

@@ -1,4 +1,4 @@
-"""The fake servers of `fake_cluster`, behind real gRPC on real ports: what an orchestrator sees is the real protocol."""
+"""The fake servers of `fake_cluster` behind real gRPC on real ports: an orchestrator sees the real protocol."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from disaggregated.v1 import control_pb2, control_pb2_grpc
 from tests.support.fake_cluster import FakeClient, FakeCluster, FakeServer, Temper
 
 
-class GrpcFront(
-    control_pb2_grpc.ServerServicer, control_pb2_grpc.ContextServicer, control_pb2_grpc.GenerationServicer
-):
+class GrpcFront(control_pb2_grpc.ServerServicer, control_pb2_grpc.ContextServicer, control_pb2_grpc.GenerationServicer):
     def __init__(self, server: FakeServer) -> None:
         self._client = FakeClient(server)
 

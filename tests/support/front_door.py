@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+import io
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -27,6 +29,12 @@ from tests.support.token_hash import oracle
 FAST = Temper(latency_s=0.0, step_s=0.001, prefill_token_s=0.0)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """The test's own timeout bounds this."""
+    while not condition():  # noqa: ASYNC110 - whatever is waited for here has no event of its own
+        await asyncio.sleep(0.005)
+
+
 @dataclasses.dataclass
 class Door:
     url: str
@@ -36,7 +44,7 @@ class Door:
     model: ServedModel
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
-        if isinstance(body, bytes):
+        if isinstance(body, (bytes, io.IOBase)):
             options["data"] = body
         else:
             options["json"] = body
@@ -53,9 +61,9 @@ class Door:
         return self.model.tokenizer.decode(tokens[:-1] if reason == "stop" else tokens), reason
 
     async def wait_idle(self) -> None:
-        """Nothing is held on any server. The test's own timeout bounds this."""
-        while any(server.admitted for server in self.cluster.servers.values()) or len(self.door.dispatcher.queue):
-            await asyncio.sleep(0.005)
+        """Nothing is held on any server, and nothing runs."""
+        servers, dispatcher = self.cluster.servers.values(), self.door.dispatcher
+        await until(lambda: not (any(server.admitted for server in servers) or dispatcher.stories.num_running))
         self.door.dispatcher.check_idle()
 
 
@@ -67,6 +75,7 @@ async def front_door(
     temper: Temper = FAST,
     scaler: Scaler | None = None,
     is_awaited: bool = True,
+    send_buffer_bytes: int | None = None,
     **config: Any,
 ) -> AsyncIterator[Door]:
     async with (
@@ -81,13 +90,14 @@ async def front_door(
         app = make_app(settings, ServerPools(settings, on_crash=crashes.append), model=model, scaler=scaler)
         runner = make_runner(app)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        listener = socket.create_server(("127.0.0.1", 0))
+        if send_buffer_bytes is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+        await web.SockSite(runner, listener).start()
         door = Door(f"http://127.0.0.1:{runner.addresses[0][1]}", http, cluster, app[DOOR], model)
         try:
             if is_awaited:
-                while (await door.get("/health"))[0] != 200:
-                    await asyncio.sleep(0.01)
+                await until(lambda: app[DOOR].why_not_serving() is None)
             yield door
         finally:
             await http.close()

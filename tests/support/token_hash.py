@@ -10,7 +10,6 @@ import numpy as np
 
 from disaggregated.sampling_params import SamplingParams
 
-
 VOCAB_SIZE: Final = 250
 
 

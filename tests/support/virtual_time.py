@@ -34,6 +34,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now_s
 
+    def sleep_through(self, seconds: float) -> None:
+        """Time passes and nothing of this process runs, as when it is stopped or starved."""
+        self._jumping.now_s += seconds
+
 
 def run_in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` to its end. What it leaves behind, a task or an exception that nobody looked at, fails the test."""

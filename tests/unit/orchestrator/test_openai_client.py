@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
 from tests.support.front_door import front_door
 
-CHAT = [{"role": "user", "content": "Say something."}]
+CHAT: Any = [{"role": "user", "content": "Say something."}]
 CHAT_PROMPT = "[user]Say something.[assistant]"
 
 
@@ -18,7 +20,11 @@ def client_of(url: str) -> openai.AsyncOpenAI:
 async def test_a_chat_is_answered_with_text_and_usage() -> None:
     async with front_door() as door, client_of(door.url) as client:
         answer = await client.chat.completions.create(
-            model="fake", messages=CHAT, max_completion_tokens=12, temperature=0, seed=7  # type: ignore[arg-type]
+            model="fake",
+            messages=CHAT,
+            max_completion_tokens=12,
+            temperature=0,
+            seed=7,
         )
         ids = door.model.tokenizer.encode(CHAT_PROMPT)
         text, reason = door.expected(ids, max_tokens=12, seed=7)
@@ -33,10 +39,10 @@ async def test_a_chat_is_answered_with_text_and_usage() -> None:
 
 async def test_a_streamed_chat_is_the_same_text_in_order() -> None:
     async with front_door() as door, client_of(door.url) as client:
-        stream = await client.chat.completions.create(
+        stream: Any = await client.chat.completions.create(
             model="house/fake", messages=CHAT, max_tokens=30, temperature=0, seed=7, stream=True,
             stream_options={"include_usage": True},
-        )  # type: ignore[call-overload]  # fmt: skip
+        )  # fmt: skip
         chunks = [chunk async for chunk in stream]
         text, reason = door.expected(door.model.tokenizer.encode(CHAT_PROMPT), max_tokens=30, seed=7)
         assert chunks[0].choices[0].delta.role == "assistant"
@@ -50,11 +56,11 @@ async def test_a_streamed_chat_is_the_same_text_in_order() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["plain text", ["one", "two", "three"], [1, 2, 3], [[1, 2], [3, 4, 5]]])
-async def test_a_completion_takes_every_kind_of_prompt(prompt: object, stream: bool) -> None:
+async def test_a_completion_takes_every_kind_of_prompt(prompt: Any, stream: bool) -> None:
     async with front_door() as door, client_of(door.url) as client:
-        answer = await client.completions.create(
+        answer: Any = await client.completions.create(
             model="fake", prompt=prompt, max_tokens=5, temperature=0, seed=3, stream=stream
-        )  # type: ignore[call-overload]
+        )
         many = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
         ids = [door.model.tokenizer.encode(one) if isinstance(one, str) else one for one in many]
         texts = [""] * len(ids)
@@ -72,10 +78,10 @@ async def test_a_stop_string_ends_the_answer_and_frees_the_servers(stream: bool)
         ids = door.model.tokenizer.encode("stop me")
         text, _ = door.expected(ids, max_tokens=400, seed=1)
         stop = text[20:23]
-        answer = await client.completions.create(
+        answer: Any = await client.completions.create(
             model="fake", prompt="stop me", max_tokens=4000, temperature=0, seed=1, stop=[stop, "never said"],
             stream=stream,
-        )  # type: ignore[call-overload]  # fmt: skip
+        )  # fmt: skip
         if stream:
             chunks = [chunk.choices[0] async for chunk in answer]
             found, reason = "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason

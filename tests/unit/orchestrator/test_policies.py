@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from disaggregated.config.deployment import RouterConfig
+from disaggregated.errors import ConfigError
+from orchestrator.policies import Candidate, LeastLoaded, Policy, RoundRobin, make_policy
+
+THREE = [Candidate("a", 0, 0), Candidate("b", 0, 0), Candidate("c", 0, 0)]
+
+
+def choices(policy: Policy, candidates: list[Candidate], count: int) -> str:
+    return "".join(policy.choose(candidates).instance_id for _ in range(count))
+
+
+def test_round_robin_takes_turns_in_the_order_of_names() -> None:
+    assert choices(RoundRobin(), list(reversed(THREE)), 6) == "abcabc"
+
+
+def test_round_robin_goes_on_where_it_was_when_servers_come_and_go() -> None:
+    policy = RoundRobin()
+    assert choices(policy, THREE, 2) == "ab"
+    assert choices(policy, [THREE[0], THREE[1]], 1) == "a"
+    assert choices(policy, [*THREE, Candidate("d", 0, 0)], 4) == "bcda"
+
+
+def test_least_loaded_counts_requests_or_tokens() -> None:
+    busy = [Candidate("a", 1, 900), Candidate("b", 2, 10)]
+    assert choices(LeastLoaded(), busy, 1) == "a"
+    assert choices(LeastLoaded(use_tokens=True), busy, 1) == "b"
+
+
+def test_equally_loaded_servers_take_turns() -> None:
+    assert Counter(choices(LeastLoaded(), THREE, 9)) == {"a": 3, "b": 3, "c": 3}
+
+
+@pytest.mark.parametrize("policy", [RoundRobin(), LeastLoaded()])
+def test_a_server_to_avoid_is_taken_only_when_there_is_no_other(policy: Policy) -> None:
+    candidates = [Candidate("a", 0, 0), Candidate("b", 9, 9)]
+    assert {policy.choose(candidates, avoid={"a"}).instance_id for _ in range(4)} == {"b"}
+    assert policy.choose(candidates[:1], avoid={"a"}).instance_id == "a"
+
+
+def test_every_choice_says_why() -> None:
+    assert LeastLoaded().choose(THREE).why == "least loaded of 3: 0 requests"
+    assert RoundRobin().choose(THREE).why == "its turn among 3"
+
+
+def test_the_router_of_the_file_names_the_policy() -> None:
+    assert isinstance(make_policy(RouterConfig()), RoundRobin)
+    by_tokens = make_policy(RouterConfig(type="load_balancing", args={"use_tokens": True}))
+    assert choices(by_tokens, [Candidate("a", 0, 5), Candidate("b", 9, 4)], 1) == "b"
+    with pytest.raises(ConfigError, match="'kv_cache_aware'"):
+        make_policy(RouterConfig(type="kv_cache_aware"))
