@@ -197,5 +197,9 @@ def test_the_same_holds_for_ten_minutes_of_seeds() -> None:
     end_s = time.monotonic() + 600
     seed = 1_000_000
     while time.monotonic() < end_s:
-        Workload(seed, num_requests=60).run()
+        try:
+            Workload(seed, num_requests=60).run()
+        except BaseException as error:
+            error.add_note(f"the workload of seed {seed}")
+            raise
         seed += 1

@@ -112,6 +112,18 @@ def test_a_preempted_sequence_goes_before_those_that_never_ran_and_before_reserv
     assert driver.tokens["young"] == driver.alone("young")
 
 
+def test_a_preempted_sequence_keeps_its_claim_while_a_prompt_takes_the_whole_budget() -> None:
+    driver = EngineDriver(num_blocks=21, block_size=2, max_num_tokens=3)
+    driver.submit("old", [1, 2], max_tokens=9)
+    driver.submit("young", [3, 4], max_tokens=9)
+    driver.submit("long", range(10, 40), kind=RequestKind.PREFILL_ONLY)
+    while driver.engine.statistics().preemptions_total == 0:
+        driver.step()
+    assert [row[2] for row in driver.rows] == [1, 2]
+    with pytest.raises(PoolExhausted, match="wanted 1 KV blocks, 0 are free"):
+        driver.reserve("remote", [1])
+
+
 def test_a_prompt_preempted_before_its_first_token_does_not_count_its_own_blocks_as_cached() -> None:
     driver = EngineDriver(num_blocks=7, block_size=2, max_num_tokens=2)
     driver.submit("old", [1, 2], max_tokens=8)
