@@ -75,6 +75,7 @@ class FakeServer:
         self.decoding: dict[tuple[str, int], Decoding] = {}
         self.transfers: dict[str, asyncio.Future[int]] = {}
         self.fingerprint = "weights-1"
+        self.step_age_s = 0.0
         self.num_prefills = 0
         self.num_admissions = 0
 
@@ -124,7 +125,7 @@ class FakeServer:
             await self.turn()
             pipe.queue.put_nowait(
                 control_pb2.Heartbeat(
-                    epoch=self.epoch, num_running=len(self.decoding), num_blocks=400,
+                    epoch=self.epoch, num_running=len(self.decoding), num_blocks=400, step_age_s=self.step_age_s,
                     num_blocks_free=max(0, 400 - 20 * len(self.admitted)),
                 )
             )  # fmt: skip
