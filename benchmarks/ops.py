@@ -153,7 +153,7 @@ def attention_case(ops: Ops, name: str, pools: list[torch.Tensor], batch: Attent
 
 def elementwise_cases(ops: Ops) -> Iterator[Case]:
     weight_H = torch.randn(HIDDEN)
-    cos_PD, sin_PD = torch.randn(2, 2048, HEAD_DIM // 2)
+    angles = torch.randn(2048, HEAD_DIM // 2)
     for rows in (1, 32, 512):
         x, gate_up, q = torch.randn(rows, HIDDEN), torch.randn(rows, 2 * FFN), torch.randn(rows, NUM_HEADS, HEAD_DIM)
         yield Case(
@@ -168,7 +168,7 @@ def elementwise_cases(ops: Ops) -> Iterator[Case]:
             theirs=lambda x=gate_up: torch.nn.functional.silu(x[:, :FFN]) * x[:, FFN:],  # type: ignore[misc]
             num_bytes=6 * gate_up.numel(),
         )
-        yield rope_case(ops, q, cos_PD, sin_PD)
+        yield rope_case(ops, q, angles.cos(), angles.sin())
 
 
 def rope_case(ops: Ops, q_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> Case:

@@ -110,8 +110,8 @@ EXPORT int64_t rope(float *x, int64_t stride, int64_t num_tokens, int64_t num_he
                 vec c = load_some(cos + positions[token] * half + i, half - i);
                 vec s = load_some(sin + positions[token] * half + i, half - i);
                 vec a = load_some(low + i, half - i), b = load_some(high + i, half - i);
-                store_some(low + i, a * c - b * s, half - i);
-                store_some(high + i, b * c + a * s, half - i);
+                store_some(low + i, a * c - rounded(b * s), half - i);
+                store_some(high + i, b * c + rounded(a * s), half - i);
             }
         }
     return -1;

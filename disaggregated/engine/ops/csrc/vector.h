@@ -3,11 +3,13 @@
    The sources are written once with the vector extension of GCC and clang and compiled once for each instruction set
    (VECTOR_BYTES says how wide). Three rules keep results equal between rows, thread counts and vector widths:
 
-     - a multiply-add is written `c + a * b` and nothing else is, so that the compiler has one way to contract it;
+     - a multiply-add is written `c + a * b`, and of two products one is rounded(), so that a compiler that contracts
+       has one way to do it;
      - what is summed over lanes is summed in 16 partial sums whatever the width, then in one fixed tree;
      - a partial vector is padded with zeros and goes through the very same code.
 
-   So AVX2 and AVX-512 give the same bits. Without fused multiply-add (the x86 baseline) they are rounded differently. */
+   So AVX2, AVX-512 and NEON give the same bits, compiled by GCC or by clang. Without fused multiply-add (the x86
+   baseline) sums are rounded differently. */
 
 #pragma once
 
@@ -39,6 +41,18 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec load(const float *from) { return *(const vec_anywhere *)from; }
 INLINE void store(float *to, vec x) { *(vec_anywhere *)to = x; }
 INLINE vec broadcast(float x) { return x - (vec){0}; }
+
+/* x, not to be contracted with what is done to it next: the compiler is told that x may have changed. */
+INLINE vec rounded(vec x)
+{
+#ifdef __aarch64__
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+x"(x));
+#endif
+    return x;
+}
+
 INLINE vec select_lanes(vec_int mask, vec yes, vec no) { return (vec)(((vec_int)yes & mask) | ((vec_int)no & ~mask)); }
 INLINE vec larger(vec a, vec b) { return select_lanes(a > b, a, b); }
 
