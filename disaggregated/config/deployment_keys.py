@@ -18,7 +18,11 @@ TOP_KEYS: Final = KeyTable(
     [
         honoured("hostname", TEXT, "Address the orchestrator listens on."),
         honoured("port", integer(0, 65535), "Port the orchestrator listens on; 0: any free one, named when ready."),
-        honoured("max_retries", integer(0), "Further dispatches of a request that has not emitted a token."),
+        honoured(
+            "max_retries",
+            integer(0),
+            "Losses of servers in a row, without a new token, after which a request fails. Only values above the built-in 8 have an effect.",
+        ),
         honoured("perf_metrics_max_requests", integer(0), "Finished requests whose story is kept; 0: none."),
         honoured(
             "conditional_disagg_config.max_local_prefill_length",
