@@ -21,7 +21,7 @@ TOP_KEYS: Final = KeyTable(
         honoured(
             "max_retries",
             integer(0),
-            "Losses of servers in a row, without a new token, after which a request fails. Only values above the built-in 8 have an effect.",
+            "Servers lost in a row, without a new token, before a request fails; 8 at least.",
         ),
         honoured("perf_metrics_max_requests", integer(0), "Finished requests whose story is kept; 0: none."),
         honoured(
