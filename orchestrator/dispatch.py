@@ -8,11 +8,12 @@ looked at whenever something may have changed: a request came or ended, a server
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
@@ -20,6 +21,7 @@ from disaggregated.errors import (
     AdmissionError,
     DeadlineExceeded,
     DisaggregatedError,
+    Draining,
     NoServerAvailable,
     RequestCancelled,
     TransferError,
@@ -36,6 +38,9 @@ from orchestrator.server_pools import ServerPools
 from orchestrator.story import RequestStory, StoryShelf
 
 log = logs.get(__name__)
+
+CUT_TIMEOUT_S: Final = 0.5
+"""From ending a request by force to its being over: its servers are only told, not waited for."""
 
 
 class RequestObserver(Protocol):
@@ -66,21 +71,30 @@ class Dispatcher:
         self._observer = observer
         self._clock = clock
         self._attempt_keys = itertools.count(secrets.randbits(48) << 24)
+        self._patience: set[asyncio.Timeout] = set()
+        self._nothing_runs = asyncio.Event()
+        self._nothing_runs.set()
+        self._is_stopping = False
         pools.on_change = self.serve_queue
 
     async def run(self, request: TokenRequest, sink: TokenSink) -> RequestStory:
         """Generate one sequence into `sink`. Cancel this to cancel the request.
 
         Raises:
-            QueueFull: nothing was begun.
+            QueueFull, Draining: nothing was begun.
             NoServerAvailable: no generation server until the deadline.
             DeadlineExceeded: not finished by the deadline.
             DisaggregatedError: it cannot be served, or its servers were lost too often.
         """
+        if self._is_stopping:
+            raise _stopping()
         run = RequestRun(request, sink, now_s=self._clock())
         self.stories.began(run.story)
+        self._nothing_runs.clear()
+        patience = asyncio.timeout(max(0.0, request.deadline_s - self._clock()))
         try:
-            async with asyncio.timeout(max(0.0, request.deadline_s - self._clock())):
+            async with patience:
+                self._patience.add(patience)
                 await self._until_over(run)
         except TimeoutError as timeout:
             error = self._too_late(run)
@@ -93,9 +107,28 @@ class Dispatcher:
             run.end(Phase.CANCELLED, RequestCancelled("the client went away"), now_s=self._clock())
             raise
         finally:
+            self._patience.discard(patience)
             self.stories.ended(run.story)
             self._observer.request_ended(run.story)
+            if not self.stories.num_running:
+                self._nothing_runs.set()
         return run.story
+
+    async def stop(self, *, timeout_s: float) -> None:
+        """Refuse requests from now on. Those under way may end; after `timeout_s` the rest is failed with Draining."""
+        self._is_stopping = True
+        if await self._wait_nothing_runs(timeout_s):
+            return
+        for patience in self._patience:
+            if not patience.expired():
+                patience.reschedule(asyncio.get_running_loop().time())
+        await self._wait_nothing_runs(CUT_TIMEOUT_S)
+
+    async def _wait_nothing_runs(self, timeout_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._nothing_runs.wait()
+        return self._nothing_runs.is_set()
 
     async def _until_over(self, run: RequestRun) -> None:
         while True:
@@ -174,6 +207,8 @@ class Dispatcher:
         )
 
     def _too_late(self, run: RequestRun) -> DisaggregatedError:
+        if self._clock() < run.request.deadline_s and self._is_stopping:
+            return _stopping()
         waited_s = self._clock() - run.request.arrived_s
         if run.life.phase is not Phase.QUEUED:
             return DeadlineExceeded(f"not finished after {waited_s:.1f} s, {len(run.emitted)} tokens were generated")
@@ -194,3 +229,7 @@ class Dispatcher:
         assert self.stories.num_running == 0, "somebody still runs"
         held = {server.instance_id: list(server.shares) for server in self._pools if server.shares}
         assert not held, f"shares are still held: {held}"
+
+
+def _stopping() -> Draining:
+    return Draining("the orchestrator is stopping")

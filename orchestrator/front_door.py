@@ -14,7 +14,7 @@ from orchestrator.dispatch import Dispatcher
 from orchestrator.metrics import Metrics
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
-from orchestrator.server import Role, Server
+from orchestrator.server import Role
 from orchestrator.server_pools import ServerPools
 from orchestrator.task_owner import TaskOwner
 
@@ -23,6 +23,9 @@ log = logs.get(__name__)
 START_GRACE_S: Final = 15.0
 """At start, how long /health waits for the servers that the file names but that have not joined yet, once requests
 could be served without them."""
+
+REASONS_MAX: Final = 4
+"""That one answer of /health names."""
 
 
 class FrontDoor:
@@ -46,6 +49,7 @@ class FrontDoor:
         self._model_problem = ""
         self._servable_since_s: float | None = None
         self._has_started = False
+        self._is_stopping = False
         self._owner = TaskOwner(pools.on_crash)
         if model is not None:
             self._serve_model(model)
@@ -85,6 +89,12 @@ class FrontDoor:
         if self._model is None:
             self._owner.start(self._load_model(), name="load model")
 
+    async def stop(self, *, timeout_s: float) -> None:
+        """Before `close`: nothing new is taken, and every request under way comes to its end within `timeout_s`, or to
+        an error that its client sees soon after."""
+        self._is_stopping = True
+        await self.dispatcher.stop(timeout_s=timeout_s)
+
     async def close(self) -> None:
         await self._owner.close()
         await self.pools.close()
@@ -108,24 +118,34 @@ class FrontDoor:
         return None
 
     def _why_not_servable(self) -> str | None:
+        if self._is_stopping:
+            return "the orchestrator is stopping"
         if self._model is None:
             return self._model_problem or "the model is not loaded yet"
         decoders = self.pools.ready(Role.GENERATION)
         if not decoders:
-            return f"no generation server is ready{_reasons(self.pools.of(Role.GENERATION))}"
+            return f"no generation server is ready{self._reasons(Role.GENERATION)}"
         if not self.pools.ready(Role.CONTEXT) and not any(server.description.can_prefill for server in decoders):
-            return f"no context server is ready{_reasons(self.pools.of(Role.CONTEXT))}"
+            return f"no context server is ready{self._reasons(Role.CONTEXT)}"
         return None
 
     def _missing(self) -> str:
-        wanted = {Role.CONTEXT: self.config.context, Role.GENERATION: self.config.generation}
-        short = [
-            f"{pool.num_instances - len(self.pools.ready(role))} {role}"
-            for role, pool in wanted.items()
-            if len(self.pools.ready(role)) < pool.num_instances
-        ]
-        return f"{' and '.join(short)} servers" if short else ""
+        short = {role: self._num_wanted(role) - len(self.pools.ready(role)) for role in (Role.CONTEXT, Role.GENERATION)}
+        words = [f"{count} {role}" for role, count in short.items() if count > 0]
+        return f"{' and '.join(words)} servers" if words else ""
 
+    def _num_wanted(self, role: Role) -> int:
+        pool = self.config.context if role is Role.CONTEXT else self.config.generation
+        if self.scaler is None or pool.urls:
+            return pool.num_instances
+        leaving = ("draining", "stopping")
+        return sum(row["role"] == role.value and row["phase"] not in leaving for row in self.scaler.describe())
 
-def _reasons(servers: list[Server]) -> str:
-    return "".join(f"; {server.address}: {server.reason}" for server in servers[:4] if server.reason)
+    def _reasons(self, role: Role) -> str:
+        """Of the servers that do not answer, and of the local processes that are no server yet, or no more."""
+        words = [f"{server.address}: {server.reason}" for server in self.pools.of(role) if server.reason]
+        for row in self.scaler.describe() if self.scaler else ():
+            if row["role"] == role.value and row["phase"] != "ready":
+                last_exit = f", the last one ended with {row['last_exit']}" if row["last_exit"] else ""
+                words.append(f"{row['name']} is {row['phase']}{last_exit}")
+        return "".join(f"; {reason}" for reason in words[:REASONS_MAX])

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
 
@@ -140,7 +140,7 @@ class Launcher:
         async with self._changed:
             await self._changed.wait_for(condition)
 
-    def describe(self) -> list[dict[str, object]]:
+    def describe(self) -> Sequence[Mapping[str, object]]:
         """Every local server as an operator wants to see it."""
         now_s = time.monotonic()
         return [

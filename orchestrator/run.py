@@ -23,7 +23,7 @@ from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.config.load import check_can_start
 from disaggregated.config.one_line import EXIT_INTERRUPTED
-from orchestrator.app import make_app, make_runner
+from orchestrator.app import DOOR, make_app, make_runner
 from orchestrator.launch_plan import LaunchLimits
 from orchestrator.launcher import Launcher
 from orchestrator.listening import address_of, listen
@@ -32,8 +32,10 @@ from orchestrator.server_pools import ServerPools
 
 log = logs.get(__name__)
 
-REQUESTS_TIMEOUT_S: Final = 3.0
-"""For the requests under way at Ctrl-C. Half of it for those that end by themselves, half for those that are cut."""
+REQUESTS_TIMEOUT_S: Final = 2.5
+"""For the requests under way at Ctrl-C; the rest are told that the orchestrator is stopping."""
+CONNECTIONS_TIMEOUT_S: Final = 0.25
+"""For clients to take their last bytes."""
 SERVERS_TIMEOUT_S: Final = 1.5
 """For the servers after that, before they are killed."""
 
@@ -73,9 +75,8 @@ async def _answer(
 ) -> None:
     """HTTP from here until `asked_to_stop`, and then for as long as requests need, within REQUESTS_TIMEOUT_S."""
     model = await asyncio.to_thread(ServedModel.load, config.model) if config.model and launcher.has_work else None
-    runner = make_runner(
-        make_app(config, pools, model=model, scaler=launcher), shutdown_timeout_s=REQUESTS_TIMEOUT_S / 2
-    )
+    app = make_app(config, pools, model=model, scaler=launcher)
+    runner = make_runner(app, shutdown_timeout_s=CONNECTIONS_TIMEOUT_S)
     try:
         await runner.setup()
         await web.SockSite(runner, listener).start()
@@ -84,6 +85,7 @@ async def _answer(
         sys.stdout.flush()
         await asked_to_stop.wait()
         log.info("stopping", requests_timeout_s=REQUESTS_TIMEOUT_S)
+        await app[DOOR].stop(timeout_s=REQUESTS_TIMEOUT_S)
     finally:
         await runner.cleanup()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
@@ -15,5 +15,5 @@ class Scaler(Protocol):
             DisaggregatedError: a server could not be started.
         """
 
-    def describe(self) -> Sequence[object]:
-        """Every local process, as JSON-able values."""
+    def describe(self) -> Sequence[Mapping[str, object]]:
+        """Every local process as JSON-able values: `name`, `role`, `phase`, `last_exit` and more."""

@@ -225,7 +225,7 @@ class RecordingScaler:
             raise InvalidRequest(f"{role}: must be at most 5, is {count}", param=role)
         self.calls.append((role, count))
 
-    def describe(self) -> list[object]:
+    def describe(self) -> list[dict[str, object]]:
         return []
 
 
