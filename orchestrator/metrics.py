@@ -79,6 +79,16 @@ class Metrics:
     def render(self) -> bytes:
         return generate_latest(self._registry)
 
+    def totals(self) -> dict[str, float]:
+        """Every counter without labels, by its name here."""
+        return {
+            sample.name: sample.value
+            for family in self._registry.collect()
+            if family.type == "counter"
+            for sample in family.samples
+            if not sample.labels and sample.name.endswith("_total")
+        }
+
     # HTTP.
 
     def request_began(self, *, stream: bool) -> None:

@@ -29,6 +29,7 @@ from orchestrator.launcher import Launcher
 from orchestrator.listening import address_of, listen
 from orchestrator.served_model import ServedModel
 from orchestrator.server_pools import ServerPools
+from orchestrator.totals_log import totals_logged
 
 log = logs.get(__name__)
 
@@ -83,7 +84,8 @@ async def _answer(
         _freeze_start_up_objects()
         sys.stdout.write(f"READY orchestrator {address_of(listener)} model={config.model or 'of its servers'}\n")
         sys.stdout.flush()
-        await asked_to_stop.wait()
+        async with totals_logged(app[DOOR].metrics.totals, config.metrics_log_interval_s):
+            await asked_to_stop.wait()
         log.info("stopping", requests_timeout_s=REQUESTS_TIMEOUT_S)
         await app[DOOR].stop(timeout_s=REQUESTS_TIMEOUT_S)
     finally:
