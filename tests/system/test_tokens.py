@@ -26,6 +26,8 @@ NUM_NEW: Final = 64
 GREEDY: Final[Mapping[str, Any]] = {"temperature": 0}
 SEEDED: Final[Mapping[str, Any]] = {"temperature": 0.9, "top_p": 0.95, "top_k": 200, "min_p": 0.01, "seed": 20_26}
 
+SAMPLINGS: Final = {"greedy": GREEDY, "seeded": SEEDED}
+
 Tokens = dict[str, list[int]]
 
 
@@ -40,8 +42,11 @@ class Setting:
 
     def __str__(self) -> str:
         company = "alone" if self.num_together == 1 else f"among {self.num_together - 1} others"
-        kind = "greedy" if self.sampling is GREEDY else "seeded"
-        return f"{self.transport}, chunks of {self.chunk_size}, {company}, {kind}"
+        return f"{self.transport}, chunks of {self.chunk_size}, {company}, {self.kind}"
+
+    @property
+    def kind(self) -> str:
+        return "greedy" if self.sampling is GREEDY else "seeded"
 
     def document(self) -> dict[str, Any]:
         """Without block reuse: a second run of a prompt must travel again, not be found."""
@@ -101,22 +106,37 @@ async def test_a_few_prompts_give_the_tokens_of_one_process(
     assert not differing(await observed(tmp_path, setting, few, 12), expected(oracle, few, SEEDED, 12))
 
 
+async def side_by_side(
+    folder: pathlib.Path, chunk_size: int, num_together: int, sampling: Mapping[str, Any], prompts: Sequence[Prompt]
+) -> list[tuple[Setting, Tokens]]:
+    """Both transports at the same time: two deployments on one machine, which halves the wait."""
+    settings = [
+        Setting(transport=transport, chunk_size=chunk_size, num_together=num_together, sampling=sampling)
+        for transport in ("SHM", "TCP")
+    ]
+    async with asyncio.TaskGroup() as group:
+        running = []
+        for setting in settings:
+            own = folder / f"{setting.transport}-{chunk_size}-{num_together}-{setting.kind}"
+            own.mkdir()
+            running.append(group.create_task(observed(own, setting, prompts, NUM_NEW)))
+    return [(setting, task.result()) for setting, task in zip(settings, running, strict=True)]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(5400)
 async def test_all_forty_prompts_give_the_tokens_of_one_process(
     prompts: list[Prompt], oracle: OneProcess, tmp_path: pathlib.Path
 ) -> None:
-    settings = [
-        Setting(transport=transport, chunk_size=chunk_size, num_together=num_together)
-        for transport, chunk_size, num_together in itertools.product(("SHM", "TCP"), (64, 512), (1, 9))
-    ]
-    settings += [Setting(transport=name, chunk_size=512, num_together=9, sampling=SEEDED) for name in ("SHM", "TCP")]
-    wanted = {str(sampling): expected(oracle, prompts, sampling, NUM_NEW) for sampling in (GREEDY, SEEDED)}
+    shapes = [(chunk_size, num_together, GREEDY) for chunk_size, num_together in itertools.product((64, 512), (1, 9))]
+    shapes.append((512, 9, SEEDED))
+    wanted = {kind: expected(oracle, prompts, sampling, NUM_NEW) for kind, sampling in SAMPLINGS.items()}
     rows, wrong = [], []
-    for setting in settings:
-        names = differing(await observed(tmp_path, setting, prompts, NUM_NEW), wanted[str(setting.sampling)])
-        wrong += [f"{setting}: {name}" for name in names]
-        same = f"{len(prompts) - len(names)} of {len(prompts)} the same"
-        rows.append(report.Row(what=str(setting), seen=same, bar="40 of 40", holds=not names))
+    for chunk_size, num_together, sampling in shapes:
+        for setting, seen in await side_by_side(tmp_path, chunk_size, num_together, sampling, prompts):
+            names = differing(seen, wanted[setting.kind])
+            wrong += [f"{setting}: {name}" for name in names]
+            same = f"{len(prompts) - len(names)} of {len(prompts)} the same"
+            rows.append(report.Row(what=str(setting), seen=same, bar="40 of 40", holds=not names))
     report.write("tokens", "Disaggregated tokens against one process: 40 prompts, 64 new tokens each", rows)
     assert not wrong
