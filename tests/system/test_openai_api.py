@@ -1,0 +1,145 @@
+"""The stock OpenAI client and a whole deployment with the real model: what the README promises a client."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import openai
+import pytest
+import pytest_asyncio
+
+from tests.support.deployment import Deployment, deployed, is_idle
+
+MODEL: Final = "smollm2-135m-instruct"
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+LONG: Final = "The quick brown fox jumps over the lazy dog. " * 12
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
+    section = {"num_instances": 1, "max_num_tokens": 64, "max_seq_len": 1024, "kv_cache_config": {"max_tokens": 4096}}
+    document = {
+        "model": MODEL,
+        "conditional_disagg_config": {"max_local_prefill_length": 12},
+        "context_servers": section,
+        "generation_servers": {**section, "router": {"type": "load_balancing"}},
+    }
+    folder: pathlib.Path = tmp_path_factory.mktemp("deployment")
+    async with deployed(folder, document) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def client(deployment: Deployment) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=deployment.api, api_key="none", max_retries=0) as made:
+        yield made
+
+
+async def test_a_chat_is_answered_rightly(client: openai.AsyncOpenAI, deployment: Deployment) -> None:
+    answer = await client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, extra_headers={"x-request-id": "paris"}
+    )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    story = await deployment.get_json("/requests/paris")
+    assert story["outcome"] == "finished"
+    assert story["attempts"][0]["transport"] == "SHM"
+    assert sum(story["ttft_parts"].values()) == pytest.approx(story["ttft_s"])
+
+
+async def test_a_stream_says_the_same_as_an_answer(client: openai.AsyncOpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 20}
+    whole = await client.chat.completions.create(**fields)
+    stream = await client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    chunks = [chunk async for chunk in stream]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
+
+
+async def test_a_seed_gives_the_same_text_again_and_another_seed_another(client: openai.AsyncOpenAI) -> None:
+    async def told(seed: int) -> str:
+        answer = await client.completions.create(
+            model=MODEL, prompt=LONG, max_tokens=24, temperature=1.0, top_p=0.95, seed=seed
+        )
+        return answer.choices[0].text
+
+    assert await told(1) == await told(1)
+    assert await told(1) != await told(2)
+
+
+async def test_the_second_time_a_prompt_is_mostly_cached(client: openai.AsyncOpenAI) -> None:
+    for is_known in (False, True):
+        answer = await client.completions.create(
+            model=MODEL, prompt="Once there was. " + LONG, max_tokens=2, temperature=0
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        assert cached == (96 if is_known else 0), answer.usage
+
+
+async def test_stop_strings_token_limits_and_single_tokens(client: openai.AsyncOpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "prompt": LONG, "temperature": 0}
+    whole = (await client.completions.create(**fields, max_tokens=20)).choices[0]
+    assert whole.finish_reason == "length"
+    stop = whole.text[10:14]
+    cut = (await client.completions.create(**fields, max_tokens=20, stop=stop)).choices[0]
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    one = await client.completions.create(**fields, max_tokens=1)
+    assert one.usage is not None
+    assert one.usage.completion_tokens == 1
+    assert whole.text.startswith(one.choices[0].text)
+
+
+async def test_a_short_prompt_is_prefilled_where_it_decodes_with_the_same_tokens(
+    client: openai.AsyncOpenAI, deployment: Deployment
+) -> None:
+    short = await client.completions.create(
+        model=MODEL, prompt="The sky is", max_tokens=8, temperature=0, extra_headers={"x-request-id": "short"}
+    )
+    story = await deployment.get_json("/requests/short")
+    assert story["attempts"][0]["context_instance"] == ""
+    assert story["attempts"][0]["prefill_compute_s"] > 0
+    assert sum(story["ttft_parts"].values()) == pytest.approx(story["ttft_s"])
+    assert short.choices[0].text.strip()
+
+
+async def test_several_prompts_are_answered_in_order(client: openai.AsyncOpenAI) -> None:
+    prompts = ["One, two, three,", "Monday, Tuesday,", LONG]
+    together = await client.completions.create(model=MODEL, prompt=prompts, max_tokens=6, temperature=0)
+    alone = [await client.completions.create(model=MODEL, prompt=one, max_tokens=6, temperature=0) for one in prompts]
+    assert [choice.text for choice in together.choices] == [answer.choices[0].text for answer in alone]
+
+
+async def test_a_prompt_beyond_the_limit_is_refused_with_both_numbers(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="the prompt has 1200 tokens, the limit is 1023"):
+        await client.completions.create(model=MODEL, prompt=[5] * 1200)
+    longest = await client.completions.create(model=MODEL, prompt=[5] * 1023, max_tokens=50, temperature=0)
+    assert longest.usage is not None
+    assert longest.usage.completion_tokens == 1
+
+
+async def test_the_model_is_known_by_its_full_name_and_its_basename(client: openai.AsyncOpenAI) -> None:
+    (model,) = [model async for model in client.models.list()]
+    assert model.id.endswith("/SmolLM2-135M-Instruct")
+    for name in (model.id, model.id.rpartition("/")[2]):
+        answer = await client.completions.create(model=name, prompt=LONG, max_tokens=1)
+        assert answer.model == model.id
+    with pytest.raises(openai.NotFoundError):
+        await client.completions.create(model="smollm", prompt="x")
+
+
+async def test_afterwards_nothing_is_held_anywhere(client: openai.AsyncOpenAI, deployment: Deployment) -> None:
+    async with asyncio.TaskGroup() as group:
+        for seed in range(6):
+            group.create_task(client.completions.create(model=MODEL, prompt=f"{seed} {LONG}", max_tokens=12, seed=seed))
+    left = await deployment.wait_idle(timeout_s=2.0)
+    assert is_idle(left), left
