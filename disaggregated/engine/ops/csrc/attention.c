@@ -38,7 +38,7 @@ typedef struct {
     float *to; /* (T, N, D), contiguous */
     team *team;
     int64_t tokens_of_unit;
-    int64_t *first_slice; /* (num_rows + 1): row r's tokens are cut into slices first_slice[r] … first_slice[r + 1] - 1 */
+    int64_t *first_slice; /* (num_rows + 1): row r's tokens are the slices [first_slice[r], first_slice[r + 1]) */
 } attention_job;
 
 /* One unit and its working memory. Row t * group + h is query head h of the group and token first_token + t. */
@@ -63,7 +63,8 @@ static const float *pool_row(const attention_unit *unit, int which, int64_t posi
 {
     const attention_job *job = unit->job;
     int64_t block = unit->block_table[position / job->block_size], slot = position % job->block_size;
-    return job->pool + (((block * 2 + which) * job->num_kv_heads + unit->kv_head) * job->block_size + slot) * job->head_dim;
+    int64_t head = (block * 2 + which) * job->num_kv_heads + unit->kv_head;
+    return job->pool + (head * job->block_size + slot) * job->head_dim;
 }
 
 /* KEYS_AT_ONCE keys, head_dim floats apart: where they lie when no block ends among them, else copied together. Those
@@ -84,14 +85,14 @@ static void transpose_keys(const attention_unit *unit, int64_t first, int64_t co
 {
     float copy[KEYS_AT_ONCE * MAX_HEAD_DIM];
     int64_t head_dim = unit->job->head_dim;
-    int64_t values = unit->job->num_kv_heads * unit->job->block_size * head_dim; /* how far a value lies behind its key */
+    int64_t to_value = unit->job->num_kv_heads * unit->job->block_size * head_dim; /* from a key to its value */
     for (int64_t key = 0; key < count; key += KEYS_AT_ONCE) {
         const float *keys = keys_together(unit, first + key, count - key, copy);
         for (int64_t d = 0; d < head_dim; d += LANES) {
             vec rows[KEYS_AT_ONCE];
             UNROLL for (int i = 0; i < KEYS_AT_ONCE; i++) {
                 rows[i] = load(keys + i * head_dim + d);
-                __builtin_prefetch(keys + i * head_dim + d + values);
+                __builtin_prefetch(keys + i * head_dim + d + to_value);
             }
             zip_rows(KEYS_AT_ONCE, KEYS_AT_ONCE_LOG2, rows);
             UNROLL for (int i = 0; i < LANES; i++)
@@ -158,8 +159,8 @@ static void add_values(const attention_unit *unit, int64_t first_row, int64_t nu
             for (int64_t row = first_row, rows; row < first_row + num_rows; row += rows) {
                 rows = smaller(MAX_ROWS, first_row + num_rows - row);
                 float *result = unit->result + row * head_dim + d;
-                tile t = {.a = unit->scores + row * TILE_KEYS + key, .b = values + d, .b_stride = head_dim, .depth = run,
-                          .from = result, .from_stride = head_dim, .to = result, .to_stride = head_dim};
+                tile t = {.a = unit->scores + row * TILE_KEYS + key, .b = values + d, .b_stride = head_dim,
+                          .depth = run, .from = result, .from_stride = head_dim, .to = result, .to_stride = head_dim};
 #define PAIR(rows) TILE_CASE(rows, 2, TILE_KEYS, 1, 0, t)
 #define SINGLE(rows) TILE_CASE(rows, 1, TILE_KEYS, 1, 0, t)
                 if (head_dim - d >= 2 * LANES)
@@ -199,6 +200,8 @@ static void attend(const attention_unit *unit)
         beyond = beyond > token ? beyond : token;
         make_scores(unit, token * unit->group, first, smaller(TILE_KEYS, end - first));
         attend_diagonal(unit, token, beyond, first);
+        if (beyond == unit->num_tokens)
+            continue; /* No token sees the whole tile: its end may lie beyond the block table. */
         for (int64_t row = beyond * unit->group; row < unit->num_rows; row++)
             soften(unit, row, TILE_KEYS);
         add_values(unit, beyond * unit->group, unit->num_rows - beyond * unit->group, first, 0, TILE_KEYS);
@@ -283,9 +286,11 @@ static void run_unit(void *argument, int64_t number, int member)
 /* Do the tokens lie within q, and their sequences within the table and the pool? */
 static bool row_is_sound(const attention_job *job, int64_t row, int64_t num_tokens, int64_t num_blocks)
 {
-    int64_t begin = job->query_start[row], end = job->query_start[row + 1];
-    int64_t blocks_needed = (job->first_position[row] + end - begin + job->block_size - 1) / job->block_size;
-    if (begin < 0 || end < begin || end > num_tokens || job->first_position[row] < 0 || blocks_needed > job->table_stride)
+    int64_t begin = job->query_start[row], end = job->query_start[row + 1], first = job->first_position[row];
+    if (begin < 0 || end < begin || end > num_tokens || first < 0)
+        return false;
+    int64_t blocks_needed = (first + end - begin + job->block_size - 1) / job->block_size;
+    if (blocks_needed > job->table_stride)
         return false;
     for (int64_t i = 0; i < blocks_needed; i++) {
         int32_t block = job->block_tables[row * job->table_stride + i];

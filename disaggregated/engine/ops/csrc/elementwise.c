@@ -10,7 +10,7 @@
 
 /* Rows [unit * rows_of_unit, …) of a job are one unit. */
 static int64_t rows_of_unit(int64_t floats_of_row) { return 1 + FLOATS_WORTH_A_UNIT / floats_of_row; }
-static int64_t num_units(int64_t num_rows, int64_t rows_of_unit) { return (num_rows + rows_of_unit - 1) / rows_of_unit; }
+static int64_t num_units(int64_t num_rows, int64_t of_unit) { return (num_rows + of_unit - 1) / of_unit; }
 
 typedef struct {
     const float *x, *weight;
@@ -46,11 +46,11 @@ static void norm_unit(void *argument, int64_t unit, int member)
 }
 
 /* x is (tokens, rows of a token, width), tokens `stride` floats apart; `to` the same, contiguous. */
-EXPORT void rms_norm(team *team, const float *x, int64_t stride, int64_t num_tokens, int64_t rows_of_token, int64_t width,
-                     const float *weight, float epsilon, float *to)
+EXPORT void rms_norm(team *team, const float *x, int64_t stride, int64_t num_tokens, int64_t rows_of_token,
+                     int64_t width, const float *weight, float epsilon, float *to)
 {
-    norm_job job = {.x = x, .weight = weight, .stride = stride, .num_tokens = num_tokens, .rows_of_token = rows_of_token,
-                    .width = width, .epsilon = epsilon, .to = to};
+    norm_job job = {.x = x, .weight = weight, .stride = stride, .num_tokens = num_tokens,
+                    .rows_of_token = rows_of_token, .width = width, .epsilon = epsilon, .to = to};
     job.tokens_of_unit = rows_of_unit(rows_of_token * width);
     team_run(team, norm_unit, &job, num_units(num_tokens, job.tokens_of_unit));
 }
@@ -94,8 +94,8 @@ static int64_t first_outside(const int64_t *indices, int64_t count, int64_t end)
     return -1;
 }
 
-/* x (tokens, heads, head_dim) in place, halves convention; cos and sin are (positions, head_dim / 2). One thread: a step's
-   queries and keys are small beside what else the step reads. Returns -1, or the first token whose position is not in
+/* x (tokens, heads, head_dim) in place, halves convention; cos and sin are (positions, head_dim / 2). One thread:
+   a step's queries and keys are small beside what else the step reads. Returns -1, or the first token whose position is not in
    the tables; then nothing was changed. */
 EXPORT int64_t rope(float *x, int64_t stride, int64_t num_tokens, int64_t num_heads, int64_t head_dim, const float *cos,
                     const float *sin, int64_t num_positions, const int64_t *positions)
@@ -117,7 +117,7 @@ EXPORT int64_t rope(float *x, int64_t stride, int64_t num_tokens, int64_t num_he
     return -1;
 }
 
-/* Keys and values (tokens, kv heads, head_dim) into their slots of one layer's pool [block][2][kv head][slot][head_dim].
+/* Keys and values (tokens, kv heads, head_dim) into their slots of a layer's pool [block][2][kv head][slot][head_dim].
    Returns -1, or the first token whose slot is not in the pool; then nothing was written. */
 EXPORT int64_t store_kv(const float *key, int64_t key_stride, const float *value, int64_t value_stride, float *pool,
                         const int64_t *slots, int64_t num_tokens, int64_t num_blocks, int64_t num_kv_heads,
@@ -128,7 +128,8 @@ EXPORT int64_t store_kv(const float *key, int64_t key_stride, const float *value
     if (outside >= 0)
         return outside;
     for (int64_t token = 0; token < num_tokens; token++) {
-        float *to = pool + slots[token] / block_size * 2 * num_kv_heads * head_floats + slots[token] % block_size * head_dim;
+        int64_t block = slots[token] / block_size, slot = slots[token] % block_size;
+        float *to = pool + block * 2 * num_kv_heads * head_floats + slot * head_dim;
         for (int64_t head = 0; head < num_kv_heads; head++) {
             memcpy(to + head * head_floats, key + token * key_stride + head * head_dim, bytes);
             memcpy(to + (num_kv_heads + head) * head_floats, value + token * value_stride + head * head_dim, bytes);

@@ -1,8 +1,8 @@
 /* linear: (T, M) = x (T, K) · weightᵀ + bias, in float32.
 
    Weights are packed once, at load, into panels of PANEL output features: first their biases, then for each k the PANEL
-   weights side by side, so a decode step reads the whole matrix front to back, exactly once, at the speed of DRAM. For many
-   rows the classical blocking of a matrix product is laid over the same panels: a block of x stays in the second
+   weights side by side, so a decode step reads the whole matrix front to back, exactly once, at the speed of DRAM. For
+   many rows the classical blocking of a matrix product is laid over the same panels: a block of x stays in the second
    level cache while the panels pass by.
 
    An output is a chain of K multiply-adds in the order of k, beginning with the bias. Blocks of rows, of k and of
@@ -39,7 +39,7 @@ EXPORT int64_t linear_packed_floats(int64_t num_columns, int64_t depth)
 /* weight (M, K), bias (M) or NULL → panels. `panels` should be aligned to 64 bytes. */
 EXPORT void linear_pack(const float *weight, const float *bias, int64_t num_columns, int64_t depth, float *panels)
 {
-    /* Large pages: a stream through a gigabyte in 4 KB steps misses the TLB on each. Advice only, so no error matters. */
+    /* Large pages: a stream through a gigabyte misses the TLB at every 4 KB. Advice only, so no error matters. */
     uintptr_t begin = ((uintptr_t)panels + 4095) & ~(uintptr_t)4095;
     uintptr_t end = (uintptr_t)(panels + linear_packed_floats(num_columns, depth)) & ~(uintptr_t)4095;
 #ifdef MADV_HUGEPAGE
@@ -85,8 +85,8 @@ static void pack_x(void *argument, int64_t unit, int member)
                job->packed_x + row * job->depth);
 }
 
-/* One tile of output: the part [k, k + depth) of its chains. The last panel may stick out over the matrix, then its tile
-   is made beside it. */
+/* One tile of output: the part [k, k + depth) of its chains. The last panel may stick out over the matrix, then its
+   tile is made beside it. */
 static void linear_tile(const linear_job *job, int64_t row, int64_t panel, int64_t k, int64_t depth, bool in_dram)
 {
     int rows = (int)smaller(MAX_ROWS, job->num_rows - row);
@@ -126,7 +126,8 @@ static void linear_unit(void *argument, int64_t unit, int member)
     int64_t end_row = smaller(first_row + ROWS_OF_BLOCK, job->num_rows);
     int64_t first_panel = unit % job->num_column_groups * job->panels_of_group;
     int64_t end_panel = smaller(first_panel + job->panels_of_group, num_panels(job->num_columns));
-    int64_t num_blocks = job->num_rows <= ROWS_OF_DECODE ? 1 : (job->depth + MAX_DEPTH_OF_BLOCK - 1) / MAX_DEPTH_OF_BLOCK;
+    int64_t max_depth = job->num_rows <= ROWS_OF_DECODE ? job->depth : MAX_DEPTH_OF_BLOCK;
+    int64_t num_blocks = (job->depth + max_depth - 1) / max_depth;
     int64_t depth_of_block = (job->depth + num_blocks - 1) / num_blocks;
     for (int64_t k = 0; k < job->depth; k += depth_of_block)
         for (int64_t panel = first_panel; panel < end_panel; panel++)

@@ -138,8 +138,8 @@ INLINE float largest_of(vec x)
 
 /* e^x within 2 ulp; 0 below the smallest normal number, clamped at e^88, NaN stays NaN.
 
-   x = n·ln 2 + r with |r| <= ln 2 / 2, then e^r by the polynomial of Cephes. Adding and taking away 1.5·2^23 rounds to an
-   integer, which then also stands in the low bits of the sum, where the exponent of 2^n is made from it. */
+   x = n·ln 2 + r with |r| <= ln 2 / 2, then e^r by the polynomial of Cephes. Adding and taking away 1.5·2^23 rounds to
+   an integer, which then also stands in the low bits of the sum, where the exponent of 2^n is made from it. */
 INLINE vec exponential(vec x)
 {
     const vec lowest = broadcast(-87.0f), highest = broadcast(88.0f), rounder = broadcast(12582912.0f);
