@@ -95,8 +95,8 @@ static int64_t first_outside(const int64_t *indices, int64_t count, int64_t end)
 }
 
 /* x (tokens, heads, head_dim) in place, halves convention; cos and sin are (positions, head_dim / 2). One thread:
-   a step's queries and keys are small beside what else the step reads. Returns -1, or the first token whose position is not in
-   the tables; then nothing was changed. */
+   a step's queries and keys are small beside what else the step reads. Returns -1, or the first token whose position is
+   not in the tables; then nothing was changed. */
 EXPORT int64_t rope(float *x, int64_t stride, int64_t num_tokens, int64_t num_heads, int64_t head_dim, const float *cos,
                     const float *sin, int64_t num_positions, const int64_t *positions)
 {

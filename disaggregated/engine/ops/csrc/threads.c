@@ -2,8 +2,8 @@
 
    Units are claimed one by one from a counter, so that a member whose core is taken away delays the op by one unit at
    most, and a team whose helpers never get a core still goes at the speed of its caller. (OpenMP splits evenly and
-   spins at the barrier: with shared cores it goes several times slower than one thread.) A helper looks out for the next op
-   for some microseconds before it sleeps, because ops follow each other closely within a step.
+   spins at the barrier: with shared cores it goes several times slower than one thread.) A helper looks out for the next
+   op for some microseconds before it sleeps, because ops follow each other closely within a step.
 
    Which member does a unit never shows in the result: units write disjoint outputs and no sum crosses a unit. */
 
