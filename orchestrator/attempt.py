@@ -228,6 +228,8 @@ class Attempt:
             return
         if due is None:
             return
+        for _, share in self._shares:
+            share.num_tokens += len(due.token_ids)
         life = self._run.life
         if life.phase is Phase.TRANSFERRING:
             life.advance(Phase.DECODING, now_s=now_s)

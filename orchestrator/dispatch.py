@@ -28,12 +28,13 @@ from disaggregated.errors import (
 )
 from disaggregated.request_life import Phase
 from orchestrator.attempt import Attempt
-from orchestrator.placement import Needs, NotYet, Placer
+from orchestrator.placement import Needs, NotYet, Placement, Placer
 from orchestrator.policies import make_policy
+from orchestrator.prefix_memory import LocalPrefillRule
 from orchestrator.request_queue import RequestQueue
 from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
 from orchestrator.retries import TRANSFER_FAILURES_MAX, RetryRule
-from orchestrator.server import Role
+from orchestrator.server import Role, Server
 from orchestrator.server_pools import ServerPools
 from orchestrator.story import RequestStory, StoryShelf
 
@@ -67,7 +68,7 @@ class Dispatcher:
         self._pools = pools
         self._placer = Placer(make_policy(config.context.router), make_policy(config.generation.router))
         self._retry_rule = RetryRule(config.max_retries)
-        self._local_prefill_max = config.max_local_prefill_length
+        self._local = LocalPrefillRule(config.max_local_prefill_length)
         self._observer = observer
         self._clock = clock
         self._attempt_keys = itertools.count(secrets.randbits(48) << 24)
@@ -89,6 +90,7 @@ class Dispatcher:
         if self._is_stopping:
             raise _stopping()
         run = RequestRun(request, sink, now_s=self._clock())
+        run.block_hashes = self._local.hashes(request.token_ids, self._pools.block_size)
         self.stories.began(run.story)
         self._nothing_runs.clear()
         patience = asyncio.timeout(max(0.0, request.deadline_s - self._clock()))
@@ -190,21 +192,28 @@ class Dispatcher:
                 return
             self.queue.take(first, now_s=self._clock())
             assert run.placed is not None, "it stands in the queue without waiting"
+            self._sent(run, placement)
             run.placed.set_result(Attempt(run, placement, next(self._attempt_keys), clock=self._clock))
 
     def _needs(self, run: RequestRun) -> Needs:
+        def why_local(server: Server) -> str:
+            if run.num_transfer_failures >= TRANSFER_FAILURES_MAX:
+                return f"{run.num_transfer_failures} transfers failed"
+            block_size = server.description.layout.block_size
+            uncached = self._local.num_uncached(server.instance_id, num_prompt_tokens, run.block_hashes, block_size)
+            return f"{uncached} uncached tokens" if self._local.wants_local(uncached) else ""
+
         num_prompt_tokens = len(run.request.token_ids) + len(run.emitted)
-        why_local = ""
-        if num_prompt_tokens <= self._local_prefill_max:
-            why_local = f"{num_prompt_tokens} tokens, at most {self._local_prefill_max}"
-        elif run.num_transfer_failures >= TRANSFER_FAILURES_MAX:
-            why_local = f"{run.num_transfer_failures} transfers failed"
         return Needs(
             num_prompt_tokens=num_prompt_tokens,
             num_tokens_left=run.num_tokens_left,
             why_local=why_local,
             avoid=run.avoid,
         )
+
+    def _sent(self, run: RequestRun, placement: Placement) -> None:
+        if placement.generation is not None:
+            self._local.sent(placement.generation.instance_id, run.block_hashes)
 
     def _too_late(self, run: RequestRun) -> DisaggregatedError:
         if self._clock() < run.request.deadline_s and self._is_stopping:

@@ -8,7 +8,7 @@ a context server alone                 one token is wanted: nothing has to trave
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from orchestrator.policies import Policy
 from orchestrator.server import Server
@@ -21,8 +21,8 @@ class Needs:
     num_prompt_tokens: int
     """Those already generated included, when the request goes on after a loss."""
     num_tokens_left: int
-    why_local: str = ""
-    """When set: prefill it where it decodes, even though a context server could."""
+    why_local: Callable[[Server], str] = lambda _: ""
+    """Why the prompt is better prefilled on that generation server, although a context server could; "": it is not."""
     avoid: Collection[str] = ()
     """Instances that just failed this request."""
 
@@ -64,8 +64,10 @@ class Placer:
         if not roomy:
             return NotYet(f"all {len(decoders)} generation servers are full")
         able = [server for server in roomy if server.description.can_prefill]
-        if not prefillers or (needs.why_local and able):
-            return self._on_generation_alone(needs, able, needs.why_local if prefillers else "no context server")
+        if not prefillers:
+            return self._on_generation_alone(needs, able, lambda _: "no context server")
+        if better := [server for server in able if needs.why_local(server)]:
+            return self._on_generation_alone(needs, better, needs.why_local)
         return self._on_both(needs, prefillers, roomy)
 
     def _on_both(self, needs: Needs, prefillers: Sequence[Server], roomy: Sequence[Server]) -> Placement | NotYet:
@@ -83,13 +85,15 @@ class Placer:
         chosen, why = _choose(self._context_policy, free, needs.avoid)
         return Placement(context=chosen, generation=None, why=f"one token is wanted; context: {why}")
 
-    def _on_generation_alone(self, needs: Needs, able: Sequence[Server], because: str) -> Placement | NotYet:
+    def _on_generation_alone(
+        self, needs: Needs, able: Sequence[Server], because: Callable[[Server], str]
+    ) -> Placement | NotYet:
         if not able:
             return NotYet(
                 "no context server is ready and no generation server can prefill", is_for_want_of_servers=True
             )
         chosen, why = _choose(self._generation_policy, able, needs.avoid)
-        return Placement(context=None, generation=chosen, why=f"prefilled there: {because}; generation: {why}")
+        return Placement(context=None, generation=chosen, why=f"prefilled there: {because(chosen)}; generation: {why}")
 
 
 def _choose(policy: Policy, servers: Sequence[Server], avoid: Collection[str]) -> tuple[Server, str]:

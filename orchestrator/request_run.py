@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from disaggregated.block_hash import BlockHash
 from disaggregated.errors import DisaggregatedError
 from disaggregated.request_life import Phase, RequestLife
 from disaggregated.sampling_params import SamplingParams
@@ -56,6 +57,8 @@ class RequestRun:
         self.placed: asyncio.Future[Attempt] | None = None
         self.not_yet: NotYet | None = None
         """Why the queue could not place it when it last tried."""
+        self.block_hashes: Sequence[BlockHash] = ()
+        """Of the prompt's full blocks, where somebody wants to know them."""
         self.avoid: frozenset[str] = frozenset()
         self.num_losses_in_a_row = 0
         """Since the last token."""

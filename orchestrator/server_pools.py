@@ -86,6 +86,11 @@ class ServerPools:
         known = [server.num_tokens_max for server in self if server.description.max_seq_len]
         return min(known) if known else None
 
+    @property
+    def block_size(self) -> int:
+        """In tokens, equal on all servers; 0 while none is known."""
+        return max((server.description.layout.block_size for server in self), default=0)
+
     async def first_model(self) -> str:
         """The name that the first server to answer gives its model."""
         await self._described.wait()

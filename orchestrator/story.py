@@ -73,7 +73,8 @@ class RequestStory:
     @property
     def num_cached_tokens(self) -> int:
         """Of the prompt, not computed again by whoever prefilled it first."""
-        return min(self.attempts[0].num_cached_tokens, self.num_prompt_tokens) if self.attempts else 0
+        prefilled = next((attempt for attempt in self.attempts if attempt.first_token_s is not None), None)
+        return 0 if prefilled is None else min(prefilled.num_cached_tokens, self.num_prompt_tokens)
 
     def tokens_came(self, count: int, *, now_s: float) -> None:
         if self.last_token_s is None:

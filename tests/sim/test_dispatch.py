@@ -185,14 +185,21 @@ def test_without_a_context_server_the_generation_server_prefills() -> None:
     run_in_virtual_time(play())
 
 
-def test_a_short_prompt_is_prefilled_where_it_decodes() -> None:
+def test_a_prompt_with_little_left_to_compute_is_prefilled_where_it_decodes() -> None:
     async def play() -> None:
-        cluster = FakeCluster(6, num_context=1, num_generation=1)
+        cluster = FakeCluster(6, num_context=1, num_generation=2)
+        context = cluster.servers["context-0"]
         async with scene(cluster, max_local_prefill_length=30) as stage:
             await stage.serve(stage.request(num_prompt=30))
-            assert cluster.servers["context-0"].num_prefills == 0
-            await stage.serve(stage.request(num_prompt=31))
-            assert cluster.servers["context-0"].num_prefills == 1
+            assert context.num_prefills == 0
+            _, story = await stage.serve(stage.request(1, num_prompt=310))
+            assert context.num_prefills == 1
+            holder = story.attempts[0].generation_instance
+            for _ in range(3):
+                _, story = await stage.serve(stage.request(1, num_prompt=330))
+                assert story.attempts[0].generation_instance == holder, "19 of its blocks are there"
+                assert "26 uncached tokens" in story.attempts[0].why or "10 uncached" in story.attempts[0].why
+            assert context.num_prefills == 1
 
     run_in_virtual_time(play())
 

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from disaggregated.errors import InvalidRequest
+from orchestrator.server import Role
 from tests.support.fake_cluster import Temper
 from tests.support.front_door import FAST, Door, front_door, until
 
@@ -147,6 +148,18 @@ async def test_health_is_503_with_the_reason_until_requests_can_be_served() -> N
         assert info["current_workers"]["generation_servers"][0]["times_lost"] == 1
 
 
+async def test_at_start_health_waits_for_every_server_that_the_file_names() -> None:
+    async with front_door(num_context=2, is_awaited=False) as door:
+        absent = door.cluster.of("context")[1]
+        absent.crash()
+        await until(lambda: "waiting for 1 context servers" in (door.door.why_not_serving() or ""))
+        absent.restart()
+        await until(lambda: door.door.why_not_serving() is None)
+        absent.crash()
+        await until(lambda: len(door.door.pools.ready(Role.CONTEXT)) == 1)
+        assert door.door.why_not_serving() is None, "once started, requests can be served without it"
+
+
 async def test_without_a_generation_server_a_client_is_told_to_come_back() -> None:
     async with front_door(request_timeout_s=0.5) as door:
         door.cluster.of("generation")[0].crash()
@@ -201,6 +214,7 @@ async def test_metrics_count_what_happened() -> None:
         assert lines['disagg_server_up{instance="generation-0",role="generation"}'] == "1.0"
         assert lines['disagg_blocks_leaked{instance="generation-0",role="generation"}'] == "0.0"
         assert lines["validation_exceptions_total"] == "1.0"
+        assert door.door.metrics.totals()["disagg_generation_tokens_total"] == 10.0
 
 
 async def test_the_ledger_names_who_holds_what_on_every_server() -> None:

@@ -70,15 +70,21 @@ def test_one_token_needs_a_context_server_alone(context: Server, generation: Ser
 
 
 def test_a_reason_to_prefill_locally_is_followed_where_that_is_possible(context: Server, generation: Server) -> None:
-    chosen = place([context], [generation], why_local="short prompt")
+    chosen = place([context], [generation], why_local=lambda _: "short prompt")
     assert where(chosen) == ("", "g0")
     assert isinstance(chosen, Placement)
     assert "short prompt" in chosen.why
     cannot = server(Role.GENERATION, "g1", can_prefill=False)
-    assert where(place([context], [cannot], why_local="short prompt")) == ("c0", "g1")
+    assert where(place([context], [cannot], why_local=lambda _: "short prompt")) == ("c0", "g1")
     assert place([], [cannot]) == NotYet(
         "no context server is ready and no generation server can prefill", is_for_want_of_servers=True
     )
+
+
+def test_among_generation_servers_the_one_with_a_reason_to_prefill_is_taken(context: Server) -> None:
+    two = [server(Role.GENERATION, "g0"), server(Role.GENERATION, "g1")]
+    knows = lambda one: "5 uncached tokens" if one.instance_id == "g1" else ""  # noqa: E731
+    assert {where(place([context], two, why_local=knows)) for _ in range(3)} == {("", "g1")}
 
 
 def test_without_a_generation_server_a_request_waits(context: Server) -> None:
