@@ -25,7 +25,7 @@ check: $(VENV)/dev.stamp ## Linters, types, import layers, generated code
 	@echo "== mypy"
 	@$(BIN)/mypy --no-error-summary
 	@echo "== import layers"
-	@$(BIN)/lint-imports --no-timing-debug >$(VENV)/layers.log 2>&1 || { cat $(VENV)/layers.log; exit 1; }
+	@$(BIN)/lint-imports >$(VENV)/layers.log 2>&1 || { cat $(VENV)/layers.log; exit 1; }
 	@echo "== generated code"
 	@$(BIN)/python tools/generate_stubs.py --check
 
