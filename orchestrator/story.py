@@ -161,13 +161,17 @@ class StoryShelf:
 
     def __init__(self, kept_max: int) -> None:
         self._kept_max = kept_max
+        self.num_running = 0
+        """Counted, because clients may give one id to two requests at a time."""
         self._running: dict[str, RequestStory] = {}
         self._ended: OrderedDict[str, RequestStory] = OrderedDict()
 
     def began(self, story: RequestStory) -> None:
+        self.num_running += 1
         self._running[story.request_id] = story
 
     def ended(self, story: RequestStory) -> None:
+        self.num_running -= 1
         if self._running.get(story.request_id) is story:
             del self._running[story.request_id]
         self._ended[story.request_id] = story
@@ -178,7 +182,3 @@ class StoryShelf:
     def find(self, request_id: str) -> RequestStory | None:
         """The story of a request; when a client used an id twice, of the one that runs, else of the later one."""
         return self._running.get(request_id) or self._ended.get(request_id)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
