@@ -19,6 +19,9 @@ def generate(into: pathlib.Path) -> None:
     well_known = importlib.resources.files("grpc_tools") / "_proto"
     sources = sorted(str(path) for path in (ROOT / "proto").rglob("*.proto"))
     flags = [f"--{kind}_out={into}" for kind in ("python", "mypy", "grpc_python", "mypy_grpc")]
+    # Beside this interpreter, which need not be the one that PATH finds.
+    scripts = pathlib.Path(sys.executable).parent
+    flags += [f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
     if protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"-I{well_known}", *flags, *sources]) != 0:
         sys.exit("protoc failed")
     (into / PACKAGE / "__init__.py").write_text('"""Generated from proto/ by tools/generate_stubs.py."""\n')
