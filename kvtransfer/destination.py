@@ -91,7 +91,7 @@ class TransferDestination:
         assert 0 <= skip_blocks <= len(into), f"{skip_blocks} blocks of {len(into)} are here"
         deadline = Deadline.after(deadline_s)
         try:
-            async with asyncio.timeout(deadline.left_s()):
+            async with asyncio.timeout(deadline_s):
                 peer = await self._peers.connected(ticket, deadline=deadline)
         except TimeoutError as error:
             raise TransferTimeout(f"{ticket.address} was not connected within {deadline_s} s") from error
@@ -99,26 +99,13 @@ class TransferDestination:
             published = PublishedBlocks(
                 epoch=ticket.epoch, source_layout=peer.identity.layout, into=into, skip_blocks=skip_blocks
             )
-            lander = Lander(link=peer.link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes)
             transfer = DestinationTransfer(ticket.transfer_id)
-            pull = Pull(
-                peer,
-                transfer,
-                published,
-                lander,
-                self._executor,
-                deadline=deadline,
-                progress_timeout_s=self._progress_timeout_s,
-                overlap=overlap,
-            )
             try:
                 async with asyncio.timeout(deadline.left_s()):
-                    landed = await pull.run()
+                    landed = await self._make_pull(peer, transfer, published, deadline, overlap=overlap).run()
             except TimeoutError as error:
-                raise TransferTimeout(
-                    f"{ticket.transfer_id} from {ticket.instance_id} did not land within {deadline_s} s; "
-                    f"story={transfer.story}"
-                ) from error
+                late = f"{ticket.transfer_id} from {ticket.instance_id} did not land within {deadline_s} s"
+                raise TransferTimeout(f"{late}; story={transfer.story}") from error
             self._count(peer, landed)
             return landed
 
@@ -133,6 +120,27 @@ class TransferDestination:
         self._closed = True
         await self._peers.close()
         await asyncio.to_thread(self._executor.shutdown)
+
+    def _make_pull(
+        self,
+        peer: SourcePeer,
+        transfer: DestinationTransfer,
+        published: PublishedBlocks,
+        deadline: Deadline,
+        *,
+        overlap: bool,
+    ) -> Pull:
+        lander = Lander(link=peer.link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes)
+        return Pull(
+            peer,
+            transfer,
+            published,
+            lander,
+            self._executor,
+            deadline=deadline,
+            progress_timeout_s=self._progress_timeout_s,
+            overlap=overlap,
+        )
 
     def _count(self, peer: SourcePeer, landed: Landed) -> None:
         counters = peer.statistics

@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import grpc
 
@@ -29,6 +29,9 @@ from kvtransfer.off_loop import run_to_end
 from kvtransfer.transport import DestinationTransport, Offer, PeerLink, SourceIdentity
 
 log = logs.get(__name__)
+
+CONNECT_TIMEOUT_S: Final = 5.0
+"""For the source's answer; the other pulls from the same address wait meanwhile."""
 
 
 class Ticket(Protocol):
@@ -58,6 +61,11 @@ class PeerStatistics:
     seconds_total: float = 0.0
     transfers_total: int = 0
     failures_total: int = 0
+
+    def reconnected(self, fresh: PeerStatistics) -> None:
+        """The same source, by a new connection: totals go on, and the transport may be another."""
+        self.transport, self.why = fresh.transport, fresh.why
+        self.fallbacks += fresh.fallbacks
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +134,7 @@ async def connect(
             instance_id=reply.instance_id, epoch=reply.epoch, layout=KVLayout.from_proto(reply.layout)
         )
         _check(identity, ticket, us.layout)
-        offers = [_to_offer(offer) for offer in reply.offers]
+        offers = [_to_offer(offer, ticket.address) for offer in reply.offers]
         ways = negotiate.candidates(us.backend, offers, our_host_key=shm.host_key())
         link, statistics = await _first_that_connects(ways, identity, transports, executor, deadline)
         log.info("kv_source_connected", source=reply.instance_id, transport=statistics.transport, why=statistics.why)
@@ -160,7 +168,7 @@ async def _introduce(
         host_key=shm.host_key(),
     )
     with source_errors(ticket.address):
-        return await stub.Connect(request, timeout=deadline.left_s())
+        return await stub.Connect(request, timeout=deadline.no_later_than(CONNECT_TIMEOUT_S).left_s())
 
 
 def _check(identity: SourceIdentity, ticket: Ticket, layout: KVLayout) -> None:
@@ -173,8 +181,10 @@ def _check(identity: SourceIdentity, ticket: Ticket, layout: KVLayout) -> None:
         raise LayoutMismatch(f"destination here, source {identity.instance_id} there: {difference}")
 
 
-def _to_offer(offer: kv_pb2.TransportOffer) -> Offer:
-    return Offer(name=offer.name, address=offer.address, host_key=offer.host_key)
+def _to_offer(offer: kv_pb2.TransportOffer, reached_by: str) -> Offer:
+    """A source that listens on every address names none: it is where we reached its control channel."""
+    host = reached_by.rpartition(":")[0].strip("[]") if offer.address.startswith(":") else ""
+    return Offer(name=offer.name, address=host + offer.address, host_key=offer.host_key)
 
 
 async def _first_that_connects(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import weakref
 from collections.abc import AsyncIterator, Mapping
+from typing import Final
 
 import grpc
 
@@ -17,9 +19,12 @@ from kvtransfer.transport import DestinationTransport
 
 log = logs.get(__name__)
 
-_LOST: frozenset[grpc.ChannelConnectivity] = frozenset(
+_LOST: Final[frozenset[grpc.ChannelConnectivity]] = frozenset(
     {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN}
 )
+
+LOST_REMEMBERED: Final = 64
+"""Sources that are not connected and whose totals are kept, should they come back."""
 
 
 class SourcePeers:
@@ -40,7 +45,8 @@ class SourcePeers:
         self._executor = executor
         self._current: dict[str, SourcePeer] = {}
         self._open: list[SourcePeer] = []
-        self._connecting: dict[str, asyncio.Lock] = {}
+        self._lost: dict[str, PeerStatistics] = {}
+        self._connecting: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._watchers: set[asyncio.Task[None]] = set()
 
     def statistics(self) -> list[PeerStatistics]:
@@ -56,6 +62,7 @@ class SourcePeers:
                 self._forget(peer)
                 await self._close_unused(peer)
             peer = await connect(ticket, self._us, self._transports, self._executor, deadline=deadline)
+            self._count_on(peer)
             self._current[ticket.address] = peer
             self._open.append(peer)
             watcher = asyncio.create_task(self._watch(peer), name=f"kv-watch-{peer.identity.instance_id}")
@@ -100,8 +107,18 @@ class SourcePeers:
             self._forget(peer)
         await self._close_unused(peer)
 
+    def _count_on(self, peer: SourcePeer) -> None:
+        """A source that is connected again goes on counting where it was: totals never fall."""
+        name = peer.identity.instance_id
+        if (known := self._lost.pop(name, None)) is not None:
+            known.reconnected(peer.statistics)
+            peer.statistics = known
+
     def _forget(self, peer: SourcePeer) -> None:
         peer.is_forgotten = True
+        self._lost[peer.identity.instance_id] = peer.statistics
+        while len(self._lost) > LOST_REMEMBERED:
+            del self._lost[next(iter(self._lost))]
         if self._current.get(peer.address) is peer:
             del self._current[peer.address]
 

@@ -31,6 +31,7 @@ from kvtransfer.transport import (
 )
 
 NAME: Final = "TCP"
+EVERY_ADDRESS: Final = ("", "0.0.0.0", "::")
 
 
 class TcpEndpoint:
@@ -39,7 +40,10 @@ class TcpEndpoint:
     name = NAME
 
     def __init__(self, region: Region, layout: KVLayout, *, epoch: int, host: str = "127.0.0.1", port: int = 0) -> None:
-        """`host` is the address we bind and the one that peers are told; port 0 takes any free one."""
+        """`host` is the address we bind and the one that peers are told; port 0 takes any free one.
+
+        Bound to every address (`0.0.0.0`, `::`) we tell none: peers use the host that they reached our gRPC server by.
+        """
         self._pool = region.buffer
         self._layout = layout
         self._bind_to = (host, port)
@@ -55,7 +59,8 @@ class TcpEndpoint:
             )
         except OSError as error:
             raise TransferError(f"no TCP socket for blocks on {host}:{port}: {error}") from error
-        self._address = f"{host}:{listening.getsockname()[1]}/{self._expected.secret.hex()}"
+        told = "" if host in EVERY_ADDRESS else host
+        self._address = f"{told}:{listening.getsockname()[1]}/{self._expected.secret.hex()}"
         self._server = FrameServer(listening, self, gate, name=self.name, layout=self._layout, expected=self._expected)
         self._server.start()
 

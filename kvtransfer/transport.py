@@ -143,7 +143,11 @@ class ReadStop:
 
     @contextlib.contextmanager
     def shuts(self, blocking: socket.socket) -> Iterator[None]:
-        """While inside, `request` shuts `blocking`, so that whoever waits in it returns at once."""
+        """While inside, `request` shuts `blocking`, so that whoever waits in it returns at once.
+
+        Raises ReadStopped on the way out, too: a stop may come when the last byte has, and the socket is shut then,
+        however well the read went.
+        """
         with self._lock:
             self.check()
             self._socket = blocking
@@ -152,6 +156,9 @@ class ReadStop:
         finally:
             with self._lock:
                 self._socket = None
+                was_shut = self._requested
+        if was_shut:
+            raise ReadStopped("the read was stopped")
 
 
 class ReadStopped(TransferError):

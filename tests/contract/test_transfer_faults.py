@@ -302,6 +302,7 @@ async def test_a_restarted_source_is_reconnected_at_the_same_address(transport_n
                 await source.call("open", "t")
                 await source.call("finish", "t", TABLE, NUM_TOKENS, 1)
                 await pull_and_check(landing, into, pool, source.ticket("t"))
+                assert landing.statistics()[0].transfers_total == 2  # The first incarnation's is not forgotten.
 
 
 async def test_an_idle_source_that_dies_is_let_go_of(transport_name: str) -> None:

@@ -22,6 +22,8 @@ from disaggregated.errors import (
 )
 from disaggregated.kv_layout import KVLayout
 from kvtransfer import Region, TransferDestination
+from kvtransfer.tcp import TcpEndpoint
+from kvtransfer.transport import Offer
 from tests.support.kv_endpoints import GatedEndpoint, make_endpoint
 from tests.support.kv_pools import (
     EPOCH,
@@ -392,3 +394,21 @@ async def test_a_transport_that_is_not_built_is_refused_at_start() -> None:
     with regions(SMALL, 1) as (into,), pytest.raises(ConfigError, match="NIXL is not part of this version"):
         async with destination(into, SMALL, backend="NIXL"):
             pass
+
+
+class WithoutHost(TcpEndpoint):
+    """Says what an endpoint says that listens on every address."""
+
+    def describe(self) -> Offer:
+        offer = super().describe()
+        return dataclasses.replace(offer, address=offer.address.removeprefix("127.0.0.1"))
+
+
+async def test_a_source_that_names_no_host_is_reached_where_its_server_was() -> None:
+    with regions(SMALL) as (pool, into):
+        async with (
+            served_source(pool, SMALL, endpoints=[WithoutHost(pool, SMALL, epoch=EPOCH)]) as source,
+            destination(into, SMALL, backend="TCP") as landing,
+        ):
+            await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=5)
+            Both(source, into, landing).check_landed(6)

@@ -3,6 +3,7 @@
 The real tables, the real lease book, bytes that say who wrote them. Reads copy block by block, and anything may happen
 between two copies. Whatever happens:
 
+    an outcome that was decided is never revived
     a block is never given back while a read may write into it
     what landed is what was published, never what a later owner of the source's block wrote
     each opened transfer's blocks go back once, at the source and at the destination
@@ -48,6 +49,8 @@ class World:
         self.read: Read | None = None
         self.verified: set[int] = set()
         self.admitted = False
+        self.decided = False
+        """It was cancelled or failed before it landed, though perhaps while a read was running."""
 
     # What the source does.
 
@@ -138,6 +141,7 @@ class World:
 
     def cancel(self) -> None:
         result = self.transfer.cancel(now_s=self.now_s)
+        self.decided |= result is not CancelResult.ALREADY_COMPLETE
         assert result.may_free is not self.transfer.is_writable
         if result is CancelResult.REQUESTED_IN_FLIGHT:
             assert self.read is not None
@@ -148,6 +152,7 @@ class World:
         """The Follow stream tells how the source ended it, whenever that gets through."""
         if isinstance(self.book.progress("t", after=0), Ending) and not self.transfer.is_over:
             result = self.transfer.fail(now_s=self.now_s)
+            self.decided = True
             if self.read is not None and not result.may_free:
                 self.read.stopped = True
             self._give_back_if_over()
@@ -164,6 +169,8 @@ class World:
     def check(self) -> None:
         self.book.check_integrity()
         assert self.releases <= 1
+        assert not (self.decided and self.admitted), "a late completion revived a decided outcome"
+        assert not self.decided or self.transfer.is_writable or self.transfer.is_over
         assert self.transfer.is_writable is (self.read is not None)
         if self.given_back:
             assert self.into == ["next owner"] * NUM_BLOCKS, f"a late write: {self.into}"

@@ -1,6 +1,6 @@
 """A source of transfers as a process of its own, so that tests can kill, freeze and restart it.
 
-    python -m tests.support.kv_source '{"epoch": 7, "port": 0}'
+    python -m tests.support.kv_source '{"layout": {...}, "epoch": 7, "port": 0, "lease_s": 30}'
 
 It offers a pool of noise (`fill(seed=1)`), prints its address, then obeys one JSON line after another (a call of
 TransferSource and its arguments), answered by one JSON line each. The end of its input ends it.
@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from disaggregated.kv_layout import KVLayout
+from kvtransfer import TransferSource
 from tests.support.kv_pools import EPOCH, LARGE, SomeTicket, regions, served_source
 
 
@@ -43,7 +47,7 @@ class RemoteSource:
 
     async def answer(self) -> Any:
         assert self.child.stdout is not None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return json.loads(await self.child.stdout.readline())
 
     def freeze(self) -> None:
@@ -59,8 +63,10 @@ class RemoteSource:
 
 
 @contextlib.asynccontextmanager
-async def remote_source(*, epoch: int = EPOCH, port: int = 0, lease_s: float = 30.0) -> AsyncIterator[RemoteSource]:
-    settings = json.dumps({"epoch": epoch, "port": port, "lease_s": lease_s})
+async def remote_source(
+    layout: KVLayout = LARGE, *, epoch: int = EPOCH, port: int = 0, lease_s: float = 30.0
+) -> AsyncIterator[RemoteSource]:
+    settings = json.dumps({"layout": dataclasses.asdict(layout), "epoch": epoch, "port": port, "lease_s": lease_s})
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.support.kv_source", settings),
         stdin=asyncio.subprocess.PIPE,
@@ -84,13 +90,29 @@ async def serve(settings: dict[str, Any]) -> None:
             await commands.put(line)
         os._exit(0)  # The test has gone.
 
-    with regions(LARGE, 1) as (pool,):
-        async with served_source(pool, LARGE, **settings) as served, asyncio.TaskGroup() as group:
+    layout = KVLayout(**settings.pop("layout"))
+    with regions(layout, 1) as (pool,):
+        async with served_source(pool, layout, **settings) as served, asyncio.TaskGroup() as group:
             answer(served.address)
             group.create_task(read_commands())
             while True:
                 name, *arguments = json.loads(await commands.get())
-                answer(getattr(served.source, name)(*arguments))
+                if name == "prefill":
+                    group.create_task(prefill(served.source, *arguments))
+                    answer(None)
+                else:
+                    answer(getattr(served.source, name)(*arguments))
+
+
+async def prefill(source: TransferSource, transfer_id: str, table: list[int], pace: tuple[int, int, float]) -> None:
+    """Publish a prompt at the pace of a prefill: tokens, tokens a chunk, tokens/s. The time is slept, not computed."""
+    num_tokens, chunk, tokens_per_s = pace
+    begin_s = time.monotonic()
+    for computed in range(chunk, num_tokens, chunk):
+        await asyncio.sleep(begin_s + computed / tokens_per_s - time.monotonic())
+        source.publish(transfer_id, table, computed)
+    await asyncio.sleep(begin_s + num_tokens / tokens_per_s - time.monotonic())
+    source.finish(transfer_id, table, num_tokens, 1)
 
 
 def answer(value: object) -> None:
