@@ -115,7 +115,7 @@ class Attempt:
             await self._read_prefill(context)
         except DisaggregatedError as error:
             self._hold_back(context, error)
-            if not self._has_landed:
+            if self._needs_context:
                 raise
 
     async def _read_prefill(self, context: Server) -> None:
@@ -148,8 +148,13 @@ class Attempt:
 
     def _context_lost(self, error: ServerLost) -> None:
         self.culprits.add(self.story.context_instance)
-        if not self._has_landed:
+        if self._needs_context:
             self._fail(error)
+
+    @property
+    def _needs_context(self) -> bool:
+        """Its blocks are still to come, or its first token, which nobody else tells."""
+        return not self._has_landed or self._order.position == len(self._token_ids)
 
     # The generation server's half.
 

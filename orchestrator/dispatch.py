@@ -184,6 +184,10 @@ class Dispatcher:
         """Place whoever stands first while there is room. The first one is never overtaken: it would starve."""
         while (first := self.queue.first(now_s=self._clock())) is not None:
             run = first.item
+            assert run.placed is not None, "it stands in the queue without waiting"
+            if run.placed.done():  # It was cancelled, and has not run since to leave the queue by itself.
+                self.queue.remove(first)
+                continue
             placement = self._placer.place(
                 self._needs(run), self._pools.of(Role.CONTEXT), self._pools.of(Role.GENERATION)
             )
@@ -191,7 +195,6 @@ class Dispatcher:
                 run.not_yet = placement
                 return
             self.queue.take(first, now_s=self._clock())
-            assert run.placed is not None, "it stands in the queue without waiting"
             self._sent(run, placement)
             run.placed.set_result(Attempt(run, placement, next(self._attempt_keys), clock=self._clock))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol
 
 from disaggregated.errors import AdmissionError, DeadlineExceeded, DisaggregatedError, ServerLost
 from disaggregated.v1 import control_pb2
@@ -65,15 +65,25 @@ class GenerationLink:
         """
         try:
             async with asyncio.TaskGroup() as self._calls:
-                self._calls.create_task(self._read(opened))
-                self._calls.create_task(self._send_cancellations())
+                self._calls.create_task(self._breaking(self._read(opened)))
+                self._calls.create_task(self._breaking(self._send_cancellations()))
+                try:
+                    await asyncio.get_running_loop().create_future()
+                finally:  # Before the group ends, which takes a while and takes no more calls.
+                    self._break(ServerLost("the connection was closed"))
         except ExceptionGroup as failures:
             error = failures.exceptions[0]
             if not isinstance(error, DisaggregatedError):
                 raise error from failures
             raise self._break(error) from error
-        finally:
-            self._break(ServerLost("the connection was closed"))
+
+    async def _breaking(self, work: Coroutine[Any, Any, None]) -> None:
+        """What ends `work` breaks the link at that moment, not when everything else on it has ended."""
+        try:
+            await work
+        except Exception as error:
+            self._break(error)
+            raise
 
     async def _read(self, opened: Callable[[], None]) -> None:
         async with contextlib.aclosing(self._client.generate(self.link_id, opened)) as batches:
@@ -108,6 +118,8 @@ class GenerationLink:
             AdmissionError: refused, nothing to undo.
             ServerLost: not answered.
         """
+        if self._broken is not None:
+            raise self._broken
         answer: asyncio.Future[control_pb2.AdmitReply] = asyncio.get_running_loop().create_future()
         self._admitting.add(request.stream_key)
         self._calls.create_task(self._call_admit(request, answer))

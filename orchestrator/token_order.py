@@ -44,7 +44,8 @@ class TokenOrder:
         if arrival.first_position < self.position:
             raise _broken(self.position, arrival.first_position)
         if self._early is not None:
-            arrival = _joined(arrival, self._early)
+            if not arrival.finish_reason:  # Else both servers know that this token ends it, and the other was faster.
+                arrival = _joined(arrival, self._early)
             self._early = None
         self.position += len(arrival.token_ids)
         return arrival

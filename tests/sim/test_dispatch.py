@@ -15,11 +15,13 @@ from disaggregated.config.server import ServerConfig
 from disaggregated.errors import DeadlineExceeded, DisaggregatedError, NoServerAvailable, QueueFull
 from disaggregated.request_life import Phase
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.v1 import control_pb2
 from orchestrator.dispatch import Dispatcher
 from orchestrator.request_run import TokenRequest
+from orchestrator.server import Standing
 from orchestrator.server_pools import ServerPools
 from orchestrator.story import RequestStory
-from tests.support.fake_cluster import LEASE_S, FakeCluster, Temper
+from tests.support.fake_cluster import LEASE_S, FakeCluster, FakeServer, Pipe, Temper
 from tests.support.token_hash import oracle
 from tests.support.virtual_time import run_in_virtual_time
 
@@ -352,3 +354,45 @@ def test_no_request_is_lost_whatever_the_servers_do(first_seed: int) -> None:
 def test_no_request_is_lost_in_twenty_thousand_seeds(first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 1000):
         run_in_virtual_time(_chaos(seed, num_requests=12))
+
+
+def test_a_request_that_is_cancelled_as_the_queue_is_served_is_passed_over() -> None:
+    async def play() -> None:
+        cluster = FakeCluster(60, num_context=1, num_generation=1)
+        async with scene(cluster) as stage:
+            gone = asyncio.create_task(stage.dispatcher.run(stage.request(1), Client(stage.request(1))))
+            (server,) = (server for server in stage.pools if server.role == "generation")
+            server.standing = Standing.CONNECTING
+            await asyncio.sleep(0.01)
+            assert len(stage.dispatcher.queue) == 1
+            gone.cancel()
+            server.standing = Standing.READY
+            stage.dispatcher.serve_queue()  # A heartbeat of the same moment, before the cancelled one has run.
+            await asyncio.wait([gone])
+            assert gone.cancelled()
+            await stage.serve(stage.request(2))
+            await stage.check_nothing_left()
+
+    run_in_virtual_time(play())
+
+
+def test_a_context_server_that_is_lost_with_the_first_token_is_missed_though_its_blocks_have_landed() -> None:
+    class Mute(FakeServer):
+        async def prefill(self, pipe: Pipe, request: control_pb2.PrefillRequest) -> None:
+            heard = Pipe()
+            await super().prefill(heard if self.epoch == 1 else pipe, request)
+
+    async def play() -> None:
+        cluster = FakeCluster(61, num_context=1, num_generation=1)
+        cluster.servers["context-0"] = context = Mute(cluster, "context", "context-0")
+        async with scene(cluster) as stage:
+            serving = asyncio.create_task(stage.serve(stage.request(timeout_s=60.0, max_tokens=200)))
+            await asyncio.sleep(0.5)
+            assert cluster.servers["generation-0"].decoding
+            context.crash()
+            context.restart()
+            _, story = await serving
+            assert len(story.attempts) == 2
+            await stage.check_nothing_left()
+
+    run_in_virtual_time(play())

@@ -57,9 +57,12 @@ def batch(**tokens: int) -> control_pb2.StepBatch:
     return control_pb2.StepBatch(deltas=deltas)
 
 
-def with_link(play: Callable[[ScriptedClient, GenerationLink], Coroutine[Any, Any, None]]) -> None:
+def with_link(
+    play: Callable[[ScriptedClient, GenerationLink], Coroutine[Any, Any, None]],
+    connect: Callable[[], ScriptedClient] = ScriptedClient,
+) -> None:
     async def work() -> None:
-        client = ScriptedClient()
+        client = connect()
         link = GenerationLink(client, "link-1", clock=asyncio.get_running_loop().time)
         opened = asyncio.Event()
         reader = asyncio.create_task(link.run(opened.set))
@@ -163,3 +166,26 @@ def test_cancellations_that_pile_up_go_in_one_call() -> None:
         assert client.asked == [f"cancel {' '.join(map(str, keys))}"]
 
     with_link(play)
+
+
+def test_whoever_is_admitted_while_the_link_ends_learns_that_it_is_lost() -> None:
+    class Lingering(ScriptedClient):
+        async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply:
+            try:
+                return await self.answer
+            finally:
+                await asyncio.sleep(1.0)
+
+    async def play(client: ScriptedClient, link: GenerationLink) -> None:
+        early = asyncio.create_task(link.admit(control_pb2.AdmitRequest(stream_key=link.open(Receiver()))))
+        late = Receiver()
+        key = link.open(late)
+        await settle()
+        client.batches.put_nowait(ServerLost("the connection broke"))
+        await settle()
+        assert late.errors == ["the connection broke"]
+        with pytest.raises(ServerLost):
+            await link.admit(control_pb2.AdmitRequest(stream_key=key))
+        await asyncio.wait([early])
+
+    with_link(play, Lingering)

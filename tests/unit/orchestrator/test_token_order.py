@@ -59,3 +59,9 @@ def test_nothing_may_come_after_the_end() -> None:
     assert given(order, 11, 2, reason="stop") is None
     with pytest.raises(ServerLost):
         given(order, 12, 3)
+
+
+def test_an_end_that_both_servers_tell_is_one_end_in_either_order() -> None:
+    order = TokenOrder(10)
+    assert given(order, 11, reason="stop") is None
+    assert given(order, 10, 1, reason="stop") == ([1], "stop")
