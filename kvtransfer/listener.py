@@ -27,6 +27,8 @@ log = logs.get(__name__)
 CONNECTIONS_MAX: Final = 128
 GREETING_TIMEOUT_S: Final = 5.0
 """For a HELLO, and for the rest of a request whose first bytes have come."""
+ACCEPT_PAUSE_S: Final = 0.1
+"""After a connection could not be accepted, for want of descriptors for example: the next one may be."""
 ANSWER_TIMEOUT_S: Final = 60.0
 """For a peer to take the blocks it asked for; the progress timeout cuts in much earlier when it takes none."""
 
@@ -81,6 +83,7 @@ class FrameServer:
         self._connections: set[FrameSocket] = set()
         self._threads: list[threading.Thread] = []  # Those that ended are dropped when the next one comes.
         self._closing = False
+        self._closed = threading.Event()
         self._acceptor = threading.Thread(target=self._accept, name=f"kv-{name}-accept", daemon=True)
         self.statistics = EndpointStatistics()
 
@@ -91,6 +94,7 @@ class FrameServer:
         """Every thread has ended when this returns. Raises TransferTimeout when one has not by the deadline."""
         with self._lock:
             self._closing = True
+            self._closed.set()
             threads = list(self._threads)
             for connection in self._connections:
                 connection.shut()
@@ -104,13 +108,15 @@ class FrameServer:
         self._listening.close()
 
     def _accept(self) -> None:
-        while not self._closing:
+        while not self._closed.is_set():
             try:
                 accepted, _ = self._listening.accept()
             except OSError as error:
-                if not self._closing:
-                    log.error("kv_endpoint_stopped_accepting", transport=self._name, error=str(error))
-                return
+                if self._closed.is_set():
+                    return
+                log.error("kv_connection_not_accepted", transport=self._name, error=str(error))
+                self._closed.wait(ACCEPT_PAUSE_S)
+                continue
             self._take(accepted)
 
     def _take(self, accepted: socket.socket) -> None:

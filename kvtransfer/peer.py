@@ -14,6 +14,7 @@ import grpc
 from disaggregated import logs, rpc
 from disaggregated.errors import (
     DeadlineExceeded,
+    DisaggregatedError,
     LayoutMismatch,
     PeerLost,
     ServerLost,
@@ -99,7 +100,7 @@ class SourcePeer:
 def source_errors(address: str) -> Iterator[None]:
     """Around a call to a source: every error it may raise is a TransferError.
 
-    A missing server is PeerLost, a missing answer TransferTimeout; what the source raised keeps its class.
+    A missing server is PeerLost, a missing answer TransferTimeout; a TransferError of the source keeps its class.
     """
     try:
         with rpc.errors_from(address):
@@ -108,6 +109,10 @@ def source_errors(address: str) -> Iterator[None]:
         raise PeerLost(str(error)) from error
     except DeadlineExceeded as error:
         raise TransferTimeout(str(error)) from error
+    except TransferError:
+        raise
+    except DisaggregatedError as error:  # It has no room for one more, or made a mistake of its own.
+        raise TransferError(f"{address}: {error}") from error
 
 
 async def connect(

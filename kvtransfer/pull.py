@@ -99,9 +99,9 @@ class Pull:
                 receiving = group.create_task(self._receive(follow))
                 renewing = group.create_task(self._renew())
                 await self._land_all()
+                renewing.cancel()  # A renewal that comes after the release would be told that the lease is over.
                 await self._confirm()
                 receiving.cancel()
-                renewing.cancel()
         except BaseExceptionGroup as group_error:
             self._transfer.fail(now_s=time.monotonic())
             raise group_error.exceptions[0] from group_error

@@ -118,7 +118,7 @@ class _TcpDialler:
         deadline.check("a TCP connection to the source")
         try:
             sock = socket.create_connection(self._address, timeout=min(deadline.left_s(), self._us.progress_timeout_s))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # The latter for what can be no host name.
             raise PeerLost(f"no TCP connection to {self._address[0]}:{self._address[1]}: {error}") from error
         connection = FrameSocket(sock, progress_timeout_s=self._us.progress_timeout_s)
         try:

@@ -1,0 +1,77 @@
+"""One pull against a source of three calls, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from disaggregated.errors import LeaseExpired
+from disaggregated.kv_layout import KVLayout
+from disaggregated.v1 import kv_pb2
+from kvtransfer.deadline import Deadline
+from kvtransfer.landing import Lander, PublishedBlocks
+from kvtransfer.machine import DestinationPhase, DestinationTransfer
+from kvtransfer.peer import PeerStatistics, SourcePeer
+from kvtransfer.pull import Pull
+from kvtransfer.transport import SourceIdentity
+from tests.support.virtual_time import run_in_virtual_time
+
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", num_blocks=2)
+
+
+class OnePublication:
+    """All of an empty prompt: nothing has to be read."""
+
+    async def __aiter__(self) -> AsyncIterator[kv_pb2.Publication]:
+        yield kv_pb2.Publication(epoch=1, landing=kv_pb2.Landing(first_token=7))
+
+    def cancel(self) -> None: ...
+
+
+class SlowSource:
+    """Its answer to a release takes longer than the next renewal."""
+
+    def __init__(self) -> None:
+        self.is_released = False
+
+    def Follow(self, request: kv_pb2.FollowRequest, *, timeout: float) -> OnePublication:
+        return OnePublication()
+
+    async def Renew(self, request: kv_pb2.RenewRequest, *, timeout: float) -> None:
+        if self.is_released:
+            raise LeaseExpired("transfer t is over")
+
+    async def Release(self, request: kv_pb2.ReleaseRequest, *, timeout: float) -> kv_pb2.ReleaseReply:
+        self.is_released = True
+        await asyncio.sleep(1.5)
+        return kv_pb2.ReleaseReply(lease_was_valid=True)
+
+
+def test_a_release_is_not_undone_by_a_renewal_that_comes_after_it() -> None:
+    async def play() -> None:
+        peer = SourcePeer(
+            address="host:1",
+            identity=SourceIdentity(instance_id="source", epoch=1, layout=LAYOUT),
+            lease_s=30.0,
+            channel=cast(Any, None),
+            stub=cast(Any, SlowSource()),
+            link=cast(Any, type("Link", (), {"transport": "NONE"})()),
+            statistics=PeerStatistics("source", transport="NONE", why=""),
+        )
+        transfer = DestinationTransfer("t")
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            landed = await Pull(
+                peer,
+                transfer,
+                PublishedBlocks(epoch=1, source_layout=LAYOUT, into=[0], skip_blocks=0),
+                Lander(link=peer.link, pool=memoryview(b""), layout=LAYOUT, part_bytes=1),
+                executor,
+                deadline=Deadline.after(60.0),
+                progress_timeout_s=5.0,
+                overlap=True,
+            ).run()
+        assert (landed.first_token, transfer.phase) == (7, DestinationPhase.LANDED)
+
+    run_in_virtual_time(play())
