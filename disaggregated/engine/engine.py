@@ -16,6 +16,7 @@ from disaggregated.engine.api import (
     EngineStatistics,
     FinishReason,
     ModelRunner,
+    RequestFailed,
     RequestKind,
     Reservation,
     ScheduledSequence,
@@ -24,7 +25,7 @@ from disaggregated.engine.api import (
 from disaggregated.engine.block_pool import BlockPool, LedgerEntry
 from disaggregated.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from disaggregated.engine.sequence import Phase, Sequence
-from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull
+from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull, TransferError
 
 
 class LLMEngine:
@@ -47,6 +48,7 @@ class LLMEngine:
         max_seq_len: int,
         enable_block_reuse: bool = True,
         num_waiting_max: int = 4096,
+        vocab_size: int = 2**31,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -55,12 +57,14 @@ class LLMEngine:
         max_batch_size: sequences in one step.
         max_seq_len: prompt and generated tokens of one sequence.
         num_waiting_max: requests that wait to start; submit() refuses when there are as many.
+        vocab_size: token ids that the runner takes; a request with another one is refused, and cannot crash it.
         """
         assert min(block_size, max_num_tokens, max_batch_size, max_seq_len) > 0, "a limit is not positive"
         self._runner = runner
         self._clock = clock
         self._max_seq_len = max_seq_len
         self._num_waiting_max = num_waiting_max
+        self._vocab_size = vocab_size
         self._limits = SchedulerLimits(
             block_size=block_size,
             max_num_tokens=max_num_tokens,
@@ -135,12 +139,17 @@ class LLMEngine:
 
         The sequence goes on as prompt + [first_token]; its events begin at the position after `first_token`. If that
         token already ends it, one event without tokens says so. False when the request was cancelled meanwhile: its
-        blocks are back now.
+        blocks are back now, as they are when `first_token` is none of the model's: a RequestFailed event says so.
         """
         self._note_progress_if_idle()
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.RESERVED:
             self.release(request_id)
+            return False
+        if not 0 <= first_token < self._vocab_size:
+            error = TransferError(f"the first token is {first_token}, the model has {self._vocab_size}")
+            self._unsent.append(RequestFailed(request_id=request_id, error=error))
+            self._end(sequence)
             return False
         self._scheduler.land(sequence, now_s=self._clock())
         self._count_prompt(sequence)
@@ -254,6 +263,10 @@ class LLMEngine:
             raise PoolExhausted(
                 f"the prompt of {num_tokens} tokens wants {self._limits.num_blocks_for(num_tokens)} KV blocks, "
                 f"the whole pool has {self._pool.num_blocks}"
+            )
+        if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+            raise InvalidRequest(
+                f"a token id of the prompt is not between 0 and {self._vocab_size - 1}", param="prompt"
             )
 
     def _new_sequence(self, request: EngineRequest) -> Sequence:

@@ -89,6 +89,7 @@ def load_engine(
             max_num_tokens=config.max_num_tokens,
             max_batch_size=config.max_batch_size,
             max_seq_len=max_seq_len,
+            vocab_size=model_config.vocab_size,
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
         ),
         layout=layout,

@@ -60,7 +60,8 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
 
 
 def _forbid(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    places = [(i, token) for i, row in enumerate(rows) for token in row.forbidden_token_ids]
+    num_tokens = logits_RV.shape[1]  # A tokenizer may know ids that the model does not.
+    places = [(i, token) for i, row in enumerate(rows) for token in row.forbidden_token_ids if token < num_tokens]
     if places:
         row_index, tokens = torch.tensor(places, device=logits_RV.device).unbind(1)
         logits_RV[row_index, tokens] = -torch.inf

@@ -31,6 +31,7 @@ class EngineDriver:
         max_seq_len: int = 1000,
         enable_block_reuse: bool = True,
         num_waiting_max: int = 100,
+        vocab_size: int = 2**31,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.runner = FakeModelRunner(
@@ -48,6 +49,7 @@ class EngineDriver:
             max_seq_len=max_seq_len,
             enable_block_reuse=enable_block_reuse,
             num_waiting_max=num_waiting_max,
+            vocab_size=vocab_size,
             clock=clock,
         )
         self.requests: dict[str, EngineRequest] = {}

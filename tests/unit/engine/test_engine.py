@@ -10,12 +10,13 @@ from disaggregated.engine.api import (
     ChunkComputed,
     EngineRequest,
     FinishReason,
+    RequestFailed,
     RequestKind,
     ScheduledSequence,
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
-from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull
+from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull, TransferError
 from disaggregated.sampling_params import SamplingParams
 from tests.support.fake_runner import VOCAB_SIZE
 from tests.unit.engine.engine_driver import EngineDriver
@@ -365,3 +366,26 @@ def test_the_age_of_a_step_grows_only_while_there_is_work() -> None:
     assert [(entry.kind, entry.owner, entry.age_s) for entry in driver.engine.ledger()] == [("sequence", "one", 3.0)]
     driver.run()
     assert driver.engine.statistics().step_age_s == 0.0
+
+
+# What the model does not know
+
+
+def test_a_prompt_with_an_id_that_the_model_does_not_have_is_refused() -> None:
+    driver = EngineDriver(vocab_size=VOCAB_SIZE)
+    with pytest.raises(InvalidRequest, match="token id"):
+        driver.submit("one", [1, VOCAB_SIZE])
+    assert all_back(driver)
+
+
+def test_a_first_token_that_the_model_does_not_have_fails_its_request_alone() -> None:
+    driver = EngineDriver(vocab_size=VOCAB_SIZE)
+    request = EngineRequest(
+        request_id="one", kind=RequestKind.FROM_REMOTE, token_ids=range(5), sampling=SamplingParams(max_tokens=3)
+    )
+    driver.engine.reserve(request)
+    assert not driver.engine.admit("one", VOCAB_SIZE)
+    (event,) = driver.engine.step()
+    assert isinstance(event, RequestFailed)
+    assert isinstance(event.error, TransferError)
+    assert all_back(driver)

@@ -165,3 +165,8 @@ def test_bfloat16_logits_with_many_ties_draw_among_all_of_them() -> None:
     logits = torch.zeros(500, 300, dtype=torch.bfloat16)
     tokens = sample(logits, [row(i, temperature=1.0, top_k=5, seed=2) for i in range(500)])
     assert len(set(tokens)) > 150
+
+
+def test_a_forbidden_id_that_the_model_does_not_have_forbids_nothing() -> None:
+    logits = random_logits(1)
+    assert sample(logits, [row(forbidden=[VOCAB_SIZE + 1])]) == [int(logits.argmax())]
