@@ -10,7 +10,9 @@ from kvtransfer import Region
 
 
 def main(config: ServerConfig) -> int:
-    return run_server(config, allocate=lambda layout: Region.allocate(layout.pool_bytes), make_role=ContextRole)
+    return run_server(
+        config, allocate=lambda layout: Region.allocate(layout.pool_bytes, populate=True), make_role=ContextRole
+    )
 
 
 if __name__ == "__main__":

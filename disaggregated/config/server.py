@@ -13,7 +13,7 @@ class KVCacheConfig:
     """Size of the pool in tokens; None: from the memory fraction."""
     free_gpu_memory_fraction: float = 0.9
     """Of the device's free memory after the weights are loaded; on CPU, of `cpu_memory_budget_bytes`."""
-    cpu_memory_budget_bytes: int = 2 << 30
+    cpu_memory_budget_bytes: int = 1 << 30
     """What one server on CPU may take for KV."""
     tokens_per_block: int = 32
     dtype: str = "auto"

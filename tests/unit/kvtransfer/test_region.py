@@ -84,3 +84,11 @@ def test_tensors_on_the_buffer_outlive_the_region() -> None:
     del region
     tensor[:] = 3
     assert int(tensor.sum()) == 3 * 4096
+
+
+@pytest.mark.parametrize("populate", [True, False])
+def test_a_populated_region_has_its_pages_before_they_are_touched(populate: bool) -> None:
+    nbytes = 1 << 20
+    with Region.allocate(nbytes, populate=populate) as region:
+        assert os.fstat(region.fd).st_blocks * 512 == (nbytes if populate else 0)
+        assert not any(region.buffer[::4096])
