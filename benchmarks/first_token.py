@@ -3,8 +3,8 @@
     python -m benchmarks.first_token
 
 One client on an idle machine, prompts of 512 tokens that share nothing. The engine's own time is taken in this process
-with the same threads and chunk size, turn and turn about with the system's, so that both see the same machine; and once more
-by the context server for the very request, which leaves only what lies around the engine.
+with the same threads and chunk size, turn and turn about with the system's, so that both see the same machine; and once
+more by the context server for the very request, which leaves only what lies around the engine.
 """
 
 from __future__ import annotations
