@@ -236,7 +236,10 @@ def errors_from(address: str) -> Iterator[None]:
 def error_of_status(status: grpc.aio.AioRpcError, address: str) -> DisaggregatedError:
     for key, value in status.trailing_metadata() or ():
         if key == ERROR_KEY:
-            return rebuild(**json.loads(value))
+            try:
+                return rebuild(**json.loads(value))
+            except (ValueError, TypeError):
+                break  # not written by us: what gRPC itself says has to do
     if status.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceeded(f"{address} did not answer in time")
     if status.code() in _LOST:

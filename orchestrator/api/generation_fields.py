@@ -44,6 +44,9 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_beam_search": (False,),
     "continue_final_message": (False,),
     "disaggregated_params": (),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "cache_salt": ("",),
 }
 """Parameters that do not exist here yet, and the values that ask for nothing; any other value is refused by name."""
 
@@ -64,10 +67,7 @@ IGNORED: Final = frozenset(
         "prediction",
         "web_search_options",
         "stream_options",
-        "skip_special_tokens",
         "spaces_between_special_tokens",
-        "include_stop_str_in_output",
-        "cache_salt",
         "request_id",
         "allowed_openai_params",
         "extra_body",

@@ -180,3 +180,11 @@ async def test_two_servers_cannot_share_a_port() -> None:
 async def test_a_host_that_is_not_ours_is_a_configuration_error(host: str, says: str) -> None:
     with pytest.raises(errors.ConfigError, match=says):
         rpc.bind(rpc.make_server(), host, 0)
+
+
+@pytest.mark.parametrize("trailer", [b"\xff", b"7", b'{"colour": "red"}', b'{"kind": "PoolExhausted"}'])
+def test_a_trailer_that_is_not_ours_never_crashes_the_caller(trailer: bytes) -> None:
+    status = grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata((rpc.ERROR_KEY, trailer)), "gone"
+    )
+    assert isinstance(rpc.error_of_status(status, "127.0.0.1:1"), errors.ServerLost)
