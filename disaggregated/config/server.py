@@ -42,7 +42,7 @@ class ServerConfig:
     dtype: str = "auto"
     """Of weights and activations: "auto" is float32 on CPU and bfloat16 on CUDA; "float32", "bfloat16"."""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one."""
+    """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one for an engine alone, and CPU for a server so far."""
     load_format: str = "auto"
     """"dummy": random weights of the model's shape, for speed work."""
     max_batch_size: int = 64

@@ -44,7 +44,9 @@ _HONOURED: Final = (
         "Of weights and activations; auto: float32 on CPU, bfloat16 on CUDA.",
         not_built_values=_NO_SUCH_DTYPE,
     ),
-    honoured("device", TEXT, "cpu, cuda or cuda:N; auto: CUDA where there is one."),
+    honoured(
+        "device", TEXT, "cpu; auto is cpu too: servers cannot move KV blocks out of a CUDA device yet, and refuse one."
+    ),
     honoured("load_format", choice("auto", "dummy"), "dummy: random weights of the model's shape, for speed work."),
     honoured("max_batch_size", AT_LEAST_1, "Sequences computed in one step."),
     honoured(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -85,6 +86,9 @@ def run_server(config: ServerConfig, *, allocate: AllocatePool[MemoryT], make_ro
 
 async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role: MakeRole[MemoryT]) -> int:
     started_s = time.monotonic()
+    if config.device == "auto":
+        # Blocks can be moved from host memory only so far: a machine with a GPU must start all the same.
+        config = dataclasses.replace(config, device="cpu")
     end = ProcessEnd()
     end.listen_for_signals()
     grpc_server = rpc.make_server()
