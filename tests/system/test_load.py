@@ -18,7 +18,7 @@ from tests.support.deployment import Deployment, deployed, is_idle
 from tests.support.prompts import Prompt, forty_prompts
 
 MODEL: Final = "smollm2-135m-instruct"
-NUM_NEW: Final = 48
+NUM_NEW: Final = 32
 
 
 def document() -> dict[str, Any]:
