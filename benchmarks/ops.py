@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import report
 from disaggregated.engine.ops import native
-from disaggregated.engine.ops.api import AttentionBatch, Ops
+from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops
 
 HIDDEN, FFN, VOCABULARY = 576, 1536, 49152
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 32
@@ -128,7 +128,8 @@ def attention_batch(rows: int, queries: int, cached: int) -> tuple[AttentionBatc
 def attention_case(ops: Ops, name: str, pools: list[torch.Tensor], batch: AttentionBatch) -> Case:
     """Torch gathers the blocks and calls its fused attention; all rows are equally long, which suits it."""
     rows = len(batch.first_position)
-    queries, length, scale = len(batch.positions) // rows, batch.max_context_len, HEAD_DIM**-0.5
+    queries, length = len(batch.positions) // rows, batch.max_context_len
+    spec = AttentionSpec(scale=HEAD_DIM**-0.5)
     q_TND = torch.randn(rows * queries, NUM_HEADS, HEAD_DIM)
     q_RNQD = q_TND.view(rows, queries, NUM_HEADS, HEAD_DIM).transpose(1, 2)
     tables = batch.block_tables.long()
@@ -144,7 +145,7 @@ def attention_case(ops: Ops, name: str, pools: list[torch.Tensor], batch: Attent
     seen = sum(range(length - queries + 1, length + 1))
     return Case(
         name=name,
-        ours=lambda: ops.paged_attention(q_TND, next(ours), batch, scale),
+        ours=lambda: ops.paged_attention(q_TND, LayerPool(next(ours)), batch, spec),
         theirs=gathered,
         num_bytes=8 * rows * length * NUM_KV_HEADS * HEAD_DIM if queries == 1 else 0,
         flops=4 * rows * seen * NUM_HEADS * HEAD_DIM,

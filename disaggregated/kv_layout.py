@@ -1,7 +1,9 @@
 """The shape of a KV pool, shared by the engine that fills it and the transfer layer that moves it.
 
-A pool is one region: `[num_layers][num_blocks][2][num_kv_heads][block_size][head_dim]`. One block of one layer is
-contiguous (`block_bytes`), which is what decode attention walks over and what a transport copies in one go.
+A pool is one region of `[num_layers][num_blocks]` blocks. One block of one layer is contiguous (`block_bytes`), which
+is what decode attention walks over and what a transport copies in one go. In it lie the values,
+`[num_planes][num_kv_heads][block_size][head_dim]`, and behind them, where the dtype is a quantised one, their scales,
+`[num_planes][num_kv_heads][block_size]` in float32: a block means the same wherever it is copied to.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from typing import Final
 
 from disaggregated.v1 import kv_pb2
 
-DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
+QUANTISED: Final = frozenset({"int8", "float8_e4m3fn"})
+SCALE_BYTES: Final = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +29,23 @@ class KVLayout:
     """Tokens in a block."""
     dtype: str
     num_blocks: int
+    num_planes: int = 2
+    """Keys and values; 1 for latents that stand for both (MLA)."""
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.dtype in QUANTISED
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one block of one layer, without its scales."""
+        return self.num_planes * self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of one layer, keys and values."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+        """Bytes of one block of one layer: keys and values, and their scales."""
+        num_scales = self.num_planes * self.num_kv_heads * self.block_size if self.is_quantised else 0
+        return self.value_bytes + num_scales * SCALE_BYTES
 
     @property
     def layer_bytes(self) -> int:

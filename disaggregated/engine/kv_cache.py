@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from disaggregated.engine.ops.api import LayerPool
 from disaggregated.kv_layout import KVLayout
 
 Allocate = Callable[[KVLayout], Any]
@@ -14,7 +15,7 @@ Allocate = Callable[[KVLayout], Any]
 
 
 class KVCache:
-    """`layers[i]` is layer i's pool, (num_blocks, 2, num_kv_heads, block_size, head_dim), all views of one region.
+    """`layers[i]` is layer i's pool, all views of one region.
 
     On CPU the region is the buffer that `allocate` gave, so what a transport writes there is what attention reads.
     It is not cleared: places past a sequence's end may hold anything, and attention must not let them through.
@@ -22,11 +23,17 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, *, device: torch.device, allocate: Allocate) -> None:
         self.layout = layout
-        dtype: torch.dtype = getattr(torch, layout.dtype)
-        count = layout.pool_bytes // dtype.itemsize
         if device.type == "cpu":
-            region = torch.frombuffer(allocate(layout), dtype=dtype, count=count)
+            region = torch.frombuffer(allocate(layout), dtype=torch.uint8, count=layout.pool_bytes)
         else:
-            region = torch.zeros(count, dtype=dtype, device=device)
-        size = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        self.layers: Sequence[torch.Tensor] = region.view(size).unbind(0)
+            region = torch.zeros(layout.pool_bytes, dtype=torch.uint8, device=device)
+        blocks = region.view(layout.num_layers, layout.num_blocks, layout.block_bytes)
+        self.layers: Sequence[LayerPool] = [_layer_pool(layer, layout) for layer in blocks.unbind(0)]
+
+
+def _layer_pool(bytes_BX: torch.Tensor, layout: KVLayout) -> LayerPool:
+    size = (layout.num_blocks, layout.num_planes, layout.num_kv_heads, layout.block_size)
+    dtype: torch.dtype = getattr(torch, layout.dtype)
+    values = bytes_BX[:, : layout.value_bytes].view(dtype).view(*size, layout.head_dim)
+    scales = bytes_BX[:, layout.value_bytes :].view(torch.float32).view(size) if layout.is_quantised else None
+    return LayerPool(values, scales)

@@ -32,15 +32,18 @@ class KVLayout(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_PLANES_FIELD_NUMBER: _builtins.int
     num_layers: _builtins.int
     num_kv_heads: _builtins.int
     head_dim: _builtins.int
     block_size: _builtins.int
     """tokens"""
     dtype: _builtins.str
-    """"float32", "bfloat16" """
+    """"float32", "bfloat16", "float16", "int8", "float8_e4m3fn" """
     num_blocks: _builtins.int
     """of this pool; may differ between the two ends"""
+    num_planes: _builtins.int
+    """2: keys and values; 1: latents that stand for both"""
     def __init__(
         self,
         *,
@@ -50,10 +53,11 @@ class KVLayout(_message.Message):
         block_size: _builtins.int = ...,
         dtype: _builtins.str = ...,
         num_blocks: _builtins.int = ...,
+        num_planes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "num_blocks", b"num_blocks", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "num_blocks", b"num_blocks", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_planes", b"num_planes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

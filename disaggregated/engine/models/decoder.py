@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from disaggregated.engine.ops.api import AttentionBatch, Ops
+from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +59,15 @@ class Decoder:
         self._weights = weights
         self._ops = ops
         self._cos_PD, self._sin_PD = rope
-        self._scale = shape.head_dim**-0.5
+        self._attention_spec = AttentionSpec(scale=shape.head_dim**-0.5)
+        self._program = ops.step_program(shape, weights, rope)
         heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
         self._qkv_widths = [n * shape.head_dim for n in heads]
 
-    def forward(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
         """(T, H): hidden states before the final norm. Each layer's keys and values are then in `pools[layer]`."""
+        if self._program is not None:
+            return self._program(token_ids_T, batch, pools)
         ops, eps = self._ops, self._shape.rms_norm_eps
         hidden = ops.embedding(token_ids_T, self._weights.embedding_VH)
         for layer, pool in zip(self._weights.layers, pools, strict=True):
@@ -80,7 +83,7 @@ class Decoder:
         return self._ops.linear(normed, self._weights.lm_head)
 
     def _attention(
-        self, normed_TH: torch.Tensor, layer: LayerWeights, batch: AttentionBatch, pool_B2GSD: torch.Tensor
+        self, normed_TH: torch.Tensor, layer: LayerWeights, batch: AttentionBatch, pool: LayerPool
     ) -> torch.Tensor:
         ops, shape = self._ops, self._shape
         qkv = ops.linear(normed_TH, layer.qkv)
@@ -92,6 +95,6 @@ class Decoder:
             k = ops.rms_norm(k, layer.k_norm, shape.rms_norm_eps)
         ops.rope(q, self._cos_PD, self._sin_PD, batch.positions)
         ops.rope(k, self._cos_PD, self._sin_PD, batch.positions)
-        ops.store_kv(k, v, pool_B2GSD, batch.slots)
-        attended = ops.paged_attention(q, pool_B2GSD, batch, self._scale)
+        ops.store_kv(k, v, pool, batch.slots)
+        attended = ops.paged_attention(q, pool, batch, self._attention_spec)
         return ops.linear(attended.view(len(q), -1), layer.attention_out)

@@ -1,7 +1,8 @@
 """The op table: what every implementation (torch reference, native CPU kernels, later Triton) provides.
 
 Legend of tensor names: T tokens of the step, R rows (sequences) of the step, H hidden, N query heads, G kv heads,
-D head_dim, F ffn width, B blocks of the pool, S block_size, V vocabulary, K/M in and out features of a linear.
+D head_dim, F ffn width, B blocks of the pool, P planes of a block (key and value; one for a latent), S block_size,
+V vocabulary, K/M in and out features of a linear.
 
 The law of this table: **a row's result is bitwise the same whatever other rows are in the call.** Failover, prefix
 caching and "disaggregated equals one process" all stand on it, and a property test of each op proves it.
@@ -10,9 +11,13 @@ caching and "disaggregated equals one process" all stand on it, and a property t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +40,44 @@ class AttentionBatch:
     """(first position, number of tokens) of each row on the host, for implementations that plan there: saves a sync."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerPool:
+    """One layer of the KV pool. Views of memory that transports read too; see `KVLayout` for how a block lies there."""
+
+    values: torch.Tensor
+    """(B, P, G, S, D) of the pool's dtype. A block is contiguous; the scales, if any, lie between two blocks."""
+    scales: torch.Tensor | None = None
+    """(B, P, G, S) float32, only of quantised dtypes: the factor of each token's key, or value, of a head."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """What a layer's attention computes, beside its tensors."""
+
+    scale: float
+    window: int | None = None
+    """A token sees this many last tokens, itself among them; None: all."""
+    softcap: float | None = None
+    """Scores become softcap · tanh(score / softcap) before the softmax (Gemma 2)."""
+    latent_value_dim: int | None = None
+    """Of a pool with one plane: the first so many numbers of the stored latent are also the value (MLA)."""
+
+
+StepProgram = Callable[[torch.Tensor, AttentionBatch, Sequence[LayerPool]], torch.Tensor]
+"""(token ids T, where they lie, the layers' pools) → (T, H) hidden states before the final norm."""
+
+
 class Ops(Protocol):
     """All tensors are contiguous and of the model's dtype; results are new tensors unless said otherwise."""
 
     name: str
     """For logs and the numerics part of the model fingerprint: "torch", "native-avx512"."""
 
-    def prepare_linear(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None) -> Any:
-        """Lay a weight out as this implementation wants it; what `linear` is then given."""
+    def prepare_linear(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False) -> Any:
+        """Lay a weight out, and quantise it if this table does; what `linear` is then given.
+
+        `exact`: never quantised, for a product in which a small error changes a decision, such as a router's.
+        """
 
     def linear(self, x_TK: torch.Tensor, weight: Any) -> torch.Tensor:
         """(T, M) = x · weightᵀ + bias."""
@@ -59,11 +94,23 @@ class Ops(Protocol):
         """Rotate in place, halves convention (Hugging Face's): tables are (max positions, D / 2), float32."""
 
     def store_kv(
-        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor, pool_B2GSD: torch.Tensor, slots_T: torch.Tensor
+        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor | None, pool: LayerPool, slots_T: torch.Tensor
     ) -> None:
-        """Write each token's key and value into its slot of one layer's pool."""
+        """Write each token's key and value into its slot of one layer's pool; no value where the pool has one plane.
+
+        A quantised pool takes, for each token and head, the scale that its own largest number asks for: what is stored
+        depends on the token alone.
+        """
 
     def paged_attention(
-        self, q_TND: torch.Tensor, pool_B2GSD: torch.Tensor, batch: AttentionBatch, scale: float
+        self, q_TND: torch.Tensor, pool: LayerPool, batch: AttentionBatch, spec: AttentionSpec
     ) -> torch.Tensor:
-        """(T, N, D): causal attention of each token over its sequence's keys 0 … own position, read from the pool."""
+        """(T, N, D): causal attention of each token over its sequence's keys 0 … own position, read from the pool.
+
+        The last dimension is `spec.latent_value_dim` for a pool of latents.
+        """
+
+    def step_program(
+        self, shape: DecoderShape, weights: DecoderWeights, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> StepProgram | None:
+        """A whole forward pass in one call, with the very bits of the ops above; None: this table has none for it."""

@@ -16,12 +16,15 @@ import os
 import platform
 import weakref
 from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from disaggregated.engine.ops.api import AttentionBatch, Ops
+from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops, StepProgram
 from disaggregated.engine.ops.native_build import ISA_FLAGS, NativeUnavailable, library
+
+if TYPE_CHECKING:
+    from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +109,9 @@ class NativeOps:
             raise NativeUnavailable("no memory for the threads' book-keeping")
         weakref.finalize(self, kernels.team_stop, self._team)
 
-    def prepare_linear(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None) -> PackedLinear:
+    def prepare_linear(
+        self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False
+    ) -> PackedLinear:
         weight_MK = weight_MK.to(torch.float32).contiguous()
         num_columns, depth = weight_MK.shape
         assert weight_MK.numel() > 0, f"empty weight {tuple(weight_MK.shape)}"
@@ -170,8 +175,10 @@ class NativeOps:
         assert wrong < 0, f"token {wrong} is at position {positions_T[wrong]}, the tables have {len(cos_PD)}"
 
     def store_kv(
-        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor, pool_B2GSD: torch.Tensor, slots_T: torch.Tensor
+        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor | None, pool: LayerPool, slots_T: torch.Tensor
     ) -> None:
+        pool_B2GSD = pool.values
+        assert value_TGD is not None
         num_tokens, num_kv_heads, head_dim = key_TGD.shape
         num_blocks, _, _, block_size, _ = pool_B2GSD.shape
         _check_floats(pool_B2GSD)
@@ -185,8 +192,9 @@ class NativeOps:
         assert wrong < 0, f"token {wrong} goes to slot {slots_T[wrong]}, the pool has {num_blocks} blocks"
 
     def paged_attention(
-        self, q_TND: torch.Tensor, pool_B2GSD: torch.Tensor, batch: AttentionBatch, scale: float
+        self, q_TND: torch.Tensor, pool: LayerPool, batch: AttentionBatch, spec: AttentionSpec
     ) -> torch.Tensor:
+        pool_B2GSD = pool.values
         num_tokens, num_heads, head_dim = q_TND.shape
         num_blocks, _, num_kv_heads, block_size, _ = pool_B2GSD.shape
         num_rows, max_blocks = batch.block_tables.shape
@@ -202,7 +210,7 @@ class NativeOps:
         wrong = self._kernels.paged_attention(
             self._team, q_TND.data_ptr(), _token_stride(q_TND), pool_B2GSD.data_ptr(), batch.query_start.data_ptr(),
             batch.first_position.data_ptr(), batch.block_tables.data_ptr(), max_blocks, num_tokens, num_blocks,
-            num_rows, num_heads, num_kv_heads, head_dim, block_size, scale, out_TND.data_ptr(),
+            num_rows, num_heads, num_kv_heads, head_dim, block_size, spec.scale, out_TND.data_ptr(),
         )  # fmt: skip
         assert wrong < 0, (
             f"row {wrong} does not lie within {num_tokens} tokens, {max_blocks} blocks a row and {num_blocks} in the "
@@ -210,6 +218,11 @@ class NativeOps:
             f"blocks {batch.block_tables[wrong].tolist()}"
         )
         return out_TND
+
+    def step_program(
+        self, shape: DecoderShape, weights: DecoderWeights, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> StepProgram | None:
+        return None
 
 
 def _check_floats(x: torch.Tensor) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from disaggregated.engine.ops.api import AttentionBatch
+from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, StepProgram
 from disaggregated.engine.ops.attention_plan import AttentionShape, WorkGroup, key_tile, plan_attention
 from disaggregated.engine.ops.row_invariant import CANDIDATE_ROWS, exact_row_counts, matmul_rows, probe_pair, row_sum
+
+if TYPE_CHECKING:
+    from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
 
 PROBE_ROWS: Final = 2 * max(CANDIDATE_ROWS)
 TRANSPOSE_NUMEL_MAX: Final = 16 << 20
@@ -42,7 +45,9 @@ class ReferenceOps:
         self._plan: tuple[AttentionBatch, AttentionShape, list[WorkGroup]] | None = None
         self._rotation: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def prepare_linear(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None) -> ReferenceLinear:
+    def prepare_linear(
+        self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False
+    ) -> ReferenceLinear:
         weight_KM = weight_MK.t()
         if weight_MK.numel() <= TRANSPOSE_NUMEL_MAX:
             weight_KM = weight_KM.contiguous()
@@ -79,25 +84,33 @@ class ReferenceOps:
         first.copy_(rotated)
 
     def store_kv(
-        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor, pool_B2GSD: torch.Tensor, slots_T: torch.Tensor
+        self, key_TGD: torch.Tensor, value_TGD: torch.Tensor | None, pool: LayerPool, slots_T: torch.Tensor
     ) -> None:
+        pool_B2GSD = pool.values
+        assert value_TGD is not None
         block_size = pool_B2GSD.shape[3]
         blocks, offsets = slots_T // block_size, slots_T % block_size
         pool_B2GSD[blocks, 0, :, offsets] = key_TGD.to(pool_B2GSD.dtype)
         pool_B2GSD[blocks, 1, :, offsets] = value_TGD.to(pool_B2GSD.dtype)
 
     def paged_attention(
-        self, q_TND: torch.Tensor, pool_B2GSD: torch.Tensor, batch: AttentionBatch, scale: float
+        self, q_TND: torch.Tensor, pool: LayerPool, batch: AttentionBatch, spec: AttentionSpec
     ) -> torch.Tensor:
+        pool_B2GSD = pool.values
         num_blocks, _, num_kv_heads, block_size, head_dim = pool_B2GSD.shape
         exact = self._attention_rows(q_TND, num_kv_heads, block_size)
         shape = AttentionShape(q_TND.shape[1], num_kv_heads, head_dim, block_size, exact)
         planes = pool_B2GSD.view(num_blocks * 2 * num_kv_heads, block_size, head_dim)
-        q_scaled = q_TND.float() * scale
+        q_scaled = q_TND.float() * spec.scale
         out_TND = torch.empty_like(q_TND)
         for group in self._groups(batch, shape):
             out_TND.index_copy_(0, group.tokens, _attend(q_scaled, planes, group, shape).to(q_TND.dtype))
         return out_TND
+
+    def step_program(
+        self, shape: DecoderShape, weights: DecoderWeights, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> StepProgram | None:
+        return None
 
     def _groups(self, batch: AttentionBatch, shape: AttentionShape) -> list[WorkGroup]:
         if self._plan is None or self._plan[0] is not batch or self._plan[1] != shape:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from disaggregated.engine.ops.api import AttentionBatch, Ops
+from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops
 
 NUM_BLOCKS = 96
 
@@ -97,7 +97,7 @@ class PagedSequences:
         _, num_kv_heads, head_dim = sequences[0].k_LGD.shape
         size = (NUM_BLOCKS, 2, num_kv_heads, block_size, head_dim)
         self.device = str(sequences[0].q_LND.device)
-        self.pool = torch.full(size, torch.nan, dtype=sequences[0].q_LND.dtype, device=self.device)
+        self.pool = LayerPool(torch.full(size, torch.nan, dtype=sequences[0].q_LND.dtype, device=self.device))
         free = random.Random(seed).sample(range(NUM_BLOCKS), NUM_BLOCKS)
         self.blocks = [
             [free.pop() for _ in range(-(-len(sequence.q_LND) // block_size))] for sequence in self.sequences
@@ -113,7 +113,7 @@ class PagedSequences:
             for name in ("q_LND", "k_LGD", "v_LGD")
         )
         self.ops.store_kv(k, v, self.pool, batch.slots)
-        out = self.ops.paged_attention(q, self.pool, batch, self.scale)
+        out = self.ops.paged_attention(q, self.pool, batch, AttentionSpec(scale=self.scale))
         for (i, start, n), own in zip(parts, torch.split(out, [n for _, _, n in parts]), strict=True):
             self.out[i][start : start + n] = own
 

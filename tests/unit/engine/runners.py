@@ -51,7 +51,7 @@ def make_runner(
         num_blocks=NUM_BLOCKS,
     )
     cache = KVCache(layout, device=target, allocate=lambda layout: bytearray(b"\xff" * layout.pool_bytes))
-    assert target.type != "cpu" or bool(cache.layers[0].isnan().all())
+    assert target.type != "cpu" or bool(cache.layers[0].values.isnan().all())
     decoder = Decoder(shape, weights, ops, (cos.to(target), sin.to(target)))
     return TorchModelRunner(decoder, cache, target)
 

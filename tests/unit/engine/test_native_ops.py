@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disaggregated.engine.ops import native
-from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.ops.api import AttentionSpec, LayerPool, Ops
 from tests.unit.engine.attention_cases import (
     PagedSequences,
     Row,
@@ -161,7 +161,7 @@ def test_store_kv_writes_each_token_into_its_slot_and_nothing_else(ops: Ops) -> 
     key, value = randn(5, 6, 32).chunk(2, dim=1)
     slots = torch.tensor([40, 3, 17, 31, 16])
     pool = torch.full((6, 2, 3, 8, 32), -1.0)
-    ops.store_kv(key, value, pool, slots)
+    ops.store_kv(key, value, LayerPool(pool), slots)
     expected = torch.full((6, 2, 3, 8, 32), -1.0)
     expected[slots // 8, 0, :, slots % 8] = key
     expected[slots // 8, 1, :, slots % 8] = value
@@ -218,17 +218,19 @@ def test_attention_of_enormous_scores_is_still_a_mean_of_values(ops: Ops) -> Non
 
 def test_attention_reads_queries_out_of_a_wider_projection(ops: Ops) -> None:
     batch = attention_batch([Row(0, 40, range(5))], 8)
-    pool, wide = randn(5, 2, 2, 8, 16), randn(40, 8, 16, seed=1)
-    sliced = ops.paged_attention(wide[:, 1:5], pool, batch, 0.25)
-    assert torch.equal(sliced, ops.paged_attention(wide[:, 1:5].contiguous(), pool, batch, 0.25))
+    pool, wide = LayerPool(randn(5, 2, 2, 8, 16)), randn(40, 8, 16, seed=1)
+    spec = AttentionSpec(scale=0.25)
+    sliced = ops.paged_attention(wide[:, 1:5], pool, batch, spec)
+    assert torch.equal(sliced, ops.paged_attention(wide[:, 1:5].contiguous(), pool, batch, spec))
 
 
 def test_a_step_without_tokens_gives_results_without_rows(ops: Ops) -> None:
     batch = attention_batch([Row(0, 0, [0]), Row(3, 0, [1])], 8)
-    assert ops.paged_attention(randn(0, 4, 16), randn(2, 2, 2, 8, 16), batch, 0.25).shape == (0, 4, 16)
+    pool, spec = LayerPool(randn(2, 2, 2, 8, 16)), AttentionSpec(scale=0.25)
+    assert ops.paged_attention(randn(0, 4, 16), pool, batch, spec).shape == (0, 4, 16)
     assert ops.linear(randn(0, 8), ops.prepare_linear(randn(5, 8), None)).shape == (0, 5)
     ops.rope(randn(0, 4, 16), randn(3, 8), randn(3, 8), torch.zeros(0, dtype=torch.int64))
-    ops.store_kv(randn(0, 2, 16), randn(0, 2, 16), randn(2, 2, 2, 8, 16), torch.zeros(0, dtype=torch.int64))
+    ops.store_kv(randn(0, 2, 16), randn(0, 2, 16), pool, torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512")
@@ -269,19 +271,24 @@ def test_a_wrong_dtype_stride_or_shape_is_refused(ops: Ops) -> None:
     with pytest.raises(AssertionError, match="not contiguous"):
         ops.rope(randn(1, 16, 2).transpose(1, 2), randn(3, 8), randn(3, 8), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(AssertionError, match="head_dim 24"):
-        ops.paged_attention(randn(1, 2, 24), randn(1, 2, 2, 8, 24), attention_batch([Row(0, 1, [0])], 8), 1.0)
+        ops.paged_attention(
+            randn(1, 2, 24),
+            LayerPool(randn(1, 2, 2, 8, 24)),
+            attention_batch([Row(0, 1, [0])], 8),
+            AttentionSpec(scale=1.0),
+        )
 
 
 def test_memory_outside_the_pool_and_the_tables_is_never_touched(ops: Ops) -> None:
     pool = torch.zeros(2, 2, 1, 8, 16)
     for slot in (-1, 16):
         with pytest.raises(AssertionError, match=f"token 1 goes to slot {slot}"):
-            ops.store_kv(randn(2, 1, 16), randn(2, 1, 16), pool, torch.tensor([0, slot]))
+            ops.store_kv(randn(2, 1, 16), randn(2, 1, 16), LayerPool(pool), torch.tensor([0, slot]))
     assert not pool.any(), "a refused call wrote something"
     with pytest.raises(AssertionError, match="token 0 is at position 3"):
         ops.rope(randn(1, 2, 16), randn(3, 8), randn(3, 8), torch.tensor([3]))
     good = attention_batch([Row(0, 4, [0]), Row(5, 6, [0, 1])], 8)
-    assert ops.paged_attention(randn(10, 1, 16), pool, good, 1.0).shape == (10, 1, 16)
+    assert ops.paged_attention(randn(10, 1, 16), LayerPool(pool), good, AttentionSpec(scale=1.0)).shape == (10, 1, 16)
     for tensor, index, wrong in (
         (good.block_tables, (1, 1), 2),
         (good.block_tables, (1, 1), -1),
@@ -292,7 +299,7 @@ def test_memory_outside_the_pool_and_the_tables_is_never_touched(ops: Ops) -> No
         before = int(tensor[index])
         tensor[index] = wrong
         with pytest.raises(AssertionError, match="does not lie within 10 tokens"):
-            ops.paged_attention(randn(10, 1, 16), pool, good, 1.0)
+            ops.paged_attention(randn(10, 1, 16), LayerPool(pool), good, AttentionSpec(scale=1.0))
         tensor[index] = before
 
 

@@ -91,7 +91,7 @@ def test_the_random_number_belongs_to_the_position_of_the_sampled_token(runner: 
 def test_only_the_sequences_own_slots_are_written(tmp_path: Path) -> None:
     runner = make_runner(write_model("qwen2", tmp_path).path)
     runner.execute([scheduled(random_prompt(20, 1, VOCAB_SIZE), 0, [7, 3])])
-    pool = torch.stack(list(runner._kv_cache.layers))
+    pool = torch.stack([layer.values for layer in runner._kv_cache.layers])
     written = ~pool.isnan()
     assert written[:, 7].all()
     assert written[:, 3, :, :, :4].all()
@@ -103,8 +103,8 @@ def test_the_pool_is_the_buffer_it_was_given() -> None:
     layout = KVLayout(num_layers=2, num_kv_heads=3, head_dim=4, block_size=8, dtype="float32", num_blocks=5)
     buffer = bytearray(layout.pool_bytes)
     cache = KVCache(layout, device=torch.device("cpu"), allocate=lambda _: memoryview(buffer))
-    cache.layers[1][4].fill_(1.0)
+    cache.layers[1].values[4].fill_(1.0)
     start = layout.offset(1, 4)
     assert buffer[start : start + 4] == b"\x00\x00\x80\x3f"
     assert not any(buffer[:start])
-    assert cache.layers[0].shape == (5, 2, 3, 8, 4)
+    assert cache.layers[0].values.shape == (5, 2, 3, 8, 4)
