@@ -12,7 +12,7 @@ import orjson
 
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import ModelConfig, resolve
-from orchestrator.text import Tokenizer
+from disaggregated.text import Tokenizer
 
 _SAMPLING_KEYS: Final = ("temperature", "top_p", "top_k", "min_p")
 

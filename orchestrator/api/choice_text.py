@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.text import StopStrings, Tokenizer
+from disaggregated.text import StopStrings, Tokenizer
 
 
 class ChoiceText:

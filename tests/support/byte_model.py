@@ -5,8 +5,8 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from disaggregated.text import ChatTemplate, Tokenizer
 from orchestrator.served_model import ServedModel
-from orchestrator.text import ChatTemplate, Tokenizer
 
 END = "<|end|>"
 TEMPLATE = (

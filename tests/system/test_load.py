@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import report
 from disaggregated import model_files
-from orchestrator.text import Tokenizer
+from disaggregated.text import Tokenizer
 from tests.support.completions import Completion, complete
 from tests.support.deployment import Deployment, deployed, is_idle
 from tests.support.prompts import Prompt, forty_prompts

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import report
 from disaggregated import model_files
 from disaggregated.sampling_params import SamplingParams
-from orchestrator.text import Tokenizer
+from disaggregated.text import Tokenizer
 from tests.support.completions import complete
 from tests.support.deployment import deployed, is_idle
 from tests.support.oracle import OneProcess

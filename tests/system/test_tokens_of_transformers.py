@@ -13,7 +13,7 @@ import transformers
 from benchmarks import report
 from disaggregated import model_files
 from disaggregated.sampling_params import SamplingParams
-from orchestrator.text import Tokenizer
+from disaggregated.text import Tokenizer
 from tests.support.oracle import OneProcess
 from tests.support.prompts import Prompt, forty_prompts
 

@@ -203,7 +203,7 @@ def test_a_warm_start_imports_neither_numpy_nor_torch() -> None:
     resolve("smollm2-135m-instruct", weights=False)
     code = (
         "import sys; from disaggregated.model_files import resolve; resolve('smollm2-135m-instruct', weights=False); "
-        "from orchestrator.text import Tokenizer; "
+        "from disaggregated.text import Tokenizer; "
         "print(sorted({'numpy', 'gguf', 'torch', 'safetensors', 'subprocess'} & set(sys.modules)))"
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

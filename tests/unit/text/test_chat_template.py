@@ -11,7 +11,7 @@ import transformers
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.model_files import resolve
-from orchestrator.text import ChatTemplate, Tokenizer
+from disaggregated.text import ChatTemplate, Tokenizer
 
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello"}],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import resolve
-from orchestrator.text import Detokenizer, Tokenizer
+from disaggregated.text import Detokenizer, Tokenizer
 from tests.unit.text import tiny_tokenizers
 
 BYTE_LEVEL = tiny_tokenizers.load(tiny_tokenizers.byte_level())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disaggregated.errors import InvalidRequest
-from orchestrator.text import StopStrings
+from disaggregated.text import StopStrings
 
 few_letters = st.text(st.sampled_from("ab\n"), max_size=20)
 some_stops = st.lists(st.text(st.sampled_from("ab\n"), min_size=1, max_size=5), max_size=4)

@@ -12,7 +12,7 @@ import transformers
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.model_files import resolve
-from orchestrator.text import Tokenizer
+from disaggregated.text import Tokenizer
 from tests.unit.text import tiny_tokenizers
 
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from orchestrator.text import Tokenizer
+from disaggregated.text import Tokenizer
 
 FIRST_BYTE = 2
 """The id of `<0x00>` in `sentencepiece()`."""

@@ -12,8 +12,8 @@ import tokenizers
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.model_files import read_eos_token_ids
 from disaggregated.model_files.checkpoint import read_json
-from orchestrator.text.chat_template import ChatTemplate
-from orchestrator.text.detokenizer import ByteLevelDetokenizer, Detokenizer, SentencePieceDetokenizer
+from disaggregated.text.chat_template import ChatTemplate
+from disaggregated.text.detokenizer import ByteLevelDetokenizer, Detokenizer, SentencePieceDetokenizer
 
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SPACES: Final = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}

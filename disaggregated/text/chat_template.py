@@ -18,7 +18,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
-from orchestrator.text.chat_messages import template_messages
+from disaggregated.text.chat_messages import template_messages
 
 
 class ChatTemplate:
