@@ -10,7 +10,6 @@ bit for bit the same on AVX2, AVX-512 and NEON, which all have a fused multiply-
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import logging
 import os
 import platform
@@ -20,8 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from disaggregated.engine.ops import native_linear
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops, StepProgram
+from disaggregated.engine.ops.elementwise import gelu_mul
 from disaggregated.engine.ops.native_build import ISA_FLAGS, NativeUnavailable, library
+from disaggregated.engine.ops.native_checks import check_floats, check_indices, check_shape, token_stride
+from disaggregated.engine.ops.native_linear import PackedLinear, Quantization
 
 if TYPE_CHECKING:
     from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
@@ -33,9 +36,7 @@ MAX_HEAD_DIM: Final = 256
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "team_start": (c_void_p, [c_int]),
     "team_stop": (None, [c_void_p]),
-    "linear_packed_floats": (c_int64, [c_int64] * 2),
-    "linear_pack": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
-    "linear": (None, [c_void_p] * 3 + [c_int64] * 3 + [c_void_p]),
+    **native_linear.SIGNATURES,
     "rms_norm": (None, [c_void_p] * 2 + [c_int64] * 4 + [c_void_p, c_float, c_void_p]),
     "silu_mul": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
     "rope": (c_int64, [c_void_p] + [c_int64] * 4 + [c_void_p] * 2 + [c_int64, c_void_p]),
@@ -45,9 +46,10 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
 """Return type and arguments of each function of the library; csrc/ says what they mean."""
 
 
-def load(num_threads: int, isa: str | None = None) -> Ops | None:
+def load(num_threads: int, isa: str | None = None, *, quantization: Quantization = "none") -> Ops | None:
     """The native op table, or None, with the reason logged, when this machine has none.
 
+    `quantization` is of all linears that are not asked to be exact.
     `isa` is one of `native_build.ISA_FLAGS`; by default $DISAGG_NATIVE_ISA, else the best that the CPU can run.
     The table belongs to one thread at a time: its ops share working memory.
     """
@@ -56,7 +58,7 @@ def load(num_threads: int, isa: str | None = None) -> Ops | None:
     try:
         if chosen not in runnable_isas():
             raise NativeUnavailable(f"this CPU cannot run {chosen}; it can run {', '.join(runnable_isas())}")
-        return NativeOps(_open(chosen), chosen, num_threads)
+        return NativeOps(_open(chosen), chosen, num_threads, quantization)
     except NativeUnavailable as error:
         log.warning("native_kernels_unavailable: %s", error)
         return None
@@ -87,22 +89,14 @@ def _open(isa: str) -> ctypes.CDLL:
     return kernels
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A weight and its bias as `linear` reads them; the original may be freed."""
-
-    panels: torch.Tensor
-    num_columns: int
-    depth: int
-
-
 class NativeOps:
     """Implements `Ops`. Tensors are float32, on the CPU and contiguous, but q, k, v and the input of rms_norm may be
     slices of a wider tensor's last dimension: their tokens may lie any stride apart. head_dim is a multiple of 16 up
     to 256; block_size is any, and multiples of 8 are fastest."""
 
-    def __init__(self, kernels: ctypes.CDLL, isa: str, num_threads: int) -> None:
-        self.name = f"native-{isa}"
+    def __init__(self, kernels: ctypes.CDLL, isa: str, num_threads: int, quantization: Quantization) -> None:
+        self.name = f"native-{isa}" if quantization == "none" else f"native-{quantization}-{isa}"
+        self._quantization: Quantization = quantization
         self._kernels = kernels
         self._team = kernels.team_start(num_threads)
         if not self._team:
@@ -112,39 +106,22 @@ class NativeOps:
     def prepare_linear(
         self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False
     ) -> PackedLinear:
-        weight_MK = weight_MK.to(torch.float32).contiguous()
-        num_columns, depth = weight_MK.shape
-        assert weight_MK.numel() > 0, f"empty weight {tuple(weight_MK.shape)}"
-        if bias_M is not None:
-            _check_shape(bias_M, (num_columns,))
-            bias_M = bias_M.to(torch.float32).contiguous()
-        bias = None if bias_M is None else bias_M.data_ptr()
-        panels = torch.empty(self._kernels.linear_packed_floats(num_columns, depth), dtype=torch.float32)
-        self._kernels.linear_pack(weight_MK.data_ptr(), bias, num_columns, depth, panels.data_ptr())
-        return PackedLinear(panels, num_columns, depth)
+        return native_linear.prepare(self._kernels, weight_MK, bias_M, "none" if exact else self._quantization)
 
     def linear(self, x_TK: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
-        num_tokens, depth = x_TK.shape
-        _check_floats(x_TK)
-        _check_shape(x_TK, (num_tokens, weight.depth))
-        out_TM = x_TK.new_empty(num_tokens, weight.num_columns)
-        self._kernels.linear(
-            self._team, x_TK.data_ptr(), weight.panels.data_ptr(), num_tokens, depth, weight.num_columns,
-            out_TM.data_ptr(),
-        )  # fmt: skip
-        return out_TM
+        return native_linear.linear(self._kernels, self._team, x_TK, weight)
 
     def embedding(self, token_ids_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(token_ids_T, table_VH)
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         width = x_TH.shape[-1]
-        _check_floats(weight_H)
-        _check_shape(weight_H, (width,))
+        check_floats(weight_H)
+        check_shape(weight_H, (width,))
         if x_TH.dim() == 3:
-            (num_tokens, rows_of_token, _), stride = x_TH.shape, _token_stride(x_TH)
+            (num_tokens, rows_of_token, _), stride = x_TH.shape, token_stride(x_TH)
         else:
-            _check_floats(x_TH)
+            check_floats(x_TH)
             num_tokens, rows_of_token, stride = x_TH.numel() // width, 1, width
         out_TH = x_TH.new_empty(x_TH.shape)
         self._kernels.rms_norm(
@@ -155,21 +132,24 @@ class NativeOps:
 
     def silu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
         num_tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
-        _check_floats(gate_up_TF2)
-        _check_shape(gate_up_TF2, (num_tokens, 2 * width))
+        check_floats(gate_up_TF2)
+        check_shape(gate_up_TF2, (num_tokens, 2 * width))
         out_TF = gate_up_TF2.new_empty(num_tokens, width)
         self._kernels.silu_mul(self._team, gate_up_TF2.data_ptr(), num_tokens, width, out_TF.data_ptr())
         return out_TF
+
+    def gelu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        return gelu_mul(gate_up_TF2)
 
     def rope(self, x_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, positions_T: torch.Tensor) -> None:
         num_tokens, num_heads, head_dim = x_TND.shape
         assert head_dim % 2 == 0, f"head_dim {head_dim} has no halves"
         for table in (cos_PD, sin_PD):
-            _check_floats(table)
-            _check_shape(table, (len(cos_PD), head_dim // 2))
-        _check_indices(positions_T, torch.int64, (num_tokens,))
+            check_floats(table)
+            check_shape(table, (len(cos_PD), head_dim // 2))
+        check_indices(positions_T, torch.int64, (num_tokens,))
         wrong = self._kernels.rope(
-            x_TND.data_ptr(), _token_stride(x_TND), num_tokens, num_heads, head_dim, cos_PD.data_ptr(),
+            x_TND.data_ptr(), token_stride(x_TND), num_tokens, num_heads, head_dim, cos_PD.data_ptr(),
             sin_PD.data_ptr(), len(cos_PD), positions_T.data_ptr(),
         )  # fmt: skip
         assert wrong < 0, f"token {wrong} is at position {positions_T[wrong]}, the tables have {len(cos_PD)}"
@@ -181,12 +161,12 @@ class NativeOps:
         assert value_TGD is not None
         num_tokens, num_kv_heads, head_dim = key_TGD.shape
         num_blocks, _, _, block_size, _ = pool_B2GSD.shape
-        _check_floats(pool_B2GSD)
-        _check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
-        _check_shape(value_TGD, (num_tokens, num_kv_heads, head_dim))
-        _check_indices(slots_T, torch.int64, (num_tokens,))
+        check_floats(pool_B2GSD)
+        check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
+        check_shape(value_TGD, (num_tokens, num_kv_heads, head_dim))
+        check_indices(slots_T, torch.int64, (num_tokens,))
         wrong = self._kernels.store_kv(
-            key_TGD.data_ptr(), _token_stride(key_TGD), value_TGD.data_ptr(), _token_stride(value_TGD),
+            key_TGD.data_ptr(), token_stride(key_TGD), value_TGD.data_ptr(), token_stride(value_TGD),
             pool_B2GSD.data_ptr(), slots_T.data_ptr(), num_tokens, num_blocks, num_kv_heads, head_dim, block_size,
         )  # fmt: skip
         assert wrong < 0, f"token {wrong} goes to slot {slots_T[wrong]}, the pool has {num_blocks} blocks"
@@ -198,17 +178,17 @@ class NativeOps:
         num_tokens, num_heads, head_dim = q_TND.shape
         num_blocks, _, num_kv_heads, block_size, _ = pool_B2GSD.shape
         num_rows, max_blocks = batch.block_tables.shape
-        _check_floats(pool_B2GSD)
-        _check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
+        check_floats(pool_B2GSD)
+        check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
         assert num_heads % num_kv_heads == 0, f"{num_heads} query heads, {num_kv_heads} kv heads"
         assert head_dim % 16 == 0, f"head_dim {head_dim}: must be a multiple of 16"
         assert 0 < head_dim <= MAX_HEAD_DIM, f"head_dim {head_dim}: must be at most {MAX_HEAD_DIM}"
-        _check_indices(batch.query_start, torch.int32, (num_rows + 1,))
-        _check_indices(batch.first_position, torch.int32, (num_rows,))
-        _check_indices(batch.block_tables, torch.int32, (num_rows, max_blocks))
+        check_indices(batch.query_start, torch.int32, (num_rows + 1,))
+        check_indices(batch.first_position, torch.int32, (num_rows,))
+        check_indices(batch.block_tables, torch.int32, (num_rows, max_blocks))
         out_TND = q_TND.new_empty(num_tokens, num_heads, head_dim)
         wrong = self._kernels.paged_attention(
-            self._team, q_TND.data_ptr(), _token_stride(q_TND), pool_B2GSD.data_ptr(), batch.query_start.data_ptr(),
+            self._team, q_TND.data_ptr(), token_stride(q_TND), pool_B2GSD.data_ptr(), batch.query_start.data_ptr(),
             batch.first_position.data_ptr(), batch.block_tables.data_ptr(), max_blocks, num_tokens, num_blocks,
             num_rows, num_heads, num_kv_heads, head_dim, block_size, spec.scale, out_TND.data_ptr(),
         )  # fmt: skip
@@ -219,32 +199,5 @@ class NativeOps:
         )
         return out_TND
 
-    def step_program(
-        self, shape: DecoderShape, weights: DecoderWeights, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> StepProgram | None:
+    def step_program(self, shape: DecoderShape, weights: DecoderWeights) -> StepProgram | None:
         return None
-
-
-def _check_floats(x: torch.Tensor) -> None:
-    assert x.dtype is torch.float32, f"dtype {x.dtype}, must be float32"
-    assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)} are not contiguous"
-
-
-def _check_shape(x: torch.Tensor, shape: tuple[int, ...]) -> None:
-    assert x.shape == shape, f"shape {tuple(x.shape)}, must be {shape}"
-
-
-def _check_indices(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert x.dtype is dtype, f"dtype {x.dtype}, must be {dtype}"
-    assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)} are not contiguous"
-    _check_shape(x, shape)
-
-
-def _token_stride(x_TND: torch.Tensor) -> int:
-    """Floats from one token to the next, of a tensor whose tokens are contiguous each."""
-    assert x_TND.dtype is torch.float32, f"dtype {x_TND.dtype}, must be float32"
-    _, num_heads, head_dim = x_TND.shape
-    token_stride, head_stride, lane_stride = x_TND.stride()
-    assert lane_stride == 1, f"strides {x_TND.stride()}: the last dimension is not contiguous"
-    assert head_stride == head_dim or num_heads == 1, f"strides {x_TND.stride()}: a token is not contiguous"
-    return token_stride

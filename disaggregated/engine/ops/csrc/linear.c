@@ -9,7 +9,7 @@
    columns only say when a link of the chain is made, never in which order, so a row's result depends on nothing but
    the row. */
 
-#include "threads.h"
+#include "linear.h"
 #include "tile.h"
 
 #include <sys/mman.h>
@@ -147,15 +147,14 @@ static void split_columns(linear_job *job, int team_size)
     job->num_column_groups = (panels + job->panels_of_group - 1) / job->panels_of_group;
 }
 
-EXPORT void linear(team *team, const float *x, const float *panels, int64_t num_rows, int64_t depth,
-                   int64_t num_columns, float *to)
+EXPORT void linear(team *team, const linear_weight *weight, const float *x, int64_t num_rows, float *to)
 {
     if (num_rows == 0)
         return;
-    linear_job job = {.x = x, .panels = panels, .to = to, .num_rows = num_rows, .depth = depth,
-                      .num_columns = num_columns, .packed_x = (float *)x};
+    linear_job job = {.x = x, .panels = weight->panels, .to = to, .num_rows = num_rows, .depth = weight->depth,
+                      .num_columns = weight->num_columns, .packed_x = (float *)x};
     if (num_rows > 1) {
-        job.packed_x = team_scratch(team, TEAM_SHARED, (size_t)(num_rows * depth) * sizeof(float));
+        job.packed_x = team_scratch(team, TEAM_SHARED, (size_t)(num_rows * job.depth) * sizeof(float));
         int64_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
         if (num_rows <= ROWS_OF_DECODE)
             for (int64_t i = 0; i < num_tiles; i++)
