@@ -6,6 +6,7 @@ ready, and said in one message.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Final
@@ -18,15 +19,14 @@ from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.engine.fingerprint import fingerprint, weights_digest
 from disaggregated.engine.kv_cache import Allocate, KVCache
-from disaggregated.engine.models.decoder import Decoder, DecoderShape
-from disaggregated.engine.models.rope import rope_tables
+from disaggregated.engine.models.decoder import Decoder
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.select import select
 from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.engine.weights import (
     DummySource,
     SafetensorsSource,
-    load_weights,
+    build_model,
     num_parameters,
     safetensors_paths,
 )
@@ -161,22 +161,9 @@ def _load_model(
     num_positions: int,
     is_dummy: bool,
 ) -> Decoder:
-    with torch.inference_mode():
-        if is_dummy:
-            weights = load_weights(DummySource(config, device), config, ops, device=device, dtype=dtype)
-        else:
-            with SafetensorsSource(files.path) as source:
-                weights = load_weights(source, config, ops, device=device, dtype=dtype)
-        cos, sin = rope_tables(
-            theta=config.rope_theta, scaling=config.rope_scaling, head_dim=config.head_dim, num_positions=num_positions
-        )
-    shape = DecoderShape(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-    )
-    return Decoder(shape, weights, ops, (cos.to(device), sin.to(device)))
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        source = DummySource(config, device) if is_dummy else stack.enter_context(SafetensorsSource(files.path))
+        return build_model(source, config, ops, device=device, dtype=dtype, num_positions=num_positions)
 
 
 def _warm_up(runner: TorchModelRunner, num_tokens: int) -> None:

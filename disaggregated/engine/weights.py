@@ -16,8 +16,11 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from disaggregated.engine.models.decoder import DecoderWeights, LayerWeights
-from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.models.attention import GroupedAttention
+from disaggregated.engine.models.decoder import Decoder, DecoderShape, DecoderWeights, LayerWeights
+from disaggregated.engine.models.mlp import GatedMlp
+from disaggregated.engine.models.rope import rope_tables
+from disaggregated.engine.ops.api import AttentionSpec, Ops
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import ModelConfig
 
@@ -34,8 +37,28 @@ class TensorSource(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
+def build_model(
+    source: TensorSource,
+    config: ModelConfig,
+    ops: Ops,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_positions: int,
+) -> Decoder:
+    """Raises ModelUnavailable as `load_weights` does."""
+    weights = load_weights(source, config, ops, device=device, dtype=dtype, num_positions=num_positions)
+    return Decoder(decoder_shape(config), weights, ops)
+
+
 def load_weights(
-    source: TensorSource, config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype
+    source: TensorSource,
+    config: ModelConfig,
+    ops: Ops,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_positions: int,
 ) -> DecoderWeights:
     """Check that `source` has every tensor of the model and no other, then merge and lay them out.
 
@@ -43,7 +66,16 @@ def load_weights(
         ModelUnavailable: tensors are missing, unexpected or of another shape; it names them.
     """
     _check(source.shapes(), expected_shapes(config), config)
-    return _Builder(source, config, ops, device, dtype).build()
+    return _Builder(source, config, ops, device, dtype, num_positions).build()
+
+
+def decoder_shape(config: ModelConfig) -> DecoderShape:
+    return DecoderShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+    )
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -171,10 +203,20 @@ def _shown(names: Sequence[str]) -> str:
 
 class _Builder:
     def __init__(
-        self, source: TensorSource, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype
+        self,
+        source: TensorSource,
+        config: ModelConfig,
+        ops: Ops,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_positions: int,
     ) -> None:
         self._source, self._config, self._ops = source, config, ops
         self._device, self._dtype = device, dtype
+        cos, sin = rope_tables(
+            theta=config.rope_theta, scaling=config.rope_scaling, head_dim=config.head_dim, num_positions=num_positions
+        )
+        self._rope = cos.to(device), sin.to(device)
 
     def build(self) -> DecoderWeights:
         embedding = self._tensor("model.embed_tokens.weight")
@@ -193,15 +235,24 @@ class _Builder:
             layer = f"model.layers.{i}."
             attention = layer + "self_attn."
             qkv = [f"{attention}{name}_proj" for name in "qkv"]
+            cos_PD, sin_PD = self._rope
             yield LayerWeights(
                 input_norm=self._tensor(layer + "input_layernorm.weight"),
-                qkv=self._linear(qkv, has_bias=config.attention_bias),
-                q_norm=self._tensor(attention + "q_norm.weight") if config.qk_norm else None,
-                k_norm=self._tensor(attention + "k_norm.weight") if config.qk_norm else None,
-                attention_out=self._linear([attention + "o_proj"], has_bias=out_bias),
+                attention=GroupedAttention(
+                    shape=decoder_shape(config),
+                    qkv=self._linear(qkv, has_bias=config.attention_bias),
+                    q_norm=self._tensor(attention + "q_norm.weight") if config.qk_norm else None,
+                    k_norm=self._tensor(attention + "k_norm.weight") if config.qk_norm else None,
+                    out=self._linear([attention + "o_proj"], has_bias=out_bias),
+                    spec=AttentionSpec(scale=config.head_dim**-0.5),
+                    cos_PD=cos_PD,
+                    sin_PD=sin_PD,
+                ),
                 mlp_norm=self._tensor(layer + "post_attention_layernorm.weight"),
-                gate_up=self._linear([layer + "mlp.gate_proj", layer + "mlp.up_proj"], has_bias=False),
-                down=self._linear([layer + "mlp.down_proj"], has_bias=False),
+                mlp=GatedMlp(
+                    gate_up=self._linear([layer + "mlp.gate_proj", layer + "mlp.up_proj"], has_bias=False),
+                    down=self._linear([layer + "mlp.down_proj"], has_bias=False),
+                ),
             )
 
     def _linear(self, names: Sequence[str], *, has_bias: bool) -> object:

@@ -90,6 +90,9 @@ class Ops(Protocol):
     def silu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
         """(T, F) = silu(first half) * second half."""
 
+    def gelu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        """(T, F) = gelu(first half) * second half, with the approximation of gelu by tanh."""
+
     def rope(self, x_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, positions_T: torch.Tensor) -> None:
         """Rotate in place, halves convention (Hugging Face's): tables are (max positions, D / 2), float32."""
 
@@ -110,7 +113,5 @@ class Ops(Protocol):
         The last dimension is `spec.latent_value_dim` for a pool of latents.
         """
 
-    def step_program(
-        self, shape: DecoderShape, weights: DecoderWeights, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> StepProgram | None:
+    def step_program(self, shape: DecoderShape, weights: DecoderWeights) -> StepProgram | None:
         """A whole forward pass in one call, with the very bits of the ops above; None: this table has none for it."""

@@ -15,6 +15,7 @@ import torch
 
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, StepProgram
 from disaggregated.engine.ops.attention_plan import AttentionShape, WorkGroup, key_tile, plan_attention
+from disaggregated.engine.ops.elementwise import gelu_mul
 from disaggregated.engine.ops.row_invariant import CANDIDATE_ROWS, exact_row_counts, matmul_rows, probe_pair, row_sum
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class ReferenceOps:
         # Not torch's own silu: its vector code and its scalar code for the last elements differ in the last bit.
         return (gate / gate.neg().exp_().add_(1.0)).mul_(up).to(gate_up_TF2.dtype)
 
+    def gelu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        return gelu_mul(gate_up_TF2)
+
     def rope(self, x_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, positions_T: torch.Tensor) -> None:
         cos_T1D, sin_T1D = self._rotations(cos_PD, sin_PD, positions_T)
         first, second = x_TND.chunk(2, -1)
@@ -107,9 +111,7 @@ class ReferenceOps:
             out_TND.index_copy_(0, group.tokens, _attend(q_scaled, planes, group, shape).to(q_TND.dtype))
         return out_TND
 
-    def step_program(
-        self, shape: DecoderShape, weights: DecoderWeights, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> StepProgram | None:
+    def step_program(self, shape: DecoderShape, weights: DecoderWeights) -> StepProgram | None:
         return None
 
     def _groups(self, batch: AttentionBatch, shape: AttentionShape) -> list[WorkGroup]:

@@ -11,12 +11,10 @@ import torch
 
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.kv_cache import KVCache
-from disaggregated.engine.models.decoder import Decoder, DecoderShape
-from disaggregated.engine.models.rope import rope_tables
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.runner import TorchModelRunner
-from disaggregated.engine.weights import SafetensorsSource, load_weights
+from disaggregated.engine.weights import SafetensorsSource, build_model
 from disaggregated.kv_layout import KVLayout
 from disaggregated.model_files import ModelConfig
 from disaggregated.sampling_params import SamplingParams
@@ -32,16 +30,7 @@ def make_runner(
     config, ops = ModelConfig.load(path), ops or ReferenceOps()
     target, torch_dtype = torch.device(device), getattr(torch, dtype)
     with torch.inference_mode(), SafetensorsSource(path) as source:
-        weights = load_weights(source, config, ops, device=target, dtype=torch_dtype)
-    cos, sin = rope_tables(
-        theta=config.rope_theta, scaling=config.rope_scaling, head_dim=config.head_dim, num_positions=1024
-    )
-    shape = DecoderShape(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-    )
+        decoder = build_model(source, config, ops, device=target, dtype=torch_dtype, num_positions=1024)
     layout = KVLayout(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -52,7 +41,6 @@ def make_runner(
     )
     cache = KVCache(layout, device=target, allocate=lambda layout: bytearray(b"\xff" * layout.pool_bytes))
     assert target.type != "cpu" or bool(cache.layers[0].values.isnan().all())
-    decoder = Decoder(shape, weights, ops, (cos.to(target), sin.to(target)))
     return TorchModelRunner(decoder, cache, target)
 
 
@@ -92,9 +80,8 @@ def generate(
         if not open_ones:
             return [sequence.token_ids[length:] for sequence, length in zip(sequences, lengths, strict=True)]
         tokens = runner.execute([sequences[i].take(chunk_sizes[i]) for i in open_ones])
-        for i, token in zip(open_ones, tokens, strict=True):
-            if token is not None:
-                sequences[i].token_ids.append(token)
+        for i, sampled in zip(open_ones, tokens, strict=True):
+            sequences[i].token_ids.extend(sampled)
 
 
 def random_blocks(count: int, seed: int, taken: Sequence[int] = ()) -> list[int]:

@@ -13,8 +13,8 @@ from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.weights import (
     DummySource,
     SafetensorsSource,
+    build_model,
     expected_shapes,
-    load_weights,
     num_parameters,
 )
 from disaggregated.errors import ModelUnavailable
@@ -25,7 +25,14 @@ from tests.unit.engine.tiny_models import FAMILIES, VOCAB_SIZE, write_model
 
 def load(path: Path) -> None:
     with SafetensorsSource(path) as source:
-        load_weights(source, ModelConfig.load(path), ReferenceOps(), device=torch.device("cpu"), dtype=torch.float32)
+        build_model(
+            source,
+            ModelConfig.load(path),
+            ReferenceOps(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            num_positions=64,
+        )
 
 
 @pytest.fixture
