@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from disaggregated.v1 import control_pb2
 
@@ -48,3 +50,25 @@ class SamplingParams:
     def from_proto(cls, message: control_pb2.SamplingParams) -> SamplingParams:
         fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(cls)}
         return cls(**{**fields, "stop_token_ids": frozenset(message.stop_token_ids)})
+
+
+def over_model_defaults(
+    defaults: Mapping[str, float],
+    *,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+) -> dict[str, Any]:
+    """The four fields of SamplingParams that a model has defaults for: what is None here is the model's, and where it
+    has none the whole distribution at temperature 1. A `top_k` below 0 is off, as 0 is."""
+    top_p = defaults.get("top_p", 1.0) if top_p is None else top_p
+    top_k = int(defaults.get("top_k", 0)) if top_k is None else max(0, top_k)
+    if top_p == 0.0:
+        top_p, top_k = 1.0, 1  # the smallest nucleus there is: the likeliest token alone
+    return {
+        "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": defaults.get("min_p", 0.0) if min_p is None else min_p,
+    }

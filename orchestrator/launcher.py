@@ -18,8 +18,9 @@ from typing import Final, Protocol
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
+from disaggregated.cores import available_cores
 from disaggregated.errors import DisaggregatedError, InvalidRequest, StartupError
-from orchestrator.core_allocation import CoreAllocation, available_cores
+from orchestrator.core_allocation import CoreAllocation
 from orchestrator.launch_plan import (
     Decision,
     Drain,

@@ -5,16 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
 
-import orjson
-
-from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import ModelConfig, resolve
+from disaggregated.model_files.sampling_defaults import read_sampling_defaults
 from disaggregated.text import Tokenizer
-
-_SAMPLING_KEYS: Final = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +38,9 @@ class ServedModel:
             aliases=files.aliases,
             tokenizer=Tokenizer.load(files.path),
             num_tokens_max=ModelConfig.load(files.path).max_position_embeddings,
-            sampling_defaults=_sampling_defaults(files.path / "generation_config.json"),
+            sampling_defaults=read_sampling_defaults(files.path),
             created=int(time.time()),
         )
 
     def is_meant_by(self, name: str) -> bool:
         return name == self.name or name in self.aliases
-
-
-def _sampling_defaults(path: Path) -> dict[str, float]:
-    if not path.is_file():
-        return {}
-    try:
-        found: Any = orjson.loads(path.read_bytes())
-        return {key: float(found[key]) for key in _SAMPLING_KEYS if found.get(key) is not None}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelUnavailable(f"{path} is damaged: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.api.choice_text import ChoiceText
+from disaggregated.text import ChoiceText
 from orchestrator.api.shapes import Shape
 from orchestrator.api.sse import EventStream
 

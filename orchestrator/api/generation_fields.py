@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
-from disaggregated.sampling_params import SamplingParams
+from disaggregated.sampling_params import SamplingParams, over_model_defaults
 from orchestrator.api.fields import Fields, wrong_type
 from orchestrator.served_model import ServedModel
 
@@ -139,22 +139,17 @@ def _shown(value: object) -> str:
 
 
 def _read_sampling(fields: Fields, model: ServedModel, max_tokens_default: int) -> SamplingParams:
-    defaults = model.sampling_defaults
-    temperature = fields.number("temperature", low=0.0, high=2.0)
-    top_p = fields.number("top_p", low=0.0, high=1.0)
-    top_k = fields.integer("top_k", low=-1, high=TOP_K_MAX)
-    min_p = fields.number("min_p", low=0.0, high=1.0)
-    top_p = defaults.get("top_p", 1.0) if top_p is None else top_p
-    top_k = int(defaults.get("top_k", 0)) if top_k is None else max(0, top_k)
-    if top_p == 0.0:
-        top_p, top_k = 1.0, 1  # the smallest nucleus there is: the likeliest token alone
     max_tokens = _read_max_tokens(fields) or max_tokens_default
+    chosen = over_model_defaults(
+        model.sampling_defaults,
+        temperature=fields.number("temperature", low=0.0, high=2.0),
+        top_p=fields.number("top_p", low=0.0, high=1.0),
+        top_k=fields.integer("top_k", low=-1, high=TOP_K_MAX),
+        min_p=fields.number("min_p", low=0.0, high=1.0),
+    )
     return SamplingParams(
+        **chosen,
         max_tokens=max_tokens,
-        temperature=defaults.get("temperature", 1.0) if temperature is None else temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=defaults.get("min_p", 0.0) if min_p is None else min_p,
         seed=_read_seed(fields),
         stop_token_ids=_read_stop_token_ids(fields, model),
         min_tokens=min(fields.integer("min_tokens", low=0, high=TOKENS_MAX) or 0, max_tokens),

@@ -10,7 +10,7 @@ from typing import Final
 from aiohttp import web
 
 from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
-from orchestrator.api.choice_text import ChoiceText
+from disaggregated.text import ChoiceText
 from orchestrator.api.fields import Fields
 from orchestrator.api.generation_fields import TOKENS_MAX, GenerationFields, read_generation_fields
 from orchestrator.api.prompts import chat_prompt, completion_prompts

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from orchestrator.core_allocation import CoreAllocation, available_cores
+from disaggregated.cores import available_cores
+from orchestrator.core_allocation import CoreAllocation
 
 
 def test_two_servers_on_two_cores_get_one_each() -> None:

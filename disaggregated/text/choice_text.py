@@ -1,10 +1,11 @@
-"""Token ids of one sequence, turned into the text that its client may see."""
+"""Token ids of one sequence, turned into the text that its reader may see."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disaggregated.text import StopStrings, Tokenizer
+from disaggregated.text.stop_strings import StopStrings
+from disaggregated.text.tokenizer import Tokenizer
 
 
 class ChoiceText:
@@ -14,6 +15,11 @@ class ChoiceText:
         self._detokenizer = tokenizer.detokenizer(prompt_ids)
         self._stops = StopStrings(stop) if stop else None
         self.finish_reason = ""
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self._stops is None else self._stops.matched
 
     def push(self, token_ids: Sequence[int], finish_reason: str) -> str:
         """The text that these ids complete. Afterwards `finish_reason` is set if it ends here, for whichever reason."""
