@@ -118,18 +118,22 @@ def _check_text(value: object) -> str:
     return value
 
 
-def choice(*names: str, spellings: Mapping[str, str] | None = None) -> Kind:
-    """One of `names`, in any case; `spellings` are other names that users bring for the same things."""
+def choice(*names: str, spellings: Mapping[str, str] | None = None, words: str = "") -> Kind:
+    """One of `names`, in any case; `spellings` are other names that users bring for the same things.
+
+    `words`: what the documentation and messages name instead of all `names`.
+    """
     canonical = {name.lower(): name for name in names} | dict(spellings or {})
+    words = words or in_words(names)
 
     def check(value: object) -> str:
         found = canonical.get(value.lower()) if isinstance(value, str) else None
         if found is None:
             hint = did_you_mean(str(value).lower(), list(canonical))
-            raise BadValue(f"must be {in_words(names)}, is {shown(value)}{hint}")
+            raise BadValue(f"must be {words}, is {shown(value)}{hint}")
         return found
 
-    return Kind(in_words(names), check, is_text=True)
+    return Kind(words, check, is_text=True)
 
 
 def _check_address(value: object) -> str:

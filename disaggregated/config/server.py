@@ -17,7 +17,7 @@ class KVCacheConfig:
     """What one server on CPU may take for KV."""
     tokens_per_block: int = 32
     dtype: str = "auto"
-    """"auto" is the model's own."""
+    """"auto" is that of the activations; "float32", "bfloat16", "float16", "int8", "fp8"."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,10 @@ class ServerConfig:
     port: int = 8000
     """0: any free one; the ready line tells which."""
     dtype: str = "auto"
-    """Of weights and activations: "auto" is float32 on CPU and bfloat16 on CUDA; "float32", "bfloat16"."""
+    """Of weights and activations: "auto" is float32 on CPU and bfloat16 on CUDA; "float32", "bfloat16"; "int8" and
+    "fp8" are "auto" with that quantization."""
+    quantization: str = "none"
+    """Of the weights of linears, and of what they are multiplied with: "none", "int8", "fp8"."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one for an engine alone, and CPU for a server so far."""
     load_format: str = "auto"

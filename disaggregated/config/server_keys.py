@@ -15,20 +15,34 @@ AT_LEAST_0: Final = integer(0)
 AT_LEAST_1: Final = integer(1)
 FRACTION: Final = number(0, 1)
 
-_DTYPE: Final = choice(
-    "auto",
-    "float32",
-    "bfloat16",
-    "float16",
-    "fp8",
-    "nvfp4",
-    spellings={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"},
-)
+_SPELLINGS: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
+_DTYPE: Final = choice("auto", "float32", "bfloat16", "int8", "fp8", "float16", "nvfp4", spellings=_SPELLINGS)
 _NO_SUCH_DTYPE: Final = {
     "float16": "this engine computes in float32 or bfloat16",
-    "fp8": "this engine computes in float32 or bfloat16",
-    "nvfp4": "this engine computes in float32 or bfloat16",
+    "nvfp4": "weights are quantised to int8 or fp8",
 }
+_KV_DTYPE: Final = choice(
+    *("auto", "float32", "bfloat16", "float16", "int8", "fp8", "nvfp4"),
+    spellings={**_SPELLINGS, "fp8_e4m3": "fp8", "no_quant": "auto"},
+)
+_NO_SUCH_KV: Final = {"nvfp4": "quantised KV entries are int8 or fp8"}
+_OTHER_QUANTISATIONS: Final = (
+    *("W8A16", "W4A16", "W4A16_AWQ", "W4A8_AWQ", "W8A16_GPTQ", "W4A16_GPTQ", "W4A8_QSERVE_PER_GROUP"),
+    *("W4A8_QSERVE_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_TENSOR_PLUGIN", "FP8_BLOCK_SCALES"),
+    *("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", "MIXED_PRECISION"),
+    *("NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "W4A8_MXFP4_MXFP8", "W4A16_MXFP4", "MXFP8"),
+)
+_QUANTISATION: Final = choice(
+    *("none", "int8", "fp8", *_OTHER_QUANTISATIONS),
+    spellings={
+        "no_quant": "none",
+        "w8a8_sq_per_channel_per_token_plugin": "int8",
+        "fp8_per_channel_per_token": "fp8",
+    },
+    words="NO_QUANT, INT8 (or W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN) or FP8 (or FP8_PER_CHANNEL_PER_TOKEN)",
+)
+_QUANTISED_LINEARS: Final = "every linear is quantised, but a router of experts; embeddings and norms never are"
+_ONE_WAY: Final = "weights are quantised to INT8 or FP8, with a scale a row, and activations with a scale a token"
 _INSTEAD: Final = ("DEFAULT", "it is not built yet; DEFAULT is used: shared memory on one host, else TCP")
 _ONE_RANK: Final = "a server has one rank for now, so only 1 starts"
 _DENSE: Final = "only dense models are supported, which have no experts"
@@ -41,8 +55,17 @@ _HONOURED: Final = (
     honoured(
         "dtype",
         _DTYPE,
-        "Of weights and activations; auto: float32 on CPU, bfloat16 on CUDA.",
+        "Of weights and activations; auto: float32 on CPU, bfloat16 on CUDA. int8, fp8: short for auto with that "
+        "quant_config.quant_algo.",
         not_built_values=_NO_SUCH_DTYPE,
+    ),
+    honoured(
+        "quant_config.quant_algo",
+        _QUANTISATION,
+        "How the weights of linears are stored and multiplied: INT8 on CPU, FP8 on CUDA. They are quantised as they "
+        "are loaded; docs/precision.md tells what it costs.",
+        target="quantization",
+        not_built_values=dict.fromkeys(_OTHER_QUANTISATIONS, _ONE_WAY),
     ),
     honoured(
         "device", TEXT, "cpu; auto is cpu too: servers cannot move KV blocks out of a CUDA device yet, and refuse one."
@@ -66,9 +89,9 @@ _HONOURED: Final = (
     honoured("kv_cache_config.tokens_per_block", AT_LEAST_1, "Block size."),
     honoured(
         "kv_cache_config.dtype",
-        _DTYPE,
-        "Of KV entries; auto: that of the activations.",
-        not_built_values=_NO_SUCH_DTYPE,
+        _KV_DTYPE,
+        "Of KV entries; auto: that of the activations. int8 and fp8 have a scale for each token and head.",
+        not_built_values=_NO_SUCH_KV,
     ),
     honoured(
         "cache_transceiver_config.backend",
@@ -107,7 +130,7 @@ _NOT_BUILT: Final = (
     not_built("chat_template", TEXT, "the chat template is the model's own"),
     not_built("enable_lora", BOOLEAN, "adapters are not loaded", harmless=(False,)),
     not_built("lora_config", ANYTHING, "adapters are not loaded"),
-    not_built("quant_config", ANYTHING, "weights are used in the precision of dtype"),
+    not_built("quant_config.exclude_modules", ANYTHING, _QUANTISED_LINEARS, harmless=([],)),
     not_built("sparse_attention_config", ANYTHING, "attention is dense"),
     not_built("kv_connector_config", ANYTHING, "KV is not kept outside the servers"),
     not_built("guided_decoding_backend", TEXT, "output is not constrained by a grammar"),
@@ -210,7 +233,11 @@ _NO_EFFECT: Final = (
         "prometheus_metrics_config",
     ),
     *_without_effect("weights are read from safetensors or GGUF", "checkpoint_format", "checkpoint_loader"),
-    *_without_effect("weights are never quantised on the way in", "force_dynamic_quantization"),
+    *_without_effect("weights are quantised as quant_config.quant_algo says", "force_dynamic_quantization"),
+    *_without_effect(_ONE_WAY, "quant_config.group_size", "quant_config.smoothquant_val", "quant_config.clamp_val"),
+    no_effect("quant_config.use_meta_recipe", BOOLEAN, _ONE_WAY, harmless=(False,)),
+    no_effect("quant_config.has_zero_point", BOOLEAN, _ONE_WAY, harmless=(False,)),
+    no_effect("quant_config.pre_quant_scale", BOOLEAN, _ONE_WAY, harmless=(False,)),
     *_without_effect(
         "text is handled by the orchestrator", "tokenizer_mode", "postprocess_tokenizer_dir", "media_io_kwargs"
     ),
@@ -256,6 +283,8 @@ _ALIASES: Final = (
     Alias(name="expert_parallel_size", of="moe_expert_parallel_size", says="taken as moe_expert_parallel_size"),
     Alias(name="cluster_size", of="moe_cluster_parallel_size"),
     Alias(name="kv_cache_dtype", of="kv_cache_config.dtype"),
+    Alias(name="quant_config.kv_cache_quant_algo", of="kv_cache_config.dtype"),
+    Alias(name="quantization", of="quant_config.quant_algo"),
     Alias(name="kv_cache_free_gpu_memory_fraction", of="kv_cache_config.free_gpu_memory_fraction", yields=True),
     Alias(name="free_gpu_memory_fraction", of="kv_cache_config.free_gpu_memory_fraction", yields=True),
     Alias(

@@ -163,6 +163,33 @@ def test_the_keys_of_an_old_sub_section_count(load: Load) -> None:
     assert config.context.server.max_batch_size == 8
 
 
+@pytest.mark.parametrize(
+    ("text", "quantization", "kv_dtype"),
+    [
+        ("quant_config: {quant_algo: FP8, kv_cache_quant_algo: FP8}", "fp8", "fp8"),
+        ("quant_config: {quant_algo: W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN}", "int8", "auto"),
+        ("quant_config: {quant_algo: NO_QUANT, kv_cache_quant_algo: INT8}", "none", "int8"),
+        ("quant_config: {quant_algo: null, kv_cache_quant_algo: NO_QUANT, has_zero_point: false}", "none", "auto"),
+        ("quant_config: {quant_algo: INT8}\nkv_cache_config: {dtype: half}", "int8", "float16"),
+    ],
+)
+def test_quantisation_is_asked_for_as_in_tensorrt_llm(load: Load, text: str, quantization: str, kv_dtype: str) -> None:
+    config = load(f"model: m\n{text}\n")
+    for pool in (config.context, config.generation):
+        assert (pool.server.quantization, pool.server.kv_cache_config.dtype) == (quantization, kv_dtype)
+    assert (config.notes, config.not_built) == ((), ())
+
+
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "nvfp4", "FP8_BLOCK_SCALES"])
+def test_another_quantisation_loads_but_does_not_start(load: Load, algorithm: str) -> None:
+    config = load(f"model: m\nquant_config: {{quant_algo: {algorithm}}}\n")
+    message = (
+        rf"^quant_config\.quant_algo: '{algorithm.upper()}' is not built yet: weights are quantised to INT8 or FP8"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_can_start(config)
+
+
 def test_a_top_level_key_holds_for_both_sections(load: Load) -> None:
     config = load("model: m\nmax_num_tokens: 128\ncontext_servers: {max_num_tokens: 128, max_batch_size: 4}\n")
     assert config.context.server.max_num_tokens == config.generation.server.max_num_tokens == 128
@@ -280,6 +307,15 @@ def test_named_threads_are_not_dealt_out(load: Load) -> None:
             "allow_request_chat_template: true",
             "allow_request_chat_template: true is refused: "
             "a template that a client sends is a program, and is never run",
+        ),
+        (
+            "quant_config: {quant_algo: int7}",
+            "quant_config.quant_algo: must be NO_QUANT, INT8 (or W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN) or FP8 "
+            "(or FP8_PER_CHANNEL_PER_TOKEN), is 'int7'; did you mean int8?",
+        ),
+        (
+            "quant_config: {kv_cache_quant_algo: FP8}\nkv_cache_config: {dtype: int8}",
+            "kv_cache_config.dtype: is 'int8', but quant_config.kv_cache_quant_algo is 'fp8'",
         ),
         ("cpu_affinity: '1-'", "cpu_affinity: must be a list of cores such as 0,2-5, is '1-'"),
         ("cpu_affinity: [1, 1]", "cpu_affinity: names a core twice, is [1, 1]"),

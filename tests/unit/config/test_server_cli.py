@@ -63,6 +63,19 @@ def test_the_flags_of_a_tensorrt_llm_quick_start_are_taken() -> None:
     assert config.log_level == "debug"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--quant_config.quant_algo", "INT8", "--kv_cache_config.dtype", "INT8"],
+        ["--quantization", "w8a8_sq_per_channel_per_token_plugin", "--kv_cache_dtype", "int8"],
+        ["--quant-config.quant-algo=int8", "--kv-cache-config.dtype=int8"],
+    ],
+)
+def test_quantisation_is_asked_for_by_any_of_its_names(flags: list[str]) -> None:
+    config = parse("m", *flags)
+    assert (config.dtype, config.quantization, config.kv_cache_config.dtype) == ("auto", "int8", "int8")
+
+
 def test_a_model_may_be_called_by_a_number() -> None:
     assert parse("1234").model == "1234"
 
@@ -99,7 +112,8 @@ def test_what_has_no_effect_is_told_on_stderr(capsys: pytest.CaptureFixture[str]
         (["m", "--tp_size", "2"], "--tensor_parallel_size: 2 is not built yet: a server has one rank"),
         (["m", "--backend", "trt"], "--backend: 'tensorrt' is refused: there is one engine"),
         (["m", "--disagg_cluster_uri", "http://x"], "--disagg_cluster_uri: 'http://x' is refused: servers do not look"),
-        (["m", "--dtype", "fp8"], "--dtype: 'fp8' is not built yet: this engine computes in float32 or bfloat16"),
+        (["m", "--dtype", "nvfp4"], "--dtype: 'nvfp4' is not built yet: weights are quantised to int8 or fp8"),
+        (["m", "--quantization", "awq"], "--quant_config.quant_algo: must be NO_QUANT, INT8 (or W8A8_SQ_PER_CHANNEL"),
         (["m", "--max_bach_size", "2"], "No such option '--max-bach-size'"),
         (["m", "--config", "/nowhere.yml"], "/nowhere.yml: cannot be read: No such file or directory"),
         ([], "Missing argument 'MODEL'"),
@@ -124,7 +138,8 @@ CONFIGS = st.builds(
     role=st.just("generation"),
     host=st.sampled_from(["127.0.0.1", "::1"]),
     port=st.integers(0, 65535),
-    dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
+    dtype=st.sampled_from(["auto", "float32", "bfloat16", "int8"]),
+    quantization=st.sampled_from(["none", "int8", "fp8"]),
     device=st.sampled_from(["auto", "cuda:1"]),
     load_format=st.sampled_from(["auto", "dummy"]),
     max_batch_size=st.integers(1, 4096),
@@ -139,6 +154,7 @@ CONFIGS = st.builds(
         max_tokens=st.none() | st.integers(1, 1 << 30),
         free_gpu_memory_fraction=st.floats(0, 1),
         tokens_per_block=st.integers(1, 128),
+        dtype=st.sampled_from(["auto", "float16", "int8", "fp8"]),
     ),
     cache_transceiver_config=st.builds(
         CacheTransceiverConfig,
