@@ -3,7 +3,8 @@
 A query's softmax must add up in the same order whether it is computed alone, in a chunk of 64 or of 512, beside
 others, or as a decode step. So keys come in tiles of fixed length at fixed absolute positions; each (row, key tile)
 is one *unit*, whose scores and weighted values are products of fixed shape; and a row's units are added up in order.
-Keys past a query's position score minus infinity, and so add an exact zero.
+Keys that a query must not see, past its position or before its window, score minus infinity, and so add an exact
+zero; a tile that all queries of a row are past is left out, which adds the same.
 
 Legend: Y rows of a group (decode: sequences; prefill: one tile of queries of one sequence), Q queries of each row,
 P query heads that share a kv head, M = Q * P padded, U units, E keys of a tile, others as in `api.py`.
@@ -32,12 +33,15 @@ def key_tile(block_size: int) -> int:
     return block_size * max(1, -(-KEY_TILE_MIN // block_size))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
     num_heads: int
     num_kv_heads: int
+    num_planes: int
     head_dim: int
+    value_dim: int
     block_size: int
+    window: int | None
     exact: tuple[int, ...]
     """Row counts that a product may have, ascending. `(1,)`: rows or batched products disturb each other here."""
 
@@ -59,8 +63,8 @@ class AttentionShape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkGroup:
-    """Tensors on the model's device. Units are ordered by tile, then row; rows with more tiles come first, so the
-    units of tile t belong to the rows `0 … counts[t]`."""
+    """Tensors on the model's device. Units are ordered by tile, counted from the first that its row sees, then by row;
+    rows with more tiles come first, so the units of tile t belong to the rows `0 … counts[t]`."""
 
     tokens: torch.Tensor
     """(Y * Q) int64: index among the step's T tokens."""
@@ -70,10 +74,10 @@ class WorkGroup:
     counts: tuple[int, ...]
     unit_rows: torch.Tensor
     """(U) int64."""
-    key_heads: torch.Tensor
-    """(U * G * blocks of a tile) int64: which (block, k, kv head) planes of the pool make up the keys of each unit."""
+    key_planes: torch.Tensor
+    """(U * G * blocks of a tile) int64: which (block, key, kv head) planes of the pool are the keys of each unit."""
     hidden_UME: torch.Tensor
-    """Bool: keys past the query's position."""
+    """Bool: keys that the query does not see."""
     stale: torch.Tensor
     """int64, into (U * G * E): places past the end of each sequence. They may hold anything, NaN included."""
 
@@ -87,6 +91,7 @@ class _QueryTile:
     position: int
     num_queries: int
     context_len: int
+    first_tile: int
     num_tiles: int
 
 
@@ -119,8 +124,9 @@ def _query_tiles(batch: AttentionBatch, shape: AttentionShape) -> Iterator[_Quer
         queries_max = 1 if shape.is_isolated else max(1, fitting[-1] // shape.heads_per_kv)
         for start in range(first_position, end, queries_max):
             num_queries = min(queries_max, end - start)
-            num_tiles = -(-(start + num_queries) // length)
-            yield _QueryTile(row, token + start - first_position, start, num_queries, end, num_tiles)
+            first_tile = 0 if shape.window is None else max(0, start - shape.window + 1) // length
+            num_tiles = -(-(start + num_queries) // length) - first_tile
+            yield _QueryTile(row, token + start - first_position, start, num_queries, end, first_tile, num_tiles)
         token += num_tokens
 
 
@@ -140,7 +146,7 @@ def _work_group(tiles: list[_QueryTile], batch: AttentionBatch, shape: Attention
     padded = shape.padded_rows(num_queries)
     counts = tuple(sum(tile.num_tiles > t for tile in tiles) for t in range(tiles[0].num_tiles))
     unit_rows = np.concatenate([np.arange(count) for count in counts])
-    unit_tiles = np.repeat(np.arange(len(counts)), counts)
+    unit_tiles = np.repeat(np.arange(len(counts)), counts) + np.array([tile.first_tile for tile in tiles])[unit_rows]
     queries = np.arange(num_queries)
     host = _to_device(
         device,
@@ -153,7 +159,11 @@ def _work_group(tiles: list[_QueryTile], batch: AttentionBatch, shape: Attention
     )
     tokens, unit_rows_U, unit_tiles_U, batch_rows_U, positions_YM, stale = host
     length = key_tile(shape.block_size)
-    keys_UE = unit_tiles_U[:, None] * length + torch.arange(length, device=device)
+    keys_U1E = (unit_tiles_U[:, None] * length + torch.arange(length, device=device))[:, None, :]
+    positions_UM1 = positions_YM.view(len(tiles), padded)[unit_rows_U][:, :, None]
+    hidden_UME = keys_U1E > positions_UM1
+    if shape.window is not None:
+        hidden_UME |= keys_U1E <= positions_UM1 - shape.window
     return WorkGroup(
         tokens=tokens,
         num_rows=len(tiles),
@@ -161,8 +171,8 @@ def _work_group(tiles: list[_QueryTile], batch: AttentionBatch, shape: Attention
         padded_rows=padded,
         counts=counts,
         unit_rows=unit_rows_U,
-        key_heads=_key_heads(batch, batch_rows_U, unit_tiles_U, shape),
-        hidden_UME=keys_UE[:, None, :] > positions_YM.view(len(tiles), padded)[unit_rows_U][:, :, None],
+        key_planes=_key_planes(batch, batch_rows_U, unit_tiles_U, shape),
+        hidden_UME=hidden_UME,
         stale=stale,
     )
 
@@ -180,22 +190,22 @@ def _stale_places(tiles: list[_QueryTile], counts: tuple[int, ...], shape: Atten
     places = [np.empty(0, dtype=np.int64)]
     for y, tile in enumerate(tiles):
         unit = first_unit[tile.num_tiles - 1] + y
-        held = np.arange(tile.context_len - (tile.num_tiles - 1) * length, length)
+        held = np.arange(tile.context_len - (tile.first_tile + tile.num_tiles - 1) * length, length)
         places.append((((unit * shape.num_kv_heads) + heads) * length + held).ravel())
     return np.concatenate(places)
 
 
-def _key_heads(
+def _key_planes(
     batch: AttentionBatch, batch_rows_U: torch.Tensor, unit_tiles_U: torch.Tensor, shape: AttentionShape
 ) -> torch.Tensor:
-    """Seen as (B * 2 * G) planes of (S, D), block b's keys of kv head g are plane `2 * G * b + g`."""
+    """Seen as (B * P * G) planes of (S, D), block b's keys of kv head g are plane `P * G * b + g`."""
     device = batch.block_tables.device
     num_blocks = key_tile(shape.block_size) // shape.block_size
     columns = unit_tiles_U[:, None] * num_blocks + torch.arange(num_blocks, device=device)
     columns.clamp_(max=batch.block_tables.shape[1] - 1)  # Past the table's end everything is hidden: any block will do.
     blocks = batch.block_tables[batch_rows_U[:, None], columns].long()
     heads = torch.arange(shape.num_kv_heads, device=device)
-    return (blocks[:, None, :] * (2 * shape.num_kv_heads) + heads[:, None]).flatten()
+    return (blocks[:, None, :] * (shape.num_planes * shape.num_kv_heads) + heads[:, None]).flatten()
 
 
 def _to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:

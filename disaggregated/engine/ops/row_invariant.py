@@ -18,6 +18,7 @@ BASE_ROWS: Final = {"cpu": 16, "cuda": 128}
 """The row count whose result defines a product. A call of that size always works: short ones are padded to it."""
 
 CANDIDATE_ROWS: Final = (2, 4, 8, 16, 32, 64, 128, 256)
+PROBE_ROWS: Final = 2 * max(CANDIDATE_ROWS)
 PROBE_FLOP_MAX: Final = 10e9
 """Row counts whose probe would cost more are not tried; their rows go in smaller calls."""
 

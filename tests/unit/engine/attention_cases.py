@@ -46,7 +46,7 @@ def attention_batch(rows: Sequence[Row], block_size: int, device: str = "cpu") -
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SequenceKV:
-    """Queries, keys and values of one whole sequence."""
+    """Queries, keys and values of one whole sequence; of latents, keys alone."""
 
     q_LND: torch.Tensor
     k_LGD: torch.Tensor
@@ -66,14 +66,22 @@ class SequenceKV:
         return cls(q, k, v)
 
 
-def dense_attention(sequence: SequenceKV, scale: float) -> torch.Tensor:
-    """(L, N, D) in float64: the textbook formula."""
+def dense_attention(sequence: SequenceKV, spec: AttentionSpec | float) -> torch.Tensor:
+    """(L, N, value size) in float64: the textbook formula. A number stands for a spec with that scale."""
+    if isinstance(spec, float):
+        spec = AttentionSpec(scale=spec)
     heads_per_kv = sequence.q_LND.shape[1] // sequence.k_LGD.shape[1]
+    values = sequence.v_LGD if spec.latent_value_dim is None else sequence.k_LGD[..., : spec.latent_value_dim]
     q = sequence.q_LND.double().transpose(0, 1)
     k = sequence.k_LGD.double().repeat_interleave(heads_per_kv, 1).transpose(0, 1)
-    v = sequence.v_LGD.double().repeat_interleave(heads_per_kv, 1).transpose(0, 1)
-    scores = q @ k.transpose(1, 2) * scale
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    v = values.double().repeat_interleave(heads_per_kv, 1).transpose(0, 1)
+    scores = q @ k.transpose(1, 2) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    everything = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    hidden = everything.triu(1)
+    if spec.window is not None:
+        hidden |= everything.tril(-spec.window)
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
@@ -92,17 +100,28 @@ def chunks_of(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
 class PagedSequences:
     """A pool full of NaN, and sequences that get their keys and values only as their chunks are computed."""
 
-    def __init__(self, ops: Ops, sequences: Sequence[SequenceKV], block_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        sequences: Sequence[SequenceKV],
+        block_size: int,
+        seed: int,
+        *,
+        spec: AttentionSpec | None = None,
+    ) -> None:
         self.ops, self.sequences, self.block_size = ops, sequences, block_size
         _, num_kv_heads, head_dim = sequences[0].k_LGD.shape
-        size = (NUM_BLOCKS, 2, num_kv_heads, block_size, head_dim)
+        self.spec = spec or AttentionSpec(scale=head_dim**-0.5)
+        num_planes = 1 if self.spec.latent_value_dim else 2
+        size = (NUM_BLOCKS, num_planes, num_kv_heads, block_size, head_dim)
         self.device = str(sequences[0].q_LND.device)
         self.pool = LayerPool(torch.full(size, torch.nan, dtype=sequences[0].q_LND.dtype, device=self.device))
         free = random.Random(seed).sample(range(NUM_BLOCKS), NUM_BLOCKS)
         self.blocks = [
             [free.pop() for _ in range(-(-len(sequence.q_LND) // block_size))] for sequence in self.sequences
         ]
-        self.out = [torch.full_like(sequence.q_LND, torch.nan) for sequence in sequences]
+        value_dim = self.spec.latent_value_dim or head_dim
+        self.out = [torch.full_like(sequence.q_LND[..., :value_dim], torch.nan) for sequence in sequences]
 
     def step(self, parts: Sequence[tuple[int, int, int]]) -> None:
         """`parts`: (sequence, start, number of tokens)."""
@@ -112,11 +131,11 @@ class PagedSequences:
             torch.cat([getattr(self.sequences[i], name)[start : start + n] for i, start, n in parts])
             for name in ("q_LND", "k_LGD", "v_LGD")
         )
-        self.ops.store_kv(k, v, self.pool, batch.slots)
-        out = self.ops.paged_attention(q, self.pool, batch, AttentionSpec(scale=self.scale))
+        self.ops.store_kv(k, None if self.spec.latent_value_dim else v, self.pool, batch.slots)
+        out = self.ops.paged_attention(q, self.pool, batch, self.spec)
         for (i, start, n), own in zip(parts, torch.split(out, [n for _, _, n in parts]), strict=True):
             self.out[i][start : start + n] = own
 
     @property
     def scale(self) -> float:
-        return float(self.sequences[0].q_LND.shape[-1] ** -0.5)
+        return self.spec.scale

@@ -8,13 +8,30 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from disaggregated.engine.ops.api import AttentionSpec
 from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.engine.ops.reference_attention import ReferenceAttention
 from disaggregated.engine.ops.row_invariant import exact_row_counts, probe_pair, row_cumsum, split_rows
-from tests.unit.engine.attention_cases import PagedSequences, SequenceKV, chunks_of, dense_attention
+from tests.unit.engine.attention_cases import (
+    PagedSequences,
+    Row,
+    SequenceKV,
+    attention_batch,
+    chunks_of,
+    dense_attention,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEADS = ((9, 3, 64), (4, 4, 16), (8, 1, 32), (32, 8, 128))
 """Query heads, kv heads, head size: grouped, multi-head, multi-query, large."""
+SPECS = {
+    "plain": AttentionSpec(scale=0.2),
+    "window": AttentionSpec(scale=0.2, window=150),
+    "narrow window": AttentionSpec(scale=0.2, window=3),
+    "softcap": AttentionSpec(scale=0.4, softcap=2.0),
+    "window and softcap": AttentionSpec(scale=0.3, window=130, softcap=3.0),
+    "latent": AttentionSpec(scale=0.2, latent_value_dim=32),
+}
 BATCH_SIZES = (1, 2, 3, 7, 16, 17, 33, 64)
 
 
@@ -88,6 +105,18 @@ def test_silu_mul_is_its_formula_and_row_invariant(threaded_ops: ReferenceOps, w
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [22, 176, 1536])
+def test_gelu_mul_is_its_formula_and_row_invariant(threaded_ops: ReferenceOps, width: int, dtype: torch.dtype) -> None:
+    x = randn(70, 2 * width, dtype=dtype) * 4
+    alone = torch.cat([threaded_ops.gelu_mul(x[i : i + 1].clone()) for i in range(len(x))])
+    for size in BATCH_SIZES:
+        assert torch.equal(threaded_ops.gelu_mul(x[:size].clone()), alone[:size])
+    gate, up = x.double().chunk(2, -1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    torch.testing.assert_close(alone.double(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope_turns_pairs_by_their_angle_and_is_row_invariant(ops: ReferenceOps, dtype: torch.dtype) -> None:
     angles = randn(50, 32)
     cos, sin = angles.cos(), angles.sin()
@@ -157,18 +186,64 @@ def test_attention_is_bitwise_the_same_alone_and_in_a_batch(ops: ReferenceOps, n
         assert torch.equal(together.out[i], alone.out[0])
 
 
-def test_where_products_disturb_each_other_rows_are_isolated_and_still_right(ops: ReferenceOps) -> None:
-    class IsolatedOps(ReferenceOps):
-        def _attention_rows(self, q_TND: torch.Tensor, num_kv_heads: int, block_size: int) -> tuple[int, ...]:
-            return (1,)
+def test_where_products_disturb_each_other_rows_are_isolated_and_still_right(
+    ops: ReferenceOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReferenceAttention, "_exact_rows", lambda *_: (1,))
+    for spec in SPECS.values():
+        sequence = SequenceKV.random(150, (4, 1 if spec.latent_value_dim else 2, 32), 0, torch.float32)
+        whole, stepwise = (PagedSequences(ops, [sequence], 32, seed, spec=spec) for seed in range(2))
+        whole.step([(0, 0, 150)])
+        for start, n in chunks_of(150, [50, 1, 2]):
+            stepwise.step([(0, start, n)])
+        assert torch.equal(whole.out[0], stepwise.out[0])
+        torch.testing.assert_close(whole.out[0].double(), dense_attention(sequence, spec), rtol=1e-5, atol=1e-5)
 
-    sequence = SequenceKV.random(150, (6, 2, 32), 0, torch.float32)
-    whole, stepwise = (PagedSequences(IsolatedOps(), [sequence], 32, seed) for seed in range(2))
-    whole.step([(0, 0, 150)])
-    for start, n in chunks_of(150, [50, 1, 2]):
-        stepwise.step([(0, start, n)])
-    assert torch.equal(whole.out[0], stepwise.out[0])
-    torch.testing.assert_close(whole.out[0].double(), dense_attention(sequence, whole.scale), rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_attention_of_every_kind_is_its_formula_and_the_same_for_any_chunking_and_company(
+    ops: ReferenceOps, name: str, dtype: torch.dtype
+) -> None:
+    spec, tolerance = SPECS[name], 1e-5 if dtype is torch.float32 else 3e-2
+    heads = (6, 1, 48) if spec.latent_value_dim else (6, 2, 32)
+    lengths = (420, 9, 131, 300)
+    sequences = [SequenceKV.random(n, heads, i, dtype) for i, n in enumerate(lengths)]
+    alone = [PagedSequences(ops, [sequence], 16, seed, spec=spec) for seed, sequence in enumerate(sequences)]
+    for sequence, paged, length in zip(sequences, alone, lengths, strict=True):
+        paged.step([(0, 0, length)])
+        expected = dense_attention(sequence, spec)
+        torch.testing.assert_close(paged.out[0].double(), expected, rtol=tolerance, atol=tolerance)
+    together = PagedSequences(ops, sequences, 16, 9, spec=spec)
+    parts = [chunks_of(n, sizes) for n, sizes in zip(lengths, ([64, 1], [1], [128, 1, 1], [7, 50]), strict=True)]
+    for step in range(max(map(len, parts))):
+        together.step([(i, *own[step]) for i, own in enumerate(parts) if step < len(own)])
+    for paged, own in zip(alone, together.out, strict=True):
+        assert torch.equal(paged.out[0], own)
+
+
+def test_a_window_reads_only_the_tiles_that_it_touches(ops: ReferenceOps) -> None:
+    """What is before them may be anything, even NaN."""
+    spec = AttentionSpec(scale=0.2, window=100)
+    sequence = SequenceKV.random(400, (4, 2, 32), 0, torch.float32)
+    paged = PagedSequences(ops, [sequence], 16, 0, spec=spec)
+    paged.step([(0, 0, 400)])
+    expected = paged.out[0][399].clone()
+    paged.pool.values[paged.blocks[0][: 299 // 128 * 128 // 16]] = torch.nan
+    paged.step([(0, 399, 1)])
+    assert torch.equal(paged.out[0][399], expected)
+
+
+def test_layers_of_two_kinds_share_a_step(ops: ReferenceOps) -> None:
+    """Plans are kept for each kind; switching back and forth within a step changes nothing."""
+    sequence = SequenceKV.random(300, (4, 2, 32), 0, torch.float32)
+    windowed, full = (SPECS[name] for name in ("window", "plain"))
+    paged = PagedSequences(ops, [sequence], 16, 0)
+    batch = attention_batch([Row(0, 300, paged.blocks[0])], 16)
+    ops.store_kv(sequence.k_LGD, sequence.v_LGD, paged.pool, batch.slots)
+    for spec in (windowed, full, windowed, full):
+        out = ops.paged_attention(sequence.q_LND, paged.pool, batch, spec)
+        torch.testing.assert_close(out.double(), dense_attention(sequence, spec), rtol=1e-5, atol=1e-5)
 
 
 def test_block_sizes_that_divide_the_key_tile_give_the_same_bits(ops: ReferenceOps) -> None:
