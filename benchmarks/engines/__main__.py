@@ -1,0 +1,178 @@
+"""Ours, llama.cpp, vLLM and transformers in one run, and the ratios between them.
+
+python -m benchmarks.engines [--threads 1] [--only ours,llama.cpp] [--rounds 2]
+
+Peers live in environments of their own; `python -m benchmarks.peers` makes them. One that is not there is left out, and
+the report says so. Ours is measured before and after each peer, so that a machine that gets slower hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from benchmarks import report
+from benchmarks.engines import roofline
+from benchmarks.engines.measurement import BATCH_SIZES, PREFILL_LENGTHS, Measurement, told
+from benchmarks.peers import Peers
+from disaggregated.model_files import ModelConfig, resolve
+
+MODEL: Final = "SmolLM2-135M-Instruct"
+TIMEOUT_S: Final = 1500
+OUR_PRECISIONS: Final = ("float32", "int8")
+
+
+def measured(name: str, command: Sequence[str], threads: int) -> Measurement | None:
+    """Run one system; None, with the reason on the terminal, when it does not come to an end."""
+    print(f"== {name}, {threads} thread{'s' * (threads > 1)}", flush=True)
+    cores = set(range(os.cpu_count() or 1)) if threads > 1 else {max(os.sched_getaffinity(0))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("   "):
+                print(line, end="", flush=True)
+    found = told("".join(lines))
+    if found is None:
+        print(f"   {name} ended with {process.returncode} and without a result", flush=True)
+    return found
+
+
+def systems(peers: Peers, model: Path, threads: int) -> Iterator[tuple[str, Sequence[str]]]:
+    """Name and command of each; ours come first."""
+    for precision in OUR_PRECISIONS:
+        ours = [sys.executable, "-m", "benchmarks.engines.ours", str(model), "--precision", precision]
+        yield f"ours {precision}", [*ours, "--threads", str(threads)]
+    tail = [str(model), str(threads)]
+    yield "transformers", [sys.executable, "-m", "benchmarks.engines.transformers_eager", *tail]
+    if peers.llama_cpp:
+        for kind, gguf in peers.llama_cpp.models.items():
+            words = [str(peers.llama_cpp.binaries), str(gguf), str(threads), f"llama.cpp {kind}"]
+            yield f"llama.cpp {kind}", [sys.executable, "-m", "benchmarks.engines.llama_cpp", *words]
+    if peers.vllm_python:
+        yield "vLLM CPU", [str(peers.vllm_python), "-m", "benchmarks.engines.vllm_cpu", *tail]
+
+
+def run(threads: int, only: Sequence[str], rounds: int) -> dict[str, Measurement]:
+    model = resolve(MODEL).path
+    chosen = [
+        (name, command)
+        for name, command in systems(Peers.found(), model, threads)
+        if not only or any(name.lower().startswith(word.lower()) for word in only)
+    ]
+    ours = [(name, command) for name, command in chosen if name.startswith("ours")]
+    results: dict[str, Measurement] = {}
+    for _ in range(rounds):
+        for name, command in [*chosen, *ours]:
+            found = measured(name, command, threads)
+            if found and name in results:
+                results[name].add(found)
+            elif found:
+                results[name] = found
+    return results
+
+
+def rows(results: dict[str, Measurement], threads: int) -> Iterator[report.Row]:
+    model = ModelConfig.load(resolve(MODEL).path)
+    limit = roofline.measure(threads)
+    yield report.Row(
+        what="limits of the machine",
+        seen=f"DRAM {limit.bytes_per_s / 1e9:.1f} GB/s, fp32 product {limit.flops_per_s / 1e9:.0f} GFLOP/s",
+    )
+    for name, system in results.items():
+        yield report.Row(what=f"{name}: tok/s", seen=speeds(system))
+    for ours, shares in (("ours float32", {1: 0.65, 8: 0.5}), ("ours int8", {})):
+        if ours in results:
+            yield from share_rows(results[ours], limit, model, shares)
+    for bar in BARS:
+        if bar.ours in results and bar.theirs in results:
+            yield bar.row(results)
+
+
+def speeds(system: Measurement) -> str:
+    prefill = [f"prefill {n} {n / system.prefill_s(n):.0f}" for n in PREFILL_LENGTHS if str(n) in system.prefill]
+    decode = [f"batch {n} {n / system.decode_s(n):.0f}" for n in BATCH_SIZES if str(n) in system.decode]
+    return ", ".join(prefill + decode)
+
+
+def share_rows(
+    system: Measurement, limit: roofline.Roofline, model: ModelConfig, bars: dict[int, float]
+) -> Iterator[report.Row]:
+    weight_bytes = 1 if system.system.endswith("int8") else 4
+    for batch_size in BATCH_SIZES:
+        share = limit.decode_s(model, batch_size, weight_bytes) / system.decode_s(batch_size)
+        bar = bars.get(batch_size)
+        yield report.Row(
+            what=f"{system.system}: decode, batch {batch_size}, share of the roofline",
+            seen=f"{share:.2f}",
+            bar=f"at least {bar}" if bar else "",
+            holds=share >= bar if bar else None,
+        )
+    if weight_bytes == 4:
+        for length in PREFILL_LENGTHS:
+            share = limit.prefill_s(model, length) / system.prefill_s(length)
+            yield report.Row(what=f"{system.system}: prefill {length}, share of the roofline", seen=f"{share:.2f}")
+
+
+class Bar:
+    """Ours must be so many times as fast as another."""
+
+    def __init__(self, ours: str, what: str, theirs: str, least: float) -> None:
+        self.ours, self.what, self.theirs, self.least = ours, what, theirs, least
+
+    def row(self, results: dict[str, Measurement]) -> report.Row:
+        ratio = self._seconds(results[self.theirs]) / self._seconds(results[self.ours])
+        return report.Row(
+            what=f"{self.ours}, {self.what} ÷ {self.theirs}",
+            seen=f"{ratio:.2f}",
+            bar=f"at least {self.least}",
+            holds=ratio >= self.least,
+        )
+
+    def _seconds(self, system: Measurement) -> float:
+        kind, _, number = self.what.partition(" ")
+        return system.prefill_s(int(number)) if kind == "prefill" else system.decode_s(int(number.split()[-1]))
+
+
+BARS: Final = (
+    Bar("ours float32", "decode batch 1", "llama.cpp f32", 1.0),
+    Bar("ours float32", "decode batch 1", "vLLM CPU", 1.7),
+    *(Bar("ours float32", f"decode batch {n}", "vLLM CPU", 1.25) for n in (8, 32)),
+    *(Bar("ours float32", f"decode batch {n}", "transformers", 1.5) for n in (8, 32)),
+    *(Bar("ours float32", f"prefill {n}", "vLLM CPU", 1.1) for n in PREFILL_LENGTHS),
+    Bar("ours int8", "decode batch 8", "vLLM CPU", 3.0),
+    Bar("ours int8", "decode batch 1", "llama.cpp q8_0", 0.9),
+    Bar("ours int8", "decode batch 8", "llama.cpp q8_0", 2.0),
+    *(Bar("ours int8", f"prefill {n}", "ours float32", 1.5) for n in PREFILL_LENGTHS),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="beginnings of names, with commas between them")
+    parser.add_argument("--rounds", type=int, default=1)
+    arguments = parser.parse_args()
+    only = [word for word in arguments.only.split(",") if word]
+    results = run(arguments.threads, only, arguments.rounds)
+    threads = arguments.threads
+    report.write(
+        f"engines-{threads}-thread{'s' * (threads > 1)}",
+        f"Engines beside each other, {MODEL}, {threads} thread{'s' * (threads > 1)} each",
+        list(rows(results, threads)),
+        notes="Decode: each sequence begins with 512 tokens. Roofline: bytes ÷ DRAM or sums ÷ fp32 product, the larger.",
+    )
+
+
+if __name__ == "__main__":
+    main()
