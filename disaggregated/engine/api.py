@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from disaggregated.sampling_params import SamplingParams
 
@@ -34,6 +34,8 @@ class EngineRequest:
     kind: RequestKind
     token_ids: Sequence[int]
     sampling: SamplingParams
+    priority: int = 0
+    """Lower goes first."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +98,49 @@ class ScheduledSequence:
     sampling: SamplingParams | None
     """None: a chunk in the middle of a prompt, nothing is sampled after it."""
     forbidden_token_ids: frozenset[int] = frozenset()
-    """Stop tokens, while `min_tokens` is not reached."""
+    """Stop tokens, while `min_tokens` is not reached: for each token that this row may bring."""
+    draft_token_ids: Sequence[int] = ()
+    """Guesses of what follows `token_ids`, computed right after them. Only where something is sampled."""
+    previous_row: int | None = None
+    """Not None: `token_ids` is one token that the host does not know yet, `PLACEHOLDER` stands for it. It is what this
+    row of the batch launched before samples. Only a runner that can `launch()` is given such rows."""
+
+
+PLACEHOLDER: Final = -1
+"""No token id of any model."""
 
 
 class ModelRunner(Protocol):
     """Runs one forward pass over the paged KV cache. Owned by the engine's thread."""
 
-    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[int | None]:
-        """Write the batch's KV and return, for each row, the token sampled after its last position.
+    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
+        """Write the batch's KV and return the tokens sampled for each row.
 
-        Rows are independent: a row's token and KV are bitwise the same whatever its batch mates and chunking.
+        None for a chunk in the middle of a prompt, else the token after the last of `token_ids`; and after each draft
+        that is the very token sampled in its place, one more. So a row brings 1 + the number of drafts accepted, and
+        they are what would have been sampled one by one. The KV of rejected drafts is garbage that a later step
+        overwrites before anything attends to it.
+
+        Rows are independent: a row's tokens and KV are bitwise the same whatever its batch mates and chunking.
+        """
+
+
+class PendingStep(Protocol):
+    """A forward pass that the device has been given."""
+
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """Wait for the device; then as of `ModelRunner.execute`. Called once, in the order of the launches."""
+
+
+@runtime_checkable
+class OverlappingRunner(ModelRunner, Protocol):
+    """A runner on a device that works on its own: the next step is prepared while it computes this one."""
+
+    def launch(self, batch: Sequence[ScheduledSequence]) -> PendingStep:
+        """Give the device a forward pass and return without waiting for it.
+
+        The device does them in the order of launching. At most two are unfinished at any time, and only the token of a
+        row without drafts is asked for by `previous_row`.
         """
 
 
@@ -128,4 +163,8 @@ class EngineStatistics:
     prompt_tokens_total: int
     prompt_cached_tokens_total: int
     generation_tokens_total: int
+    drafted_tokens_total: int = 0
+    """Guessed by speculative decoding, and computed."""
+    accepted_tokens_total: int = 0
+    """Of these, the ones that were right."""
     preemptions_total: int

@@ -204,11 +204,10 @@ class LLMEngine:
         self._last_progress_s = self._clock()
         for chunk in chunks:
             events += self._chunk_events(chunk, started_s)
-        for (sequence, _), token_id in zip(chunks, sampled, strict=True):
+        for (sequence, _), token_ids in zip(chunks, sampled, strict=True):
             is_last_chunk = sequence.num_to_compute == 0
-            assert (token_id is not None) == is_last_chunk, f"{sequence.request_id}: {token_id}, {is_last_chunk=}"
-            if token_id is not None:
-                events.append(self._take_token(sequence, token_id))
+            assert bool(token_ids) == is_last_chunk, f"{sequence.request_id}: {token_ids}, {is_last_chunk=}"
+            events.extend(self._take_token(sequence, token_id) for token_id in token_ids)
         return events
 
     def statistics(self) -> EngineStatistics:

@@ -8,7 +8,7 @@ Legend as in `ops/api.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,25 +29,25 @@ class TorchModelRunner:
         self._kv_cache = kv_cache
         self._device = device
 
-    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[int | None]:
+    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
         with torch.inference_mode():
             logits, sampling = self._logits(batch)
-            tokens: list[int | None] = [None] * len(batch)
+            tokens: list[list[int]] = [[] for _ in batch]
             if logits is not None:
-                chosen = sample(logits, [_sample_row(batch[row]) for row in sampling])
-                for row, token in zip(sampling, chosen, strict=True):
-                    tokens[row] = token
+                chosen = iter(sample(logits, [sample for row in sampling for sample in _sample_rows(batch[row])]))
+                for row in sampling:
+                    tokens[row] = accepted(batch[row].draft_token_ids, chosen)
         return tokens
 
     def logits(self, batch: Sequence[ScheduledSequence]) -> torch.Tensor:
-        """(rows that sample, V), for whoever wants more of it than one token. Writes KV like execute()."""
+        """(positions that are sampled, V), for whoever wants more of them than a token. Writes KV like execute()."""
         with torch.inference_mode():
             logits, _ = self._logits(batch)
         assert logits is not None, "no row of the batch samples"
         return logits
 
     def _logits(self, batch: Sequence[ScheduledSequence]) -> tuple[torch.Tensor | None, list[int]]:
-        """Logits of the last position of each row that samples, and which rows these are."""
+        """Logits of the last 1 + drafts positions of each row that samples, and which rows these are."""
         assert batch, "an empty batch"
         token_ids, attention, last_tokens = step_tensors(batch, self._kv_cache.layout.block_size, self._device)
         hidden = self._model.forward(token_ids, attention, self._kv_cache.layers)
@@ -60,8 +60,12 @@ class TorchModelRunner:
 def step_tensors(
     batch: Sequence[ScheduledSequence], block_size: int, device: torch.device
 ) -> tuple[torch.Tensor, AttentionBatch, torch.Tensor]:
-    """Token ids (T), where they lie, and the index in T of each sampling row's last token."""
-    lengths = np.array([len(sequence.token_ids) for sequence in batch], dtype=np.int64)
+    """Token ids (T), where they lie, and the indices in T of the positions that are sampled after, row by row.
+
+    These are each sampling row's last token and its drafts.
+    """
+    num_drafts = np.array([len(sequence.draft_token_ids) for sequence in batch], dtype=np.int64)
+    lengths = np.array([len(sequence.token_ids) for sequence in batch], dtype=np.int64) + num_drafts
     first_positions = np.array([sequence.first_position for sequence in batch], dtype=np.int64)
     tables = _block_tables(batch)
     ends = np.cumsum(lengths)
@@ -69,9 +73,15 @@ def step_tensors(
     row_of_token = np.repeat(np.arange(len(batch)), lengths)
     positions = np.arange(ends[-1]) - starts[row_of_token] + first_positions[row_of_token]
     slots = tables[row_of_token, positions // block_size] * block_size + positions % block_size
-    samples = np.array([sequence.sampling is not None for sequence in batch])
-    token_ids = np.fromiter((token for sequence in batch for token in sequence.token_ids), np.int64, ends[-1])
-    long = _to_device([token_ids, positions, slots, ends[samples] - 1], device, np.int64)
+    token_ids = np.fromiter(
+        (token for row in batch for tokens in (row.token_ids, row.draft_token_ids) for token in tokens),
+        np.int64,
+        ends[-1],
+    )
+    num_sampled = np.array([sequence.sampling is not None for sequence in batch]) * (1 + num_drafts)
+    offsets = np.arange(num_sampled.sum()) - np.repeat(np.cumsum(num_sampled) - num_sampled, num_sampled)
+    sampled_positions = np.repeat(ends - num_sampled, num_sampled) + offsets
+    long = _to_device([token_ids, positions, slots, sampled_positions], device, np.int64)
     ints = _to_device([np.append(starts, ends[-1]), first_positions, tables.ravel()], device, np.int32)
     attention = AttentionBatch(
         query_start=ints[0],
@@ -85,10 +95,24 @@ def step_tensors(
     return long[0], attention, long[3]
 
 
-def _sample_row(sequence: ScheduledSequence) -> SampleRow:
+def accepted(draft_token_ids: Sequence[int], sampled: Iterator[int]) -> list[int]:
+    """The tokens of one row, out of those sampled after its last token and after each draft: takes all of these.
+
+    A draft that is the token sampled in its place changed nothing: what is sampled after it counts. The first that is
+    not ends the run, and the token sampled in its place is the last one.
+    """
+    tokens = [next(sampled), *(next(sampled) for _ in draft_token_ids)]
+    num_accepted = 0
+    while num_accepted < len(draft_token_ids) and draft_token_ids[num_accepted] == tokens[num_accepted]:
+        num_accepted += 1
+    return tokens[: num_accepted + 1]
+
+
+def _sample_rows(sequence: ScheduledSequence) -> list[SampleRow]:
     assert sequence.sampling is not None, f"{sequence.request_id}: nothing is sampled in the middle of a prompt"
-    position = sequence.first_position + len(sequence.token_ids)
-    return SampleRow(sequence.sampling, position, sequence.forbidden_token_ids)
+    first = sequence.first_position + len(sequence.token_ids)
+    positions = range(first, first + 1 + len(sequence.draft_token_ids))
+    return [SampleRow(sequence.sampling, position, sequence.forbidden_token_ids) for position in positions]
 
 
 def _block_tables(batch: Sequence[ScheduledSequence]) -> npt.NDArray[np.int64]:

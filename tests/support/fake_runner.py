@@ -67,7 +67,7 @@ class FakeModelRunner:
         self.batches: list[list[tuple[str, int, int]]] = []
         """Of every step: (request id, first position, number of tokens) of each row."""
 
-    def execute(self, batch: Sequence[ScheduledSequence]) -> list[int | None]:
+    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
         self.batches.append([(row.request_id, row.first_position, len(row.token_ids)) for row in batch])
         self._check_limits(batch)
         prefixes = [self.read(row.block_table, row.first_position) for row in batch]  # All reads, then all writes.
@@ -109,7 +109,7 @@ class FakeModelRunner:
             for other, table in enumerate(tables):
                 assert other == index or not written & table, f"{row.request_id} writes into a row mate's block"
 
-    def _compute(self, row: ScheduledSequence, prefix: list[Slot | None]) -> int | None:
+    def _compute(self, row: ScheduledSequence, prefix: list[Slot | None]) -> list[int]:
         """Each attended slot must continue the one before it; whether the tokens are right, the oracle tells."""
         digest = _ROOT
         for position, slot in enumerate(prefix):
@@ -120,4 +120,4 @@ class FakeModelRunner:
         for position, token_id in enumerate(row.token_ids, start=row.first_position):
             digest = _digest(digest, token_id)
             self.slots[self._slot(row.block_table, position)] = (token_id, digest)
-        return None if row.sampling is None else _next_token(digest, row.sampling, row.forbidden_token_ids)
+        return [] if row.sampling is None else [_next_token(digest, row.sampling, row.forbidden_token_ids)]

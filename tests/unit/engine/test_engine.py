@@ -322,7 +322,7 @@ def test_a_full_queue_refuses() -> None:
 
 def test_what_the_runner_raises_leaves_the_step_as_it_is() -> None:
     class BrokenRunner:
-        def execute(self, batch: Sequence[ScheduledSequence]) -> list[int | None]:
+        def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
             raise RuntimeError("device lost")
 
     engine = LLMEngine(BrokenRunner(), num_blocks=4, block_size=4, max_num_tokens=4, max_batch_size=1, max_seq_len=16)

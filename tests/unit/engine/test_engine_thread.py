@@ -52,7 +52,7 @@ class GatedRunner(FakeModelRunner):
         self.is_open.set()
         self.error: BaseException | None = None
 
-    def execute(self, batch: Sequence[ScheduledSequence]) -> list[int | None]:
+    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
         self.begun.release()
         assert self.is_open.wait(WAIT_S)
         if self.error is not None:

@@ -33,7 +33,7 @@ class HeldRunner(FakeModelRunner):
         self.is_held = threading.Event()
         self.fails_with: Exception | None = None
 
-    def execute(self, batch: Sequence[ScheduledSequence]) -> list[int | None]:
+    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
         if not self.go.is_set():
             self.is_held.set()
         assert self.go.wait(10), "the test forgot to let the runner go on"
