@@ -1,64 +1,48 @@
 """The op table in plain torch: the fallback on every device, and the oracle that other implementations are held to.
 
-What makes it row-invariant: matrix products are calls of measured row counts (`row_invariant.py`), attention is cut at
-fixed absolute positions (`reference_attention.py`), and everything else is element by element. Attention and norms are
-computed in float32 whatever the model's dtype.
+What makes it row-invariant: matrix products are calls of measured row counts, or sums of integers
+(`reference_linear.py`), attention is cut at fixed absolute positions (`reference_attention.py`), and everything else is
+element by element. Attention and norms are computed in float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, StepProgram
 from disaggregated.engine.ops.elementwise import gelu_mul
+from disaggregated.engine.ops.kv_values import write_plane
 from disaggregated.engine.ops.reference_attention import ReferenceAttention
-from disaggregated.engine.ops.row_invariant import PROBE_ROWS, exact_row_counts, matmul_rows, probe_pair, row_sum
+from disaggregated.engine.ops.reference_linear import Int8Linear, PlainLinear, PlainLinears
+from disaggregated.engine.ops.row_invariant import row_sum
 
 if TYPE_CHECKING:
     from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
-
-TRANSPOSE_NUMEL_MAX: Final = 16 << 20
-"""Weights of up to that many numbers are stored (K, M): a call with few rows is up to twice as fast on CPU. A larger
-one (an output head, often shared with the embedding) is left where it is."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReferenceLinear:
-    weight_KM: torch.Tensor
-    bias_M: torch.Tensor | None
-    exact: tuple[int, ...]
-    """Row counts that `linear` may call with."""
+    from disaggregated.engine.precision import Quantization
 
 
 class ReferenceOps:
     """Implements `Ops`. Its caches are keyed by shape, or hold the one step that is being computed."""
 
-    name = "torch"
-
-    def __init__(self) -> None:
-        self._exact_linear: dict[tuple[object, ...], tuple[int, ...]] = {}
+    def __init__(self, quantization: Quantization = "none") -> None:
+        assert quantization in ("none", "int8"), f"weights in {quantization}"
+        self.name = "torch" if quantization == "none" else f"torch-{quantization}"
+        self._quantization = quantization
+        self._plain_linears = PlainLinears()
         self._attention = ReferenceAttention()
         self._rotation: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def prepare_linear(
         self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False
-    ) -> ReferenceLinear:
-        weight_KM = weight_MK.t()
-        if weight_MK.numel() <= TRANSPOSE_NUMEL_MAX:
-            weight_KM = weight_KM.contiguous()
-        elif weight_MK.data_ptr() % 64:
-            weight_KM = weight_MK.clone().t()  # A mapped file puts it anywhere; kernels may care for alignment.
-        key = (weight_KM.shape, weight_KM.stride(), weight_KM.dtype, str(weight_KM.device), torch.get_num_threads())
-        if key not in self._exact_linear:
-            rows, matrix = probe_pair(PROBE_ROWS, weight_KM)
-            self._exact_linear[key] = exact_row_counts(lambda part: part @ matrix, rows, 2.0 * matrix.numel())
-        return ReferenceLinear(weight_KM, bias_M, self._exact_linear[key])
+    ) -> PlainLinear | Int8Linear:
+        if self._quantization == "int8" and not exact:
+            return Int8Linear.quantised(weight_MK, bias_M)
+        return self._plain_linears.prepare(weight_MK, bias_M)
 
-    def linear(self, x_TK: torch.Tensor, weight: ReferenceLinear) -> torch.Tensor:
-        return matmul_rows(x_TK, weight.weight_KM, weight.bias_M, weight.exact)
+    def linear(self, x_TK: torch.Tensor, weight: PlainLinear | Int8Linear) -> torch.Tensor:
+        return weight.apply(x_TK)
 
     def embedding(self, token_ids_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
         return table_VH.index_select(0, token_ids_T)
@@ -87,11 +71,9 @@ class ReferenceOps:
     def store_kv(
         self, key_TGD: torch.Tensor, value_TGD: torch.Tensor | None, pool: LayerPool, slots_T: torch.Tensor
     ) -> None:
-        block_size = pool.values.shape[3]
-        blocks, offsets = slots_T // block_size, slots_T % block_size
         for plane, x_TGD in enumerate((key_TGD, value_TGD)):
             if x_TGD is not None:
-                pool.values[blocks, plane, :, offsets] = x_TGD.to(pool.values.dtype)
+                write_plane(pool, plane, x_TGD, slots_T)
 
     def paged_attention(
         self, q_TND: torch.Tensor, pool: LayerPool, batch: AttentionBatch, spec: AttentionSpec
