@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import platform
 import weakref
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any, Final
@@ -22,8 +21,9 @@ import torch
 from disaggregated.engine.ops import native_linear
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops, StepProgram
 from disaggregated.engine.ops.elementwise import gelu_mul
-from disaggregated.engine.ops.native_build import ISA_FLAGS, NativeUnavailable, library
+from disaggregated.engine.ops.native_build import NativeUnavailable, library
 from disaggregated.engine.ops.native_checks import check_floats, check_indices, check_shape, token_stride
+from disaggregated.engine.ops.native_isa import best_isa, runnable_isas
 from disaggregated.engine.ops.native_linear import PackedLinear, Quantization
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_HEAD_DIM: Final = 256
+KV_DTYPES: Final = frozenset({"float32"})
+"""Of the pools that store_kv and paged_attention take, as `KVLayout` names them."""
 
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "team_start": (c_void_p, [c_int]),
@@ -50,7 +52,7 @@ def load(num_threads: int, isa: str | None = None, *, quantization: Quantization
     """The native op table, or None, with the reason logged, when this machine has none.
 
     `quantization` is of all linears that are not asked to be exact.
-    `isa` is one of `native_build.ISA_FLAGS`; by default $DISAGG_NATIVE_ISA, else the best that the CPU can run.
+    `isa` is one of `native_isa.INSTRUCTION_SETS`; by default $DISAGG_NATIVE_ISA, else the best that the CPU can run.
     The table belongs to one thread at a time: its ops share working memory.
     """
     assert num_threads >= 1, f"num_threads must be at least 1, is {num_threads}"
@@ -62,19 +64,6 @@ def load(num_threads: int, isa: str | None = None, *, quantization: Quantization
     except NativeUnavailable as error:
         log.warning("native_kernels_unavailable: %s", error)
         return None
-
-
-def runnable_isas() -> tuple[str, ...]:
-    """What of `ISA_FLAGS` this CPU can run, best first."""
-    isas = tuple(ISA_FLAGS)
-    if platform.machine() not in {"x86_64", "AMD64"}:
-        return isas[-1:]
-    first = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2)
-    return isas[first:]
-
-
-def best_isa() -> str:
-    return runnable_isas()[0]
 
 
 def _open(isa: str) -> ctypes.CDLL:

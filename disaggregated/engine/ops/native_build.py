@@ -17,10 +17,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from disaggregated.engine.ops.native_isa import INSTRUCTION_SETS, best_isa
 
 SOURCES: Final = Path(__file__).parent / "csrc"
 COMPILE_TIMEOUT_S: Final = 120.0
@@ -30,17 +32,6 @@ COMMON_FLAGS: Final = (
     "-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"
 )  # fmt: skip
 """No -ffast-math: it lets the compiler choose the order of sums."""
-
-ISA_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
-    "avx512": (
-        "-DVECTOR_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma",
-        "-mprefer-vector-width=512",
-    ),
-    "avx2": ("-DVECTOR_BYTES=32", "-mavx2", "-mfma"),
-    "baseline": ("-DVECTOR_BYTES=16",),
-}  # fmt: skip
-"""What the kernels can be compiled for, the widest vectors first. The baseline is what every CPU of an architecture
-has: SSE2 on x86-64, NEON on arm64."""
 
 
 class NativeUnavailable(Exception):
@@ -54,7 +45,7 @@ def library(isa: str) -> Path:
         NativeUnavailable: no compiler, an unwritable cache, or the sources do not compile.
     """
     compiler = find_compiler()
-    flags = (*COMMON_FLAGS, *ISA_FLAGS[isa])
+    flags = (*COMMON_FLAGS, *INSTRUCTION_SETS[isa].flags)
     path = cache_dir() / _fingerprint(compiler, flags) / f"kernels-{isa}.so"
     if path.exists():
         return path
@@ -128,12 +119,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    from disaggregated.engine.ops.native import best_isa
-
     isas = sys.argv[1:] or [best_isa()]
     for isa in isas:
-        if isa not in ISA_FLAGS:
-            print(f"unknown instruction set {isa}; there are {', '.join(ISA_FLAGS)}", file=sys.stderr)  # noqa: T201
+        if isa not in INSTRUCTION_SETS:
+            print(f"unknown instruction set {isa}; there are {', '.join(INSTRUCTION_SETS)}", file=sys.stderr)  # noqa: T201
             return 2
         try:
             print(library(isa))  # noqa: T201

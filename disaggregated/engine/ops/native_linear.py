@@ -22,10 +22,14 @@ class LinearWeight(Structure):
 
 FLOAT32, INT8 = 0, 1
 """Kinds of a LinearWeight."""
+_KINDS: Final[dict[Quantization, int]] = {"none": FLOAT32, "int8": INT8}
+
+INT8_DEPTH_MAX: Final = 1 << 17
+"""So many products of 127 * 127 fit into a sum of 32 bits."""
 
 SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
-    "linear_packed_floats": (c_int64, [c_int64] * 2),
-    "linear_pack": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
+    "linear_packed_bytes": (c_int64, [c_int64] * 3),
+    "linear_pack": (None, [c_int64] + [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
     "linear": (None, [c_void_p, POINTER(LinearWeight), c_void_p, c_int64, c_void_p]),
 }
 """Return type and arguments of each function; csrc/ says what they mean."""
@@ -51,17 +55,19 @@ class PackedLinear:
 def prepare(
     kernels: ctypes.CDLL, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, quantization: Quantization
 ) -> PackedLinear:
-    assert quantization == "none", f"quantization {quantization}"
+    """Rows of an int8 weight get a scale each: csrc/quantize.c has the formula, for weights and activations."""
+    kind = _KINDS[quantization]
     weight_MK = weight_MK.to(torch.float32).contiguous()
     num_columns, depth = weight_MK.shape
     assert weight_MK.numel() > 0, f"empty weight {tuple(weight_MK.shape)}"
+    assert kind == FLOAT32 or depth <= INT8_DEPTH_MAX, f"{depth} products of bytes do not fit into 32 bits"
     if bias_M is not None:
         check_shape(bias_M, (num_columns,))
         bias_M = bias_M.to(torch.float32).contiguous()
     bias = None if bias_M is None else bias_M.data_ptr()
-    panels = torch.empty(kernels.linear_packed_floats(num_columns, depth), dtype=torch.float32)
-    kernels.linear_pack(weight_MK.data_ptr(), bias, num_columns, depth, panels.data_ptr())
-    return PackedLinear(LinearWeight(FLOAT32, num_columns, depth, panels.data_ptr()), panels)
+    panels = torch.empty(kernels.linear_packed_bytes(kind, num_columns, depth), dtype=torch.uint8)
+    kernels.linear_pack(kind, weight_MK.data_ptr(), bias, num_columns, depth, panels.data_ptr())
+    return PackedLinear(LinearWeight(kind, num_columns, depth, panels.data_ptr()), panels)
 
 
 def linear(kernels: ctypes.CDLL, team: int, x_TK: torch.Tensor, weight: PackedLinear) -> torch.Tensor:

@@ -1,4 +1,4 @@
-/* A weight as linear() reads it, whatever its precision; see linear.c and linear_int8.c. */
+/* A weight as linear() reads it, whatever its precision; see linear.c. */
 
 #pragma once
 
@@ -11,8 +11,9 @@ typedef struct {
     int64_t kind;        /* LINEAR_… */
     int64_t num_columns; /* M, features out */
     int64_t depth;       /* K, features in */
-    const void *panels;  /* bias included; owned by Python */
+    const void *panels;  /* what linear_pack() made, bias included; owned by Python */
 } linear_weight;
 
-/* (T, M) = x (T, K) · weightᵀ + bias. Uses the team's threads and TEAM_SHARED memory: the caller keeps nothing there. */
+/* (T, M) = x (T, K) · weightᵀ + bias. Uses the team's threads and all its scratch memory: the caller keeps nothing
+   there. */
 void linear(team *team, const linear_weight *weight, const float *x, int64_t num_rows, float *to);

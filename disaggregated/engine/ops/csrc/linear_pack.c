@@ -1,0 +1,62 @@
+/* How a weight becomes strips (see linear_tile.h), once, at load. */
+
+#include "linear_tile.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+/* Large pages: a stream through a gigabyte misses the TLB at every 4 KB. Advice only, so no error matters. */
+static void advise_large_pages(void *memory, int64_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    uintptr_t begin = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095;
+    uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) & ~(uintptr_t)4095;
+    if (end > begin)
+        (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+/* Bytes that linear_pack() writes. */
+EXPORT int64_t linear_packed_bytes(int64_t kind, int64_t num_columns, int64_t depth)
+{
+    return num_panels(num_columns) * STRIPS_OF_PANEL * strip_bytes(kind, depth);
+}
+
+static void pack_float32(const float *weight, int64_t depth, uint8_t *strip, int64_t lane)
+{
+    float *to = (float *)(strip + head_bytes(LINEAR_FLOAT32)) + lane;
+    for (int64_t k = 0; k < depth; k++)
+        to[k * LANES] = weight[k];
+}
+
+static void pack_int8(const float *weight, int64_t depth, uint8_t *strip, int64_t lane, x_value *values)
+{
+    uint8_t *to = strip + head_bytes(LINEAR_INT8) + lane * WORD_VALUES;
+    ((float *)strip)[lane] = quantize_row(weight, depth, values).scale;
+    for (int64_t k = 0; k < words_of(depth) * WORD_VALUES; k++)
+        to[k / WORD_VALUES * VECTOR_WEIGHT_BYTES + k % WORD_VALUES] = (uint8_t)(values[k] + WEIGHT_OFFSET);
+}
+
+/* weight (M, K), bias (M) or NULL → panels, which should be aligned to 64 bytes. Out of memory: abort(). */
+EXPORT void linear_pack(int64_t kind, const float *weight, const float *bias, int64_t num_columns, int64_t depth,
+                        uint8_t *panels)
+{
+    x_value *values = malloc((size_t)(words_of(depth) * WORD_VALUES) * sizeof(x_value));
+    if (values == NULL)
+        abort();
+    advise_large_pages(panels, linear_packed_bytes(kind, num_columns, depth));
+    memset(panels, 0, (size_t)linear_packed_bytes(kind, num_columns, depth));
+    for (int64_t column = 0; column < num_columns; column++) {
+        uint8_t *strip = panels + column / LANES * strip_bytes(kind, depth);
+        int64_t lane = column % LANES;
+        float *biases = (float *)(strip + head_bytes(kind)) - LANES;
+        biases[lane] = bias != NULL ? bias[column] : 0.0f;
+        if (kind == LINEAR_FLOAT32)
+            pack_float32(weight + column * depth, depth, strip, lane);
+        else
+            pack_int8(weight + column * depth, depth, strip, lane, values);
+    }
+    free(values);
+}

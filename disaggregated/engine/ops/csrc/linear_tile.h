@@ -1,0 +1,47 @@
+/* A tile of a linear: some rows times some strips of outputs, over a block of the depth. Shared by the files linear*.c.
+
+   A strip is the weights of LANES outputs: a head of one vector (float32: biases) or two (int8: scales, biases), then a
+   vector of weights for each word of the depth. A word is 32 bits of a row of x: one float, or WORD_VALUES bytes. */
+
+#pragma once
+
+#include "interleave.h"
+#include "linear.h"
+#include "quantize.h"
+
+#define STRIPS_OF_PANEL MAX_VECTORS
+#if MAX_ROWS == 8
+#define HALF_TILE_CASES(X) X(1) X(2) X(3) X(4)
+#else
+#define HALF_TILE_CASES(X) X(1) X(2)
+#endif
+
+typedef struct {
+    int64_t kind;
+    int rows, strips; /* at most MAX_ROWS × STRIPS_OF_PANEL, or half of the one and twice of the other */
+    bool is_first, is_last; /* block of the depth */
+    int64_t num_words;
+    const any_word *x; /* interleaved rows */
+    const quantized_row *quantized; /* int8: one for each row */
+    const uint8_t *head; /* of the first strip */
+    const uint8_t *weights; /* of the first strip, at the block's first word */
+    int64_t strip_bytes;
+    const uint8_t *next; /* weights to be fetched early, laid out as `weights` */
+    int64_t num_words_ahead; /* how many of them */
+    bool is_alone; /* the only tile of its strips, so it fetches as fast as it multiplies */
+    float *sums; /* where a sum waits between two blocks of the depth */
+    float *to;
+    int64_t to_stride, num_columns; /* floats of a row, and how many of them, from `to` on, exist */
+} strip_tile;
+
+INLINE int64_t head_bytes(int64_t kind) { return kind == LINEAR_INT8 ? 2 * VECTOR_BYTES : VECTOR_BYTES; }
+INLINE int64_t word_bytes(int64_t kind) { return kind == LINEAR_INT8 ? VECTOR_WEIGHT_BYTES : VECTOR_BYTES; }
+INLINE int64_t num_words(int64_t kind, int64_t depth) { return kind == LINEAR_INT8 ? words_of(depth) : depth; }
+INLINE int64_t strip_bytes(int64_t kind, int64_t depth)
+{
+    return head_bytes(kind) + num_words(kind, depth) * word_bytes(kind);
+}
+/* The last panel is filled up with strips of zeros. */
+INLINE int64_t num_panels(int64_t num_columns) { return (num_columns + PANEL - 1) / PANEL; }
+
+void multiply_tile(const strip_tile *tile);
