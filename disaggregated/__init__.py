@@ -1,3 +1,21 @@
-"""What every process of a disaggregated deployment shares: configuration, errors, wire types, KV layout."""
+"""What every process of a disaggregated deployment shares: configuration, errors, wire types, KV layout.
+
+`from disaggregated import LLM, SamplingParams` is the engine for a program of one process. It is loaded when asked
+for, by name: whoever imports this package for anything else, as the orchestrator does, gets nothing of it.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+_OF_ONE_PROCESS = ("LLM", "CompletionOutput", "RequestOutput", "SamplingParams")
+
+
+def __getattr__(name: str) -> object:
+    if name in _OF_ONE_PROCESS:
+        return getattr(importlib.import_module("disaggregated.llm"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_OF_ONE_PROCESS])

@@ -1,0 +1,13 @@
+"""One-process mode: the servers' engine inside your own program, for text.
+
+    prompts ──Prompt──▶ ids ──▶ EngineThread ──EventRouter──▶ Batch ──Sequence's ChoiceText──▶ RequestOutput
+
+It is the baseline that disaggregation is compared with, the oracle that says which tokens are right, and the honest
+choice where one process is enough. Importing this takes no torch; making an `LLM` does.
+"""
+
+from disaggregated.llm.llm import LLM
+from disaggregated.llm.outputs import CompletionOutput, RequestOutput
+from disaggregated.llm.sampling import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]

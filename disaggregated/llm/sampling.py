@@ -1,0 +1,127 @@
+"""What a caller may say about sampling, checked by name; the engine gets its own, complete form of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from disaggregated import sampling_params as engine_sampling
+from disaggregated.errors import InvalidRequest
+
+NUM_SEQUENCES_MAX: Final = 128
+_INTEGER_MAX: Final = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """
+    Raises:
+        InvalidRequest: a ValueError that names the field and its bound.
+    """
+
+    n: int = 1
+    """Sequences for each prompt; they differ in their seeds."""
+    temperature: float | None = None
+    """0 is greedy. None, here and below: what the model's generation_config.json says, else no restriction."""
+    top_p: float | None = None
+    top_k: int | None = None
+    """0 and -1 are off."""
+    min_p: float | None = None
+    seed: int | None = None
+    """The same seed gives the same tokens, whatever else runs; None: another one each time."""
+    max_tokens: int | None = 16
+    """None: until the model stops, or its longest sequence is reached."""
+    min_tokens: int = 0
+    """Nothing stops a sequence before that many tokens."""
+    stop: str | Sequence[str] | None = None
+    """Strings before which the text ends."""
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    """Go on after the model's own end of text."""
+
+    def __post_init__(self) -> None:
+        _check_integer("n", self.n, 1, NUM_SEQUENCES_MAX)
+        _check_number("temperature", self.temperature, 0.0, 2.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_integer("top_k", self.top_k, -1, _INTEGER_MAX)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
+        _check_integer("max_tokens", self.max_tokens, 1, _INTEGER_MAX)
+        _check_integer("min_tokens", self.min_tokens, 0, _INTEGER_MAX)
+        if not isinstance(self.ignore_eos, bool):
+            raise _wrong("ignore_eos", "True or False", self.ignore_eos)
+        _check_stop(self.stop)
+        _check_token_ids(self.stop_token_ids)
+        if self.n > 1 and self.temperature == 0.0:
+            raise InvalidRequest(f"n is {self.n}, but at temperature 0 all sequences would be the same", param="n")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def for_engine(
+        self, defaults: Mapping[str, float], *, eos_token_ids: Sequence[int], vocab_size: int, room: int
+    ) -> list[engine_sampling.SamplingParams]:
+        """One for each of the `n` sequences. `room` is how many tokens may follow the prompt, at least 1.
+
+        Raises:
+            InvalidRequest: a stop token id that the model does not have.
+        """
+        own = tuple(self.stop_token_ids or ())
+        if (odd := next((token for token in own if token >= vocab_size), None)) is not None:
+            raise InvalidRequest(f"stop_token_ids: {odd} is not between 0 and {vocab_size - 1}", param="stop_token_ids")
+        max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
+        first_seed = secrets.randbits(63) if self.seed is None else self.seed
+        chosen = engine_sampling.over_model_defaults(
+            defaults, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p
+        )
+        return [
+            engine_sampling.SamplingParams(
+                **chosen,
+                max_tokens=max_tokens,
+                seed=(first_seed + index) % 2**64,
+                stop_token_ids=frozenset(own) | frozenset(() if self.ignore_eos else eos_token_ids),
+                min_tokens=min(self.min_tokens, max_tokens),
+            )
+            for index in range(self.n)
+        ]
+
+
+def _wrong(name: str, wanted: str, value: object) -> InvalidRequest:
+    return InvalidRequest(f"{name} must be {wanted}, is {value!r}", param=name)
+
+
+def _check_integer(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None and name not in ("n", "min_tokens"):
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(name, "an integer", value)
+    if not low <= value <= high:
+        raise _wrong(name, f"between {low} and {high}", value)
+
+
+def _check_number(name: str, value: float | None, low: float, high: float) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
+        raise _wrong(name, "a number", value)
+    if not low <= value <= high:
+        raise _wrong(name, f"between {low:g} and {high:g}", value)
+
+
+def _check_stop(stop: object) -> None:
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) for each in stops):
+        raise _wrong("stop", "a string or a list of strings", stop)
+    if not all(stops):
+        raise _wrong("stop", "without an empty string", stop)
+
+
+def _check_token_ids(token_ids: object) -> None:
+    if token_ids is None:
+        return
+    if not isinstance(token_ids, (list, tuple)) or any(type(token) is not int or token < 0 for token in token_ids):
+        raise _wrong("stop_token_ids", "a list of token ids", token_ids)
