@@ -7,12 +7,14 @@ changes all of a tensor, so a sample of each tells one checkpoint from the next.
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import xxhash
 
+from disaggregated.engine.ops.native_isa import X86
 from disaggregated.errors import ModelUnavailable
 
 SAMPLE_BYTES: Final = 4096
@@ -34,6 +36,18 @@ def weights_digest(paths: Sequence[Path]) -> str:
                     file.seek(8 + header_bytes + start)
                     digest.update(file.read(min(SAMPLE_BYTES, end - start)))
     return digest.hexdigest()
+
+
+def numerics_of(ops_name: str) -> str:
+    """One name for all op tables that give the same bits.
+
+    The native kernels add up in one order everywhere, so all instruction sets with a fused multiply-add agree; on
+    x86-64 the baseline has none.
+    """
+    kernels, _, isa = ops_name.rpartition("-")
+    if not kernels.startswith("native") or (isa == "baseline" and platform.machine() in X86):
+        return ops_name
+    return f"{kernels}-fma"
 
 
 def fingerprint(weights: str, *numerics: object) -> str:

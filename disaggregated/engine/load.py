@@ -17,11 +17,12 @@ import torch
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
-from disaggregated.engine.fingerprint import fingerprint, weights_digest
+from disaggregated.engine.fingerprint import fingerprint, numerics_of, weights_digest
 from disaggregated.engine.kv_cache import Allocate, KVCache
 from disaggregated.engine.models.decoder import Decoder
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.select import select
+from disaggregated.engine.precision import WEIGHT_BYTES, Precision, precision_of
 from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.engine.weights import (
     DummySource,
@@ -35,7 +36,6 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.model_files import ModelConfig, ModelFiles, resolve
 from disaggregated.sampling_params import SamplingParams
 
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MIB: Final = 1 << 20
 _NOT_IN_KV: Final = ("max_position_embeddings", "eos_token_ids", "bos_token_id", "dtype", "remarks")
 """What of a model's config a token's KV does not depend on."""
@@ -51,6 +51,7 @@ class LoadedEngine:
     config: ModelConfig
     device: str
     dtype: str
+    """"float32", "bfloat16"; "int8" or "fp8" where the weights are."""
     ops_name: str
     max_seq_len: int
     num_parameters: int
@@ -69,16 +70,17 @@ def load_engine(
         ConfigError: a value that this model or machine cannot have.
     """
     torch.set_num_threads(config.num_threads)
-    device, dtype = _device(config), _dtype(config)
+    device = _device(config)
+    precision = precision_of(config, device)
     is_dummy = _is_dummy(config)
     files = resolve(config.model, weights=not is_dummy, progress=progress)
     model_config = ModelConfig.load(files.path)
     max_seq_len = _max_seq_len(config, model_config)
-    _check_weights_fit(model_config, device, dtype)
+    _check_weights_fit(model_config, device, precision)
 
-    ops = select(device, dtype, head_dim=model_config.head_dim, num_threads=config.num_threads)
-    model = _load_model(files, model_config, ops, device, dtype, num_positions=max_seq_len, is_dummy=is_dummy)
-    layout = kv_layout(config, model_config, device, dtype)
+    ops = select(device, precision, head_dim=model_config.head_dim, num_threads=config.num_threads)
+    model = _load_model(files, model_config, ops, device, precision.dtype, num_positions=max_seq_len, is_dummy=is_dummy)
+    layout = kv_layout(config, model_config, device, precision.kv_dtype)
     runner = TorchModelRunner(model, KVCache(layout, device=device, allocate=allocate), device)
     _warm_up(runner, min(config.max_num_tokens, max_seq_len, layout.block_size))
     return LoadedEngine(
@@ -93,32 +95,28 @@ def load_engine(
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
         ),
         layout=layout,
-        fingerprint=_fingerprint(files, model_config, ops, dtype, is_dummy=is_dummy),
+        fingerprint=_fingerprint(files, model_config, ops, precision, is_dummy=is_dummy),
         files=files,
         config=model_config,
         device=str(device),
-        dtype=_name(dtype),
+        dtype=precision.name,
         ops_name=ops.name,
         max_seq_len=max_seq_len,
         num_parameters=num_parameters(model_config),
     )
 
 
-def kv_layout(config: ServerConfig, model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> KVLayout:
+def kv_layout(config: ServerConfig, model_config: ModelConfig, device: torch.device, dtype: str) -> KVLayout:
     """The pool that the configuration asks for and the device has room for, weights already loaded.
 
     Raises:
         NotEnoughMemory: it does not fit, or holds not even one block.
     """
     kv_config = config.kv_cache_config
-    if kv_config.dtype not in ("auto", _name(dtype)):
-        raise ConfigError(f"kv_cache_config.dtype: must be auto or the model's {_name(dtype)}, is {kv_config.dtype!r}")
     one_block = KVLayout(
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
+        **dataclasses.asdict(model_config.kv_shape),
         block_size=kv_config.tokens_per_block,
-        dtype=_name(dtype),
+        dtype=dtype,
         num_blocks=1,
     )
     available = available_bytes(device)
@@ -142,13 +140,22 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _check_weights_fit(model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    needed, available = num_parameters(model_config) * dtype.itemsize, available_bytes(device)
+def _check_weights_fit(model_config: ModelConfig, device: torch.device, precision: Precision) -> None:
+    needed, available = weight_bytes(model_config, precision), available_bytes(device)
     if needed > available:
         raise NotEnoughMemory(
-            f"the weights, {num_parameters(model_config) / 1e6:.0f} million parameters in {_name(dtype)}, take "
+            f"the weights, {num_parameters(model_config) / 1e6:.0f} million parameters in {precision.name}, take "
             f"{_mib(needed)}; {_mib(available)} are available on {device}"
         )
+
+
+def weight_bytes(config: ModelConfig, precision: Precision) -> int:
+    """Of a loaded model. The embedding is never quantised; an output head tied to it is then a matrix of its own."""
+    table = config.vocab_size * config.hidden_size
+    if precision.quantization == "none":
+        return num_parameters(config) * precision.dtype.itemsize
+    num_quantised = num_parameters(config) - (0 if config.tie_word_embeddings else table)
+    return num_quantised * WEIGHT_BYTES[precision.quantization] + table * precision.dtype.itemsize
 
 
 def _load_model(
@@ -176,10 +183,10 @@ def _warm_up(runner: TorchModelRunner, num_tokens: int) -> None:
         runner.execute([prompt])
 
 
-def _fingerprint(files: ModelFiles, config: ModelConfig, ops: Ops, dtype: torch.dtype, *, is_dummy: bool) -> str:
+def _fingerprint(files: ModelFiles, config: ModelConfig, ops: Ops, precision: Precision, *, is_dummy: bool) -> str:
     weights = "dummy" if is_dummy else weights_digest(safetensors_paths(files.path))
     mathematics = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KV}
-    return fingerprint(weights, sorted(mathematics.items()), _name(dtype), ops.name)
+    return fingerprint(weights, sorted(mathematics.items()), precision.name, precision.kv_dtype, numerics_of(ops.name))
 
 
 def _device(config: ServerConfig) -> torch.device:
@@ -196,15 +203,6 @@ def _device(config: ServerConfig) -> torch.device:
     return device
 
 
-def _dtype(config: ServerConfig) -> torch.dtype:
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if _device(config).type == "cpu" else "bfloat16"
-    if name not in DTYPES:
-        raise ConfigError(f"dtype: must be auto, {' or '.join(DTYPES)}, is {name!r}")
-    return DTYPES[name]
-
-
 def _is_dummy(config: ServerConfig) -> bool:
     if config.load_format not in ("auto", "dummy"):
         raise ConfigError(f"load_format: must be auto or dummy, is {config.load_format!r}")
@@ -216,10 +214,6 @@ def _max_seq_len(config: ServerConfig, model_config: ModelConfig) -> int:
     if config.max_seq_len is not None and not 1 <= config.max_seq_len <= limit:
         raise ConfigError(f"max_seq_len: must be 1 to {limit}, the model's limit, is {config.max_seq_len}")
     return config.max_seq_len or limit
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _mib(num_bytes: int) -> str:

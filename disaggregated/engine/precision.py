@@ -38,13 +38,13 @@ class Precision:
 
     @property
     def dtype_name(self) -> str:
-        return name_of(self.dtype)
+        """As in the configuration: `float32`."""
+        return str(self.dtype).removeprefix("torch.")
 
-    def __str__(self) -> str:
-        """For logs and messages: `float32`, or `int8 weights with float32 activations`."""
-        if self.quantization == "none":
-            return self.dtype_name
-        return f"{self.quantization} weights with {self.dtype_name} activations"
+    @property
+    def name(self) -> str:
+        """The shortest configuration of it, KV aside: `float32`, `int8`."""
+        return self.dtype_name if self.quantization == "none" else self.quantization
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,11 +93,6 @@ def precision_of(config: ServerConfig, device: torch.device) -> Precision:
             f"kv_cache_config.dtype: must be {in_words(['auto', *able.kv_dtypes])} on {device.type}, is {kv!r}"
         )
     return Precision(DTYPES[name], quantization, name if kv == "auto" else _LAYOUT_NAMES.get(kv, kv))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As in configuration and layouts: `float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _dtype_and_quantization(config: ServerConfig) -> tuple[str, Quantization]:

@@ -1,7 +1,8 @@
 """Which implementation of the op table a server runs.
 
-Native kernels where they are built and know the dtype and the head size, else the torch reference. The environment
-variable `DISAGG_OPS` insists: `torch`, or `native`, which then is an error where there is none.
+Native kernels where they are built and know the precision and the head size, else the torch reference, which knows
+them all. The environment variable `DISAGG_OPS` insists: `torch`, or `native`, which then is an error where there is
+none.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.engine.precision import Precision
 from disaggregated.errors import ConfigError
 
 VARIABLE: Final = "DISAGG_OPS"
 
 
-def select(device: torch.device, dtype: torch.dtype, *, head_dim: int, num_threads: int) -> Ops:
+def select(device: torch.device, precision: Precision, *, head_dim: int, num_threads: int) -> Ops:
     """
     Raises:
         ConfigError: `DISAGG_OPS` asks for what is not there.
@@ -28,19 +30,26 @@ def select(device: torch.device, dtype: torch.dtype, *, head_dim: int, num_threa
     if wanted not in ("", "torch", "native"):
         raise ConfigError(f"{VARIABLE}: must be torch or native, is {wanted!r}")
     if wanted == "torch":
-        return ReferenceOps()
-    reason = _unsupported(device, dtype, head_dim)
-    ops = None if reason else native.load(num_threads)
+        return ReferenceOps(precision.quantization)
+    reason = _unsupported(device, precision, head_dim)
+    ops = None if reason else _native(precision, num_threads)
     if ops is None and wanted == "native":
         raise ConfigError(f"{VARIABLE}: native kernels are not available: {reason or 'the log says why'}")
-    return ops or ReferenceOps()
+    return ops or ReferenceOps(precision.quantization)
 
 
-def _unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _native(precision: Precision, num_threads: int) -> Ops | None:
+    assert precision.quantization != "fp8", "fp8 weights on a CPU"
+    return native.load(num_threads, quantization=precision.quantization)
+
+
+def _unsupported(device: torch.device, precision: Precision, head_dim: int) -> str | None:
     if device.type != "cpu":
         return f"they run on CPU, not on {device}"
-    if dtype is not torch.float32:
-        return f"they compute in float32, not in {str(dtype).removeprefix('torch.')}"
+    if precision.dtype is not torch.float32:
+        return f"they compute in float32, not in {precision.dtype_name}"
+    if precision.kv_dtype not in native.KV_DTYPES:
+        return f"they do not read KV in {precision.kv_dtype}"
     if head_dim % 16 or head_dim > native.MAX_HEAD_DIM:
         return f"head size {head_dim} is not a multiple of 16 up to {native.MAX_HEAD_DIM}"
     return None

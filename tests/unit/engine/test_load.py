@@ -14,15 +14,18 @@ from safetensors.torch import load_file, save_file
 from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.engine import load as load_module
 from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
-from disaggregated.engine.load import LoadedEngine, load_engine
+from disaggregated.engine.fingerprint import numerics_of
+from disaggregated.engine.load import LoadedEngine, load_engine, weight_bytes
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.select import select
+from disaggregated.engine.precision import Precision, precision_of
 from disaggregated.errors import ConfigError, ModelUnavailable, NotEnoughMemory
 from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
 from tests.unit.engine.runners import random_prompt
 from tests.unit.engine.tiny_models import VOCAB_SIZE, TinyModel, write_model
 
+CPU = torch.device("cpu")
 SMALL_POOL = KVCacheConfig(max_tokens=600, tokens_per_block=16)
 
 
@@ -122,12 +125,13 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int3"}, "dtype: must be auto, float32 or bfloat16, is 'int3'"),
+        ({"dtype": "int3"}, "dtype: must be auto, float32 or bfloat16 on cpu, is 'int3'"),
+        ({"quantization": "fp8"}, "quant_config.quant_algo: must be none or int8 on cpu, is 'fp8'"),
         ({"device": "abacus"}, "device: must be auto, cpu, cuda or cuda:N, is 'abacus'"),
         ({"device": "cuda:99"}, "device: cuda:99 is not there"),
         ({"load_format": "pickle"}, "load_format: must be auto or dummy, is 'pickle'"),
         ({"max_seq_len": 1025}, "max_seq_len: must be 1 to 1024, the model's limit, is 1025"),
-        ({"kv_cache_config": KVCacheConfig(dtype="fp8")}, "kv_cache_config.dtype: must be auto or the model's float32"),
+        ({"kv_cache_config": KVCacheConfig(dtype="fp4")}, "kv_cache_config.dtype: must be auto, float32, bfloat16, fl"),
     ],
 )
 def test_a_value_that_cannot_be_had_is_named(tiny: TinyModel, changes: dict[str, object], message: str) -> None:
@@ -157,38 +161,107 @@ def test_bfloat16_loads_and_answers(tiny: TinyModel) -> None:
     assert len(run(loaded, [random_prompt(30, 1, VOCAB_SIZE)], 5)[0]) == 5
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "float32", "bfloat16", "float16", "int8", "fp8"])
+def test_every_kv_dtype_loads_and_answers_nearly_alike(tiny: TinyModel, kv_dtype: str) -> None:
+    pool = dataclasses.replace(SMALL_POOL, dtype=kv_dtype)
+    loaded = load_engine(server(tiny, kv_cache_config=pool), allocate=allocate)
+    assert loaded.layout.dtype == {"auto": "float32", "fp8": "float8_e4m3fn"}.get(kv_dtype, kv_dtype)
+    prompts = [random_prompt(length, length, VOCAB_SIZE) for length in (3, 100, 20)]
+    same = [
+        ours[0] == theirs[0]
+        for ours, theirs in zip(run(loaded, prompts, 2), (tiny.greedy(prompt, 2) for prompt in prompts), strict=True)
+    ]
+    assert sum(same) >= 2, f"first tokens differ from transformers': {same}"
+
+
+def test_int8_loads_answers_and_holds_little_memory(tiny: TinyModel) -> None:
+    loaded = load_engine(server(tiny, dtype="int8"), allocate=allocate)
+    assert (loaded.dtype, loaded.ops_name, loaded.layout.dtype) == ("int8", "torch-int8", "float32")
+    prompts = [random_prompt(length, length, VOCAB_SIZE) for length in (3, 100, 20)]
+    together = run(loaded, prompts, 10)
+    assert together == [run(loaded, [prompt], 10)[0] for prompt in prompts]
+    named_in_full = load_engine(server(tiny, dtype="float32", quantization="int8"), allocate=allocate)
+    assert named_in_full.fingerprint == loaded.fingerprint
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama-tied", "int8"), ("llama", "int8"), ("llama", "float32")])
+def test_the_weights_take_what_was_reckoned(tmp_path: Path, family: str, name: str) -> None:
+    tiny = write_model(family, tmp_path)
+    config = server(tiny, dtype=name)
+    loaded = load_engine(config, allocate=allocate)
+    reckoned = weight_bytes(loaded.config, precision_of(config, torch.device("cpu")))
+    held = sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors_of(loaded.engine)}.values())
+    assert reckoned <= held <= reckoned * 1.2
+
+
+def tensors_of(root: object) -> Iterator[torch.Tensor]:
+    """Every weight that the engine's model holds."""
+    pending = [root._runner._model._weights]  # type: ignore[attr-defined]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif dataclasses.is_dataclass(item):
+            pending += [getattr(item, field.name) for field in dataclasses.fields(item) if "PD" not in field.name]
+        elif isinstance(item, list | tuple):
+            pending += item
+
+
 def test_fingerprints_tell_weights_and_numerics_apart(tiny: TinyModel, tmp_path: Path) -> None:
     same = [load_engine(server(tiny, max_batch_size=size), allocate=allocate).fingerprint for size in (4, 8)]
     assert len(set(same)) == 1
-    other_dtype = load_engine(server(tiny, dtype="bfloat16"), allocate=allocate).fingerprint
+    int8_kv = dataclasses.replace(SMALL_POOL, dtype="int8")
+    others = [
+        load_engine(server(tiny, **changes), allocate=allocate).fingerprint
+        for changes in ({"dtype": "bfloat16"}, {"dtype": "int8"}, {"kv_cache_config": int8_kv})
+    ]
     copy = write_model("llama-tied", tmp_path)
     assert load_engine(server(copy), allocate=allocate).fingerprint == same[0]
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"] *= 1.01
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     other_weights = load_engine(server(copy), allocate=allocate).fingerprint
-    assert len({same[0], other_dtype, other_weights}) == 3
+    assert len({same[0], *others, other_weights}) == 5
+
+
+def test_native_tables_that_give_the_same_bits_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert numerics_of("native-avx512vnni") == numerics_of("native-avx2") == "native-fma"
+    assert numerics_of("native-int8-avx512") == numerics_of("native-int8-avx2vnni") == "native-int8-fma"
+    assert numerics_of("native-baseline") == "native-baseline"
+    assert numerics_of("torch") == "torch"
+    assert numerics_of("torch-int8") == "torch-int8"
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert numerics_of("native-baseline") == "native-fma"
+
+
+def precision(dtype: str = "auto", kv_dtype: str = "auto") -> Precision:
+    kv = KVCacheConfig(dtype=kv_dtype)
+    return precision_of(ServerConfig(model="m", role="context", dtype=dtype, kv_cache_config=kv), CPU)
 
 
 def test_the_environment_chooses_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
     monkeypatch.setenv("DISAGG_OPS", "fast")
     with pytest.raises(ConfigError, match="DISAGG_OPS: must be torch or native, is 'fast'"):
-        select(cpu, torch.float32, head_dim=64, num_threads=1)
+        select(CPU, precision(), head_dim=64, num_threads=1)
     monkeypatch.setenv("DISAGG_OPS", "torch")
-    assert select(cpu, torch.float32, head_dim=64, num_threads=1).name == "torch"
+    assert select(CPU, precision(), head_dim=64, num_threads=1).name == "torch"
+    assert select(CPU, precision("int8"), head_dim=64, num_threads=1).name == "torch-int8"
     monkeypatch.setenv("DISAGG_OPS", "native")
-    for dtype, head_dim, reason in ((torch.bfloat16, 64, "not in bfloat16"), (torch.float32, 24, "head size 24")):
+    for wanted, head_dim, reason in (
+        (precision("bfloat16"), 64, "not in bfloat16"),
+        (precision(), 24, "head size 24"),
+        (precision(kv_dtype="fp8"), 64, "they do not read KV in float8_e4m3fn"),
+    ):
         with pytest.raises(ConfigError, match=reason):
-            select(cpu, dtype, head_dim=head_dim, num_threads=1)
+            select(CPU, wanted, head_dim=head_dim, num_threads=1)
 
 
 def test_without_a_native_library_the_reference_steps_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISAGG_OPS")
-    monkeypatch.setattr(native, "load", lambda num_threads: None)
-    cpu = torch.device("cpu")
-    assert select(cpu, torch.float32, head_dim=64, num_threads=1).name == "torch"
-    assert select(cpu, torch.bfloat16, head_dim=64, num_threads=1).name == "torch"
+    monkeypatch.setattr(native, "load", lambda num_threads, *, quantization: None)
+    for dtype, name in (("float32", "torch"), ("bfloat16", "torch"), ("int8", "torch-int8")):
+        assert select(CPU, precision(dtype), head_dim=64, num_threads=1).name == name
     monkeypatch.setenv("DISAGG_OPS", "native")
     with pytest.raises(ConfigError, match="the log says why"):
-        select(cpu, torch.float32, head_dim=64, num_threads=1)
+        select(CPU, precision(), head_dim=64, num_threads=1)
