@@ -129,6 +129,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
                 kind=RequestKind.PREFILL_ONLY,
                 token_ids=request.token_ids,
                 sampling=SamplingParams.from_proto(request.sampling),
+                priority=request.priority,
             )
         )
 

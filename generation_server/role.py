@@ -311,4 +311,5 @@ def _engine_request(request: control_pb2.AdmitRequest, engine_id: str, kind: Req
         kind=kind,
         token_ids=request.token_ids,
         sampling=SamplingParams.from_proto(request.sampling),
+        priority=request.priority,
     )

@@ -127,6 +127,7 @@ class Attempt:
             token_ids=self._token_ids,
             sampling=self._sampling.to_proto(),
             deadline_s=self._seconds_left(),
+            priority=self._run.request.priority,
         )
         share = self._shares[0][1]
         has_outcome = False
@@ -170,6 +171,7 @@ class Attempt:
             sampling=self._sampling.to_proto(),
             deadline_s=self._seconds_left(),
             source=self._ticket(),
+            priority=self._run.request.priority,
         )
         try:
             await link.admit(request)

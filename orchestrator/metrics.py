@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logs.get(__name__)
 
+Family = GaugeMetricFamily | CounterMetricFamily
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 180.0)
 _SHORT_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -174,6 +175,12 @@ _SERVER_GAUGES: Final = (
     ("disagg_step_age_seconds", "Since the last finished step while there is work.", "step_age_s"),
 )
 
+_SERVER_COUNTERS: Final = (
+    ("disagg_spec_decode_num_draft_tokens", "Tokens guessed by speculative decoding.", "draft_tokens_total"),
+    ("disagg_spec_decode_num_accepted_tokens", "Of these, the ones that were right.", "accepted_draft_tokens_total"),
+)
+"""As the server counts them: from 0 again when it starts again, which Prometheus knows how to read."""
+
 
 class _LiveNumbers(Collector):
     """Read from the books at each scrape: nothing to keep up to date, nothing to forget when a server goes."""
@@ -203,12 +210,16 @@ class _LiveNumbers(Collector):
             if server.client is not None:
                 leaked.add_metric(labels, _num_leaked(server))
         yield from (up, lost, leaked)
-        for name, text, field in _SERVER_GAUGES:
-            family = GaugeMetricFamily(name, text, labels=["role", "instance"])
-            for server in self._servers:
-                if server.client is not None:
-                    family.add_metric([server.role.value, server.instance_id], getattr(server.heartbeat, field))
-            yield family
+        for kind, rows in ((GaugeMetricFamily, _SERVER_GAUGES), (CounterMetricFamily, _SERVER_COUNTERS)):
+            yield from (
+                self._of_each_server(kind(name, text, labels=["role", "instance"]), field) for name, text, field in rows
+            )
+
+    def _of_each_server(self, family: Family, field: str) -> Family:
+        for server in self._servers:
+            if server.client is not None:
+                family.add_metric([server.role.value, server.instance_id], getattr(server.heartbeat, field))
+        return family
 
 
 def _num_leaked(server: Server) -> int:

@@ -163,8 +163,8 @@ class EngineStatistics:
     prompt_tokens_total: int
     prompt_cached_tokens_total: int
     generation_tokens_total: int
-    drafted_tokens_total: int = 0
+    draft_tokens_total: int = 0
     """Guessed by speculative decoding, and computed."""
-    accepted_tokens_total: int = 0
+    accepted_draft_tokens_total: int = 0
     """Of these, the ones that were right."""
     preemptions_total: int

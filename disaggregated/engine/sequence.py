@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from disaggregated.block_hash import BlockHash, block_hashes
 from disaggregated.engine.api import EngineRequest, FinishReason, RequestKind
 from disaggregated.engine.block_pool import Holding
 from disaggregated.errors import DisaggregatedError
+
+if TYPE_CHECKING:
+    from disaggregated.engine.speculation import Drafting
+
+PRIORITY_STEP_S: Final = 10.0
+"""A priority that is lower by one goes before who came so many seconds earlier. So whoever waits gets on in the end:
+of those that come later, only the ones within a bounded time can still go first."""
 
 
 class Phase(enum.StrEnum):
@@ -56,6 +63,7 @@ class Sequence:
     __slots__ = (
         "arrival",
         "block_hashes",
+        "drafting",
         "holding",
         "kind",
         "num_cached_prompt_tokens",
@@ -64,6 +72,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_tokens_max",
         "phase",
+        "rank",
         "request_id",
         "sampling",
         "story",
@@ -71,7 +80,8 @@ class Sequence:
         "was_started",
     )
 
-    def __init__(self, request: EngineRequest, *, arrival: int, num_tokens_max: int) -> None:
+    def __init__(self, request: EngineRequest, *, arrival: int, num_tokens_max: int, arrived_s: float = 0.0) -> None:
+        """`arrival`: how many came before, in this engine."""
         self.request_id = request.request_id
         self.kind = request.kind
         self.sampling = request.sampling
@@ -80,7 +90,8 @@ class Sequence:
         self.num_tokens_max = num_tokens_max
         """Prompt and generated tokens at which it ends, whatever the request says."""
         self.arrival = arrival
-        """Who came earlier goes first, and is preempted last."""
+        self.rank = (arrived_s + PRIORITY_STEP_S * request.priority, arrival)
+        """The lowest goes first and is preempted last; it never changes."""
         self.phase = Phase.NEW
         self.story: list[tuple[float, Phase]] = []
         self.num_computed = 0
@@ -92,6 +103,7 @@ class Sequence:
         self.block_hashes: list[BlockHash] = []
         self.num_findable_blocks = 0
         """Blocks of the table, from the first on, that have been offered to the prefix cache."""
+        self.drafting: Drafting | None = None
 
     @property
     def num_generated(self) -> int:

@@ -191,6 +191,8 @@ class Heartbeat(_message.Message):
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
     STEP_AGE_S_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     step: _builtins.int
     """engine steps so far; grows while there is work"""
@@ -211,6 +213,10 @@ class Heartbeat(_message.Message):
     preemptions_total: _builtins.int
     step_age_s: _builtins.float
     """since the last finished step while there is work, else 0"""
+    draft_tokens_total: _builtins.int
+    """guessed by speculative decoding"""
+    accepted_draft_tokens_total: _builtins.int
+    """of these, the ones that were right"""
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkStatistics]: ...
     def __init__(
@@ -232,10 +238,12 @@ class Heartbeat(_message.Message):
         preemptions_total: _builtins.int = ...,
         links: _abc.Iterable[Global___LinkStatistics] | None = ...,
         step_age_s: _builtins.float = ...,
+        draft_tokens_total: _builtins.int = ...,
+        accepted_draft_tokens_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "draft_tokens_total", b"draft_tokens_total", "draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,11 +396,14 @@ class PrefillRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     transfer_id: _builtins.str
     """empty: nobody will pull these blocks"""
     deadline_s: _builtins.float
     """relative"""
+    priority: _builtins.int
+    """lower goes first"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -405,10 +416,11 @@ class PrefillRequest(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___SamplingParams | None = ...,
         deadline_s: _builtins.float = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,12 +516,15 @@ class AdmitRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     orchestrator_id: _builtins.str
     stream_key: _builtins.int
     """chosen by the orchestrator, unique among its live requests"""
     request_id: _builtins.str
     deadline_s: _builtins.float
     """relative; for the KV to land or the local prefill to end"""
+    priority: _builtins.int
+    """lower goes first, and is preempted last"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the whole prompt, and what was generated before a re-dispatch"""
@@ -532,10 +547,11 @@ class AdmitRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         source: Global___TransferTicket | None = ...,
         deadline_s: _builtins.float = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "orchestrator_id", b"orchestrator_id", "request_id", b"request_id", "sampling", b"sampling", "source", b"source", "stream_key", b"stream_key", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "orchestrator_id", b"orchestrator_id", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "source", b"source", "stream_key", b"stream_key", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

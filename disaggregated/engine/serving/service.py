@@ -86,6 +86,8 @@ class ServerService(control_pb2_grpc.ServerServicer):
             prompt_cached_tokens_total=statistics.prompt_cached_tokens_total,
             generation_tokens_total=statistics.generation_tokens_total,
             preemptions_total=statistics.preemptions_total,
+            draft_tokens_total=statistics.draft_tokens_total,
+            accepted_draft_tokens_total=statistics.accepted_draft_tokens_total,
         )
 
     async def Drain(self, request: control_pb2.DrainRequest, call: Any) -> control_pb2.DrainReply:
