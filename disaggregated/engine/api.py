@@ -168,3 +168,14 @@ class EngineStatistics:
     accepted_draft_tokens_total: int = 0
     """Of these, the ones that were right."""
     preemptions_total: int
+    num_host_slots: int = 0
+    """Blocks that the host tier has room for."""
+    num_host_slots_used: int = 0
+    num_host_slots_claimed: int = 0
+    """Kept for swapped-out sequences until they return."""
+    offloaded_blocks_total: int = 0
+    """Copied to the host tier."""
+    onboarded_blocks_total: int = 0
+    """Copied back from it."""
+    swapped_sequences_total: int = 0
+    """Preempted ones whose blocks were kept for them."""

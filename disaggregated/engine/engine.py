@@ -22,9 +22,12 @@ from disaggregated.engine.api import (
     ScheduledSequence,
     TokensSampled,
 )
+from disaggregated.engine.block_events import BlockEventBatch, BlockSnapshot
 from disaggregated.engine.block_pool import BlockPool, LedgerEntry
+from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from disaggregated.engine.sequence import Phase, Sequence
+from disaggregated.engine.tiered_cache import TieredCache
 from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull, TransferError
 
 
@@ -49,6 +52,8 @@ class LLMEngine:
         enable_block_reuse: bool = True,
         num_waiting_max: int = 4096,
         vocab_size: int = 2**31,
+        copier: BlockCopier | None = None,
+        event_buffer_max_size: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -58,6 +63,8 @@ class LLMEngine:
         max_seq_len: prompt and generated tokens of one sequence.
         num_waiting_max: requests that wait to start; submit() refuses when there are as many.
         vocab_size: token ids that the runner takes; a request with another one is refused, and cannot crash it.
+        copier: the host tier's memory, in which evicted blocks live on; None: there is none.
+        event_buffer_max_size: changes of the prefix cache kept between two steps, for take_block_events(); 0: none.
         """
         assert min(block_size, max_num_tokens, max_batch_size, max_seq_len) > 0, "a limit is not positive"
         self._runner = runner
@@ -71,7 +78,10 @@ class LLMEngine:
             max_batch_size=max_batch_size,
             enable_block_reuse=enable_block_reuse,
         )
-        self._pool = BlockPool(num_blocks)
+        self._copier = copier
+        num_host_slots = 0 if copier is None else copier.num_slots
+        self._cache = TieredCache(num_host_slots=num_host_slots, event_buffer_max_size=event_buffer_max_size)
+        self._pool = BlockPool(num_blocks, self._cache)
         self._scheduler = Scheduler(self._pool, self._limits)
         self._sequences: dict[str, Sequence] = {}
         self._unsent: list[EngineEvent] = []
@@ -128,6 +138,7 @@ class LLMEngine:
         sequence = self._new_sequence(request)
         self._scheduler.reserve(sequence, now_s=self._clock())
         self._sequences[request.request_id] = sequence
+        self._copy_blocks(before_others=True)
         return Reservation(
             request_id=request.request_id,
             block_ids=tuple(sequence.block_table),
@@ -196,6 +207,7 @@ class LLMEngine:
         events, self._unsent = self._unsent, []
         started_s = self._clock()
         chunks = self._scheduler.schedule(now_s=started_s)
+        self._copy_blocks()
         if not chunks:
             return events
         sampled = self._runner.execute([self._row(chunk) for chunk in chunks])
@@ -225,11 +237,25 @@ class LLMEngine:
             prompt_cached_tokens_total=self._prompt_cached_tokens_total,
             generation_tokens_total=self._generation_tokens_total,
             preemptions_total=self._scheduler.preemptions_total,
+            num_host_slots=self._cache.host.num_slots,
+            num_host_slots_used=self._cache.host.num_used,
+            num_host_slots_claimed=self._cache.host.num_claimed,
+            offloaded_blocks_total=self._cache.offloaded_blocks_total,
+            onboarded_blocks_total=self._cache.onboarded_blocks_total,
+            swapped_sequences_total=self._cache.swapped_sequences_total,
         )
 
     def ledger(self) -> list[LedgerEntry]:
         """(kind, owner, num_blocks, age_s) of everyone who holds blocks, the oldest first; empty when idle."""
         return self._pool.ledger(self._clock())
+
+    def take_block_events(self) -> BlockEventBatch:
+        """Which blocks can be found, and no longer, since the last call."""
+        return self._cache.take_events()
+
+    def block_snapshot(self) -> BlockSnapshot:
+        """Every block that can be found now; what take_block_events() brings with later numbers comes on top."""
+        return self._cache.snapshot()
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity(self._sequences.values())
@@ -237,6 +263,17 @@ class LLMEngine:
             assert entry.owner in self._sequences, f"{entry} belongs to no request"
 
     # Parts of the above.
+
+    def _copy_blocks(self, *, before_others: bool = False) -> None:
+        """Before anything is written into the pool: what evicted blocks held is saved, what comes back is there.
+
+        before_others: somebody who does not follow the engine's order is about to write, a transfer.
+        """
+        copies = self._cache.take_copies()
+        if copies and self._copier is not None:
+            self._copier.copy(copies)
+            if before_others:
+                self._copier.wait()
 
     def _note_progress_if_idle(self) -> None:
         """Called before anything that may bring work, so that a step's age does not count the idle time before it."""

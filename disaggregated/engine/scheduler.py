@@ -16,8 +16,10 @@ from collections import OrderedDict
 from collections.abc import Collection
 from typing import NamedTuple
 
+from disaggregated.engine.block_events import BlockLabel
 from disaggregated.engine.block_pool import BlockPool, HoldingKind
 from disaggregated.engine.sequence import Phase, Sequence
+from disaggregated.engine.tiered_cache import CachedRun
 from disaggregated.errors import PoolExhausted
 
 
@@ -141,6 +143,7 @@ class Scheduler:
         """From any phase: the blocks are back."""
         if sequence.phase is Phase.WAITING:
             self._leave_queue(sequence)
+            self.pool.drop_swap(sequence.request_id)
         self._give_back(sequence)
         self._running.pop(sequence.request_id, None)
         self._landed.pop(sequence.request_id, None)
@@ -218,10 +221,10 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence, now_s: float) -> None:
-        """Back to the head of the queue without blocks. The prefix cache may still have them when it returns."""
+        """Back to the head of the queue without blocks. The cache may still have them when it returns."""
         self._running.pop(sequence.request_id, None)
         self._landed.pop(sequence.request_id, None)
-        self._give_back(sequence)
+        self._swap_out(sequence, now_s)
         sequence.num_computed = 0
         self.enqueue(sequence, now_s=now_s)
         self._waiting.move_to_end(sequence.request_id, last=False)
@@ -252,7 +255,7 @@ class Scheduler:
             return False
         self._leave_queue(sequence)
         self._hold(sequence, HoldingKind.SEQUENCE, cached, num_new, now_s)
-        sequence.num_computed = len(cached) * self.limits.block_size
+        sequence.num_computed = cached.num_tokens(self.limits.block_size)
         self._run(sequence, now_s)
         return True
 
@@ -273,18 +276,30 @@ class Scheduler:
         self._head_wants = 0  # Another one is the first now.
         self._head_refused_at = -1
 
-    def _find_cached(self, sequence: Sequence, num_blocks_max: int) -> list[int]:
-        if not self.limits.enable_block_reuse:
-            return []
-        return self.pool.prefix_cache.find(sequence.hash_blocks(num_blocks_max, self.limits.block_size))
+    def _find_cached(self, sequence: Sequence, num_blocks_max: int) -> CachedRun:
+        num_blocks = num_blocks_max if self.limits.enable_block_reuse else 0
+        return self.pool.find(sequence.hash_blocks(num_blocks, self.limits.block_size), owner=sequence.request_id)
 
-    def _hold(self, sequence: Sequence, kind: HoldingKind, cached: list[int], num_new: int, now_s: float) -> None:
+    def _hold(self, sequence: Sequence, kind: HoldingKind, cached: CachedRun, num_new: int, now_s: float) -> None:
         sequence.holding = self.pool.hold(sequence.request_id, kind, cached=cached, num_new=num_new, now_s=now_s)
-        sequence.num_findable_blocks = len(cached)
+        sequence.num_findable_blocks = cached.num_findable
         if not sequence.was_started:
             sequence.num_cached_prompt_tokens = len(cached) * self.limits.block_size
             sequence.was_started = True
         self._num_growing += sequence.can_grow
+
+    def _swap_out(self, sequence: Sequence, now_s: float) -> None:
+        """Its blocks are back; where the host tier has room, they are found again when it returns."""
+        assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
+        self.pool.swap_out(
+            sequence.holding,
+            sequence.hash_blocks(sequence.num_findable_blocks, self.limits.block_size),
+            num_tokens=sequence.num_computed,
+            num_blocks=self.limits.num_blocks_for(sequence.num_computed),
+            now_s=now_s,
+        )
+        sequence.holding = None
+        self._num_growing -= sequence.can_grow
 
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.holding is None:
@@ -301,5 +316,6 @@ class Scheduler:
         num_full = sequence.num_computed // self.limits.block_size
         hashes = sequence.hash_blocks(num_full, self.limits.block_size)
         for index in range(sequence.num_findable_blocks, num_full):
-            self.pool.prefix_cache.add(sequence.block_table[index], hashes[index])
+            parent = hashes[index - 1] if index else None
+            self.pool.make_findable(sequence.block_table[index], BlockLabel(hashes[index], parent, index))
         sequence.num_findable_blocks = num_full

@@ -3,8 +3,12 @@ from __future__ import annotations
 import pytest
 
 from disaggregated.block_hash import BlockHash
+from disaggregated.engine.block_events import BlockLabel
 from disaggregated.engine.block_pool import BlockPool, Holding, HoldingKind
+from disaggregated.engine.tiered_cache import CachedRun
 from disaggregated.errors import PoolExhausted
+
+NOTHING = CachedRun()
 
 
 def hold(
@@ -12,7 +16,7 @@ def hold(
     owner: str,
     num_new: int,
     *,
-    cached: tuple[int, ...] = (),
+    cached: CachedRun = NOTHING,
     kind: HoldingKind = HoldingKind.SEQUENCE,
     now_s: float = 0.0,
 ) -> Holding:
@@ -20,8 +24,18 @@ def hold(
 
 
 def cache(pool: BlockPool, holding: Holding, first_hash: int) -> None:
+    """Make its blocks findable as one chain: `first_hash`, and the numbers after it."""
     for offset, block_id in enumerate(holding.block_ids):
-        pool.prefix_cache.add(block_id, BlockHash(first_hash + offset))
+        parent = BlockHash(first_hash + offset - 1) if offset else None
+        pool.make_findable(block_id, BlockLabel(BlockHash(first_hash + offset), parent, offset))
+
+
+def found(pool: BlockPool, *hashes: int, owner: str = "somebody") -> CachedRun:
+    return pool.find(map(BlockHash, hashes), owner=owner)
+
+
+def blocks(pool: BlockPool, run: CachedRun) -> list[int | None]:
+    return [pool.cache.on_device(block_hash) for block_hash in run.hashes]
 
 
 def test_a_block_is_held_by_one_or_free() -> None:
@@ -40,7 +54,7 @@ def test_a_holding_that_does_not_fit_changes_nothing() -> None:
     kept = hold(pool, "one", 2)
     cache(pool, kept, 100)
     with pytest.raises(PoolExhausted, match="wanted 2 KV blocks, 1 are free"):
-        hold(pool, "other", 2, cached=(kept.block_ids[0],))
+        hold(pool, "other", 2, cached=found(pool, 100))
     pool.check_integrity()
     assert pool.num_free == 1
     assert [entry.owner for entry in pool.ledger(0.0)] == ["one"]
@@ -60,7 +74,7 @@ def test_a_shared_block_is_back_when_its_last_holder_gives_it_up() -> None:
     pool = BlockPool(3)
     one = hold(pool, "one", 2)
     cache(pool, one, 100)
-    other = hold(pool, "other", 1, cached=tuple(one.block_ids))
+    other = hold(pool, "other", 1, cached=found(pool, 100, 101))
     pool.give_back(one)
     pool.check_integrity()
     assert pool.num_free == 0
@@ -77,9 +91,9 @@ def test_cached_blocks_count_as_free_but_are_evicted_after_all_others() -> None:
     pool.give_back(one)
     assert pool.num_free == 3
     assert cached_block not in hold(pool, "other", 2).block_ids
-    assert pool.prefix_cache.find([BlockHash(100)]) == [cached_block]
+    assert blocks(pool, found(pool, 100)) == [cached_block]
     assert hold(pool, "third", 1).block_ids == [cached_block]
-    assert pool.prefix_cache.find([BlockHash(100)]) == []
+    assert len(found(pool, 100)) == 0
     pool.check_integrity()
 
 
@@ -90,19 +104,20 @@ def test_the_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
     beginning = one.block_ids[:2]
     pool.give_back(one)
     hold(pool, "other", 1)
-    assert pool.prefix_cache.find([BlockHash(100), BlockHash(101), BlockHash(102)]) == beginning
+    assert blocks(pool, found(pool, 100, 101, 102)) == beginning
 
 
 def test_sharing_cached_blocks_never_evicts_them_for_the_same_holding() -> None:
     pool = BlockPool(3)
     one = hold(pool, "one", 2)
     cache(pool, one, 100)
-    cached = tuple(one.block_ids)
+    shared = list(one.block_ids)
+    cached = found(pool, 100, 101)
     pool.give_back(one)
     assert pool.num_wanted(cached, 1) == 3
     with pytest.raises(PoolExhausted):
         hold(pool, "other", 2, cached=cached)
-    assert hold(pool, "other", 1, cached=cached).block_ids[:2] == list(cached)
+    assert hold(pool, "other", 1, cached=cached).block_ids[:2] == shared
     pool.check_integrity()
 
 
@@ -116,7 +131,7 @@ def test_a_held_block_is_never_handed_out_whatever_it_is_held_for(kind: HoldingK
         assert set(other.block_ids).isdisjoint(held.block_ids)
         pool.give_back(other)
     pool.check_integrity()
-    assert pool.prefix_cache.find([BlockHash(100), BlockHash(101)]) == held.block_ids
+    assert blocks(pool, found(pool, 100, 101)) == held.block_ids
 
 
 def test_a_leased_block_counts_once_however_often_it_is_leased() -> None:
@@ -125,7 +140,7 @@ def test_a_leased_block_counts_once_however_often_it_is_leased() -> None:
     cache(pool, one, 100)
     assert pool.num_leased == 0
     pool.change_kind(one, HoldingKind.LEASED, now_s=1.0)
-    other = hold(pool, "other", 1, cached=tuple(one.block_ids), kind=HoldingKind.LEASED)
+    other = hold(pool, "other", 1, cached=found(pool, 100, 101), kind=HoldingKind.LEASED)
     assert pool.num_leased == 3
     pool.give_back(one)
     assert pool.num_leased == 3
@@ -138,7 +153,7 @@ def test_a_quarantine_keeps_only_what_a_transfer_may_write_into() -> None:
     pool = BlockPool(4)
     one = hold(pool, "one", 1)
     cache(pool, one, 100)
-    reserved = hold(pool, "other", 2, cached=tuple(one.block_ids), kind=HoldingKind.RESERVED)
+    reserved = hold(pool, "other", 2, cached=found(pool, 100, 101), kind=HoldingKind.RESERVED)
     written = reserved.block_ids[1:]
     pool.quarantine(reserved, num_shared=1, now_s=1.0)
     assert reserved.block_ids == written
