@@ -8,33 +8,31 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from disaggregated.engine.models.attention import GroupedAttention
-from disaggregated.engine.models.decoder import Decoder, DecoderShape, DecoderWeights, LayerWeights
-from disaggregated.engine.models.mlp import GatedMlp
-from disaggregated.engine.models.rope import rope_tables
-from disaggregated.engine.ops.api import AttentionSpec, Ops
+from disaggregated.engine.models.decoder import Decoder
+from disaggregated.engine.models.families import read_decoder
+from disaggregated.engine.models.weight_reader import (
+    LoadingReader,
+    NamedWeights,
+    Shape,
+    ShapeRecorder,
+    TensorSource,
+    num_numbers,
+)
+from disaggregated.engine.ops.api import Ops
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import ModelConfig
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 NAMES_SHOWN: Final = 4
 DUMMY_STD: Final = 0.02
-
-Shape = tuple[int, ...]
-
-
-class TensorSource(Protocol):
-    def shapes(self) -> Mapping[str, Shape]: ...
-
-    def read(self, name: str) -> torch.Tensor: ...
 
 
 def build_model(
@@ -46,68 +44,28 @@ def build_model(
     dtype: torch.dtype,
     num_positions: int,
 ) -> Decoder:
-    """Raises ModelUnavailable as `load_weights` does."""
-    weights = load_weights(source, config, ops, device=device, dtype=dtype, num_positions=num_positions)
-    return Decoder(decoder_shape(config), weights, ops)
+    """Check that `source` has every tensor of the model and no other, then merge them and lay them out.
 
-
-def load_weights(
-    source: TensorSource,
-    config: ModelConfig,
-    ops: Ops,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_positions: int,
-) -> DecoderWeights:
-    """Check that `source` has every tensor of the model and no other, then merge and lay them out.
+    `num_positions`: the longest sequence that the model will be asked for.
 
     Raises:
         ModelUnavailable: tensors are missing, unexpected or of another shape; it names them.
     """
     _check(source.shapes(), expected_shapes(config), config)
-    return _Builder(source, config, ops, device, dtype, num_positions).build()
-
-
-def decoder_shape(config: ModelConfig) -> DecoderShape:
-    return DecoderShape(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-    )
+    weights = NamedWeights(LoadingReader(source, ops, device=device, dtype=dtype))
+    shape, decoder_weights = read_decoder(weights, config, dtype=dtype, num_positions=num_positions)
+    return Decoder(shape, decoder_weights, ops)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Hugging Face's name → shape of every tensor of the model."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-    }
-    if config.attention_bias:
-        layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", q), ("k", kv), ("v", kv))}
-        if config.architecture != "Qwen2ForCausalLM":
-            layer["self_attn.o_proj.bias"] = (hidden,)
-    if config.qk_norm:
-        layer |= {f"self_attn.{name}_norm.weight": (config.head_dim,) for name in ("q", "k")}
-    shapes = {f"model.layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
-    shapes |= {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
+    recorder = ShapeRecorder()
+    read_decoder(NamedWeights(recorder), config, dtype=torch.float32, num_positions=1)
+    return recorder.shapes
 
 
 def num_parameters(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in expected_shapes(config).values())
+    return num_numbers(expected_shapes(config))
 
 
 class SafetensorsSource:
@@ -192,77 +150,14 @@ def _check(found: Mapping[str, Shape], expected: Mapping[str, Shape], config: Mo
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Some checkpoints carry what follows from the rest."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+    """Some checkpoints carry what follows from the rest, or DeepSeek's layer that guesses one more token."""
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or (name == "lm_head.weight" and config.tie_word_embeddings)
+        or (config.latent is not None and name.startswith(f"model.layers.{config.num_layers}."))
+    )
 
 
 def _shown(names: Sequence[str]) -> str:
     rest = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-class _Builder:
-    def __init__(
-        self,
-        source: TensorSource,
-        config: ModelConfig,
-        ops: Ops,
-        device: torch.device,
-        dtype: torch.dtype,
-        num_positions: int,
-    ) -> None:
-        self._source, self._config, self._ops = source, config, ops
-        self._device, self._dtype = device, dtype
-        cos, sin = rope_tables(
-            theta=config.rope_theta, scaling=config.rope_scaling, head_dim=config.head_dim, num_positions=num_positions
-        )
-        self._rope = cos.to(device), sin.to(device)
-
-    def build(self) -> DecoderWeights:
-        embedding = self._tensor("model.embed_tokens.weight")
-        tied = self._config.tie_word_embeddings
-        return DecoderWeights(
-            embedding_VH=embedding,
-            layers=list(self._layers()),
-            final_norm=self._tensor("model.norm.weight"),
-            lm_head=self._ops.prepare_linear(embedding if tied else self._tensor("lm_head.weight"), None),
-        )
-
-    def _layers(self) -> Iterator[LayerWeights]:
-        config = self._config
-        out_bias = config.attention_bias and config.architecture != "Qwen2ForCausalLM"
-        for i in range(config.num_layers):
-            layer = f"model.layers.{i}."
-            attention = layer + "self_attn."
-            qkv = [f"{attention}{name}_proj" for name in "qkv"]
-            cos_PD, sin_PD = self._rope
-            yield LayerWeights(
-                input_norm=self._tensor(layer + "input_layernorm.weight"),
-                attention=GroupedAttention(
-                    shape=decoder_shape(config),
-                    qkv=self._linear(qkv, has_bias=config.attention_bias),
-                    q_norm=self._tensor(attention + "q_norm.weight") if config.qk_norm else None,
-                    k_norm=self._tensor(attention + "k_norm.weight") if config.qk_norm else None,
-                    out=self._linear([attention + "o_proj"], has_bias=out_bias),
-                    spec=AttentionSpec(scale=config.head_dim**-0.5),
-                    cos_PD=cos_PD,
-                    sin_PD=sin_PD,
-                ),
-                mlp_norm=self._tensor(layer + "post_attention_layernorm.weight"),
-                mlp=GatedMlp(
-                    gate_up=self._linear([layer + "mlp.gate_proj", layer + "mlp.up_proj"], has_bias=False),
-                    down=self._linear([layer + "mlp.down_proj"], has_bias=False),
-                ),
-            )
-
-    def _linear(self, names: Sequence[str], *, has_bias: bool) -> object:
-        """One linear whose outputs are those of `names`, in order."""
-        bias = self._joined([name + ".bias" for name in names]) if has_bias else None
-        return self._ops.prepare_linear(self._joined([name + ".weight" for name in names]), bias)
-
-    def _joined(self, names: Sequence[str]) -> torch.Tensor:
-        tensors = [self._tensor(name) for name in names]
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        return self._source.read(name).to(device=self._device, dtype=self._dtype)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from disaggregated.engine.ops.api import AttentionBatch, LayerPool, Ops
+from disaggregated.model_files import ModelConfig
 
 
 class Attention(Protocol):
@@ -58,6 +59,17 @@ class DecoderShape:
     """Embeddings are multiplied by it (Gemma)."""
     final_softcap: float | None = None
     """Logits become softcap · tanh(logit / softcap) (Gemma 2)."""
+
+
+def decoder_shape(config: ModelConfig, *, embedding_scale: float = 1.0) -> DecoderShape:
+    return DecoderShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        embedding_scale=embedding_scale,
+        final_softcap=config.final_softcap,
+    )
 
 
 class Decoder:

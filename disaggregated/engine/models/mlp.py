@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from disaggregated.engine.models.weight_reader import NamedWeights
 from disaggregated.engine.ops.api import Ops
 
 Activation = Literal["silu", "gelu"]
@@ -21,6 +22,23 @@ class GatedMlp:
     """2 F outputs: gate, then up."""
     down: Any
     activation: Activation = "silu"
+
+    @classmethod
+    def read(
+        cls,
+        weights: NamedWeights,
+        hidden_size: int,
+        width: int,
+        *,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        activation: Activation = "silu",
+    ) -> GatedMlp:
+        gate, up, down = names
+        return cls(
+            gate_up=weights.linear({gate: width, up: width}, hidden_size),
+            down=weights.linear({down: hidden_size}, width),
+            activation=activation,
+        )
 
     def forward(self, normed_TH: torch.Tensor, ops: Ops) -> torch.Tensor:
         gate_up = ops.linear(normed_TH, self.gate_up)

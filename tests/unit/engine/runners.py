@@ -32,9 +32,7 @@ def make_runner(
     with torch.inference_mode(), SafetensorsSource(path) as source:
         decoder = build_model(source, config, ops, device=target, dtype=torch_dtype, num_positions=1024)
     layout = KVLayout(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        **dataclasses.asdict(config.kv_shape),
         block_size=block_size,
         dtype=dtype,
         num_blocks=NUM_BLOCKS,

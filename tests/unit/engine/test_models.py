@@ -107,5 +107,5 @@ def test_llama3_scaling_keeps_fast_rotations_and_slows_slow_ones() -> None:
 
 
 def test_an_unknown_rope_scaling_is_refused_by_name() -> None:
-    with pytest.raises(ModelUnavailable, match="'yarn'"):
-        rope_tables(theta=1e4, scaling={"rope_type": "yarn", "factor": 4.0}, head_dim=32, num_positions=4)
+    with pytest.raises(ModelUnavailable, match="'dynamic'"):
+        rope_tables(theta=1e4, scaling={"rope_type": "dynamic", "factor": 4.0}, head_dim=32, num_positions=4)

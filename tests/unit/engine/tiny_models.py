@@ -33,26 +33,78 @@ LLAMA3_SCALING: Final[Mapping[str, Any]] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
-
-
-def _llama(**changes: Any) -> Callable[[], Any]:
-    return lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_COMMON, **changes}))
-
-
-FAMILIES: Final[Mapping[str, Callable[[], Any]]] = {
-    "llama": _llama(),
-    "llama-tied": _llama(tie_word_embeddings=True, num_attention_heads=8, num_key_value_heads=2, head_dim=16),
-    "llama-biased": _llama(attention_bias=True),
-    "llama-llama3-rope": _llama(rope_parameters=dict(LLAMA3_SCALING)),
-    "llama-linear-rope": _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
-    "mistral": lambda: transformers.MistralForCausalLM(
-        transformers.MistralConfig(**{**_COMMON, "sliding_window": None, "head_dim": 32})
-    ),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_COMMON)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**{**_COMMON, "head_dim": 32, "tie_word_embeddings": True})
-    ),
+YARN_SCALING: Final[Mapping[str, Any]] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.707,
+    "mscale_all_dim": 1.0,
 }
+_LATENT: Final[Mapping[str, Any]] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+}
+WINDOW: Final = 100
+"""Much shorter than the tests' prompts, and no multiple of a block or a tile."""
+
+
+def _of(family: str, **changes: Any) -> Callable[[], Any]:
+    """A model of transformers' `{family}ForCausalLM`."""
+    config_class = getattr(transformers, CONFIGS.get(family, f"{family}Config"))
+    return lambda: getattr(transformers, f"{family}ForCausalLM")(config_class(**{**_COMMON, **changes}))
+
+
+CONFIGS: Final = {"Gemma3": "Gemma3TextConfig"}
+FAMILIES: Final[Mapping[str, Callable[[], Any]]] = {
+    "llama": _of("Llama"),
+    "llama-tied": _of("Llama", tie_word_embeddings=True, num_attention_heads=8, num_key_value_heads=2, head_dim=16),
+    "llama-biased": _of("Llama", attention_bias=True),
+    "llama-odd": _of("Llama", head_dim=22),
+    "llama-llama3-rope": _of("Llama", rope_parameters=dict(LLAMA3_SCALING)),
+    "llama-linear-rope": _of(
+        "Llama", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "llama-yarn-rope": _of("Llama", rope_parameters={**YARN_SCALING, "mscale": None, "mscale_all_dim": None}),
+    "mistral": _of("Mistral", sliding_window=None, head_dim=32),
+    "mistral-window": _of("Mistral", sliding_window=WINDOW, head_dim=32),
+    "qwen2": _of("Qwen2"),
+    "qwen2-window": _of("Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": _of("Qwen3", head_dim=32, tie_word_embeddings=True),
+    "gemma2": _of(
+        "Gemma2", head_dim=32, sliding_window=WINDOW, query_pre_attn_scalar=24, attn_logit_softcapping=5.0,
+        final_logit_softcapping=4.0, tie_word_embeddings=True,
+    ),
+    "gemma3": _of(
+        "Gemma3", head_dim=32, sliding_window=WINDOW, sliding_window_pattern=3, query_pre_attn_scalar=24,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "mixtral": _of("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": _of(
+        "Qwen3Moe", head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True,
+        decoder_sparse_step=1, mlp_only_layers=[1],
+    ),
+    "deepseek-v2": _of(
+        "DeepseekV2", **_LATENT, q_lora_rank=None, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+        routed_scaling_factor=1.5, rope_parameters=dict(YARN_SCALING),
+    ),
+    "deepseek-v2-greedy": _of("DeepseekV2", **_LATENT, q_lora_rank=48, attention_bias=True),
+    "deepseek-v3": _of(
+        "DeepseekV3", **_LATENT, q_lora_rank=48, n_group=4, topk_group=2, n_shared_experts=2,
+        rope_parameters=dict(YARN_SCALING),
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +133,11 @@ def write_model(family: str, path: Path, **save_arguments: Any) -> TinyModel:
         model = FAMILIES[family]().eval()
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):
-                torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
+                is_scale = name.endswith("weight") and not family.startswith("gemma")
+                torch.nn.init.normal_(parameter, mean=float(is_scale), std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.3)
         model.save_pretrained(path, **save_arguments)
     return TinyModel(path, model)
 

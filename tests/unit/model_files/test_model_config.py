@@ -74,19 +74,20 @@ def test_the_older_spelling_of_rope_scaling_is_read(tmp_path: Path) -> None:
     assert load(tmp_path, rope_scaling={"rope_type": "default"}).rope_scaling is None
 
 
-def test_mistral_is_served_up_to_its_sliding_window(tmp_path: Path) -> None:
+def test_mistrals_sliding_window_is_that_of_the_file_or_else_of_transformers(tmp_path: Path) -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
-    config = load(tmp_path, **mistral, sliding_window=4096)
-    assert config.max_position_embeddings == 4096
-    assert "limited to 4096 tokens instead of 32768" in config.remarks[0]
-    assert load(tmp_path, **mistral, sliding_window=None).remarks == ()
-    assert load(tmp_path, **mistral, sliding_window=32768).max_position_embeddings == 32768
+    assert load(tmp_path, **mistral, sliding_window=2048).windows == (2048, 2048)
+    assert load(tmp_path, **mistral, sliding_window=None).windows == (None, None)
+    assert load(tmp_path, **mistral).windows == (4096, 4096)
+    assert load(tmp_path, **mistral).max_position_embeddings == 32768
 
 
 def test_qwens_sliding_window_counts_only_where_it_is_used(tmp_path: Path) -> None:
-    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 1024}
-    assert load(tmp_path, **qwen).max_position_embeddings == 2048
-    assert load(tmp_path, **qwen, use_sliding_window=True).max_position_embeddings == 1024
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 1024, "max_window_layers": 1}
+    assert load(tmp_path, **qwen).windows == (None, None)
+    assert load(tmp_path, **qwen, use_sliding_window=True).windows == (None, 1024)
+    types = ["sliding_attention", "full_attention"]
+    assert load(tmp_path, **qwen, use_sliding_window=True, layer_types=types).windows == (1024, None)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,8 @@ def test_qwens_sliding_window_counts_only_where_it_is_used(tmp_path: Path) -> No
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: must be absent"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: must be 1"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
-            "rope_scaling: rope_type must be default, linear or llama3",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4}},
+            "rope_scaling: rope_type must be default, linear or llama3 or yarn",
         ),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor must be a positive number"),
         ({"rope_scaling": ["linear"]}, "rope_scaling: must be an object"),
