@@ -70,12 +70,13 @@ def _yarn(frequencies: torch.Tensor, scaling: Mapping[str, Any], theta: float) -
 
     def dimension(turns: float) -> float:
         """Where a rotation makes so many turns within the original length."""
-        return half * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / math.log(theta)
+        original = float(scaling["original_max_position_embeddings"])
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
     first = max(math.floor(dimension(scaling.get("beta_fast") or 32.0)), 0)
     last = min(math.ceil(dimension(scaling.get("beta_slow") or 1.0)), 2 * half - 1)
-    slowed: torch.Tensor = ((torch.arange(half).float() - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
-    return frequencies / scaling["factor"] * slowed + frequencies * (1 - slowed)
+    slowed = ((torch.arange(half).float() - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
+    return frequencies / float(scaling["factor"]) * slowed + frequencies * (1 - slowed)
 
 
 def _yarn_length(scaling: Mapping[str, Any]) -> float:

@@ -1,8 +1,8 @@
 """Which implementation of the op table a server runs.
 
-Native kernels where they are built and know the precision and the head size, else the torch reference, which knows
-them all. The environment variable `DISAGG_OPS` insists: `torch`, or `native`, which then is an error where there is
-none.
+Native kernels where they are built and know the precision, else the torch reference, which knows them all. Native
+attention knows fewer models than the other native kernels; the rest have theirs from the reference. The environment
+variable `DISAGG_OPS` insists: `torch`, or `native`, which then is an error where there is none.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import torch
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.engine.ops.torch_attention import WithTorchAttention
 from disaggregated.engine.precision import Precision
 from disaggregated.errors import ConfigError
 
 VARIABLE: Final = "DISAGG_OPS"
 
 
-def select(device: torch.device, precision: Precision, *, head_dim: int, num_threads: int) -> Ops:
+def select(device: torch.device, precision: Precision, *, head_dim: int, num_planes: int = 2, num_threads: int) -> Ops:
     """
+    `head_dim` and `num_planes` are those of the KV pool.
+
     Raises:
         ConfigError: `DISAGG_OPS` asks for what is not there.
     """
@@ -31,8 +34,10 @@ def select(device: torch.device, precision: Precision, *, head_dim: int, num_thr
         raise ConfigError(f"{VARIABLE}: must be torch or native, is {wanted!r}")
     if wanted == "torch":
         return ReferenceOps(precision.quantization)
-    reason = _unsupported(device, precision, head_dim)
+    reason = _unsupported(device, precision)
     ops = None if reason else _native(precision, num_threads)
+    if ops is not None and not _attention_is_native(precision, head_dim, num_planes):
+        ops = WithTorchAttention(ops)
     if ops is None and wanted == "native":
         raise ConfigError(f"{VARIABLE}: native kernels are not available: {reason or 'the log says why'}")
     return ops or ReferenceOps(precision.quantization)
@@ -43,13 +48,14 @@ def _native(precision: Precision, num_threads: int) -> Ops | None:
     return native.load(num_threads, quantization=precision.quantization)
 
 
-def _unsupported(device: torch.device, precision: Precision, head_dim: int) -> str | None:
+def _unsupported(device: torch.device, precision: Precision) -> str | None:
     if device.type != "cpu":
         return f"they run on CPU, not on {device}"
     if precision.dtype is not torch.float32:
         return f"they compute in float32, not in {precision.dtype_name}"
-    if precision.kv_dtype not in native.KV_DTYPES:
-        return f"they do not read KV in {precision.kv_dtype}"
-    if head_dim % 16 or head_dim > native.MAX_HEAD_DIM:
-        return f"head size {head_dim} is not a multiple of 16 up to {native.MAX_HEAD_DIM}"
     return None
+
+
+def _attention_is_native(precision: Precision, head_dim: int, num_planes: int) -> bool:
+    is_known_size = head_dim % 16 == 0 and head_dim <= native.MAX_HEAD_DIM
+    return is_known_size and num_planes == 2 and precision.kv_dtype in native.KV_DTYPES

@@ -248,13 +248,23 @@ def test_the_environment_chooses_the_ops(monkeypatch: pytest.MonkeyPatch) -> Non
     assert select(CPU, precision(), head_dim=64, num_threads=1).name == "torch"
     assert select(CPU, precision("int8"), head_dim=64, num_threads=1).name == "torch-int8"
     monkeypatch.setenv("DISAGG_OPS", "native")
-    for wanted, head_dim, reason in (
-        (precision("bfloat16"), 64, "not in bfloat16"),
-        (precision(), 24, "head size 24"),
-        (precision(kv_dtype="fp8"), 64, "they do not read KV in float8_e4m3fn"),
+    with pytest.raises(ConfigError, match="not in bfloat16"):
+        select(CPU, precision("bfloat16"), head_dim=64, num_threads=1)
+
+
+def test_attention_that_native_kernels_do_not_know_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISAGG_OPS", "native")
+    whole = select(CPU, precision(), head_dim=64, num_threads=1)
+    assert whole.name.startswith("native-")
+    assert "torch" not in whole.name
+    for wanted, head_dim, num_planes in (
+        (precision(), 24, 2),
+        (precision(), 64, 1),
+        (precision(kv_dtype="fp8"), 64, 2),
     ):
-        with pytest.raises(ConfigError, match=reason):
-            select(CPU, wanted, head_dim=head_dim, num_threads=1)
+        mixed = select(CPU, wanted, head_dim=head_dim, num_planes=num_planes, num_threads=1)
+        assert mixed.name == f"native+torch-attention-{whole.name.removeprefix('native-')}"
+        assert numerics_of(mixed.name) != numerics_of(whole.name)
 
 
 def test_without_a_native_library_the_reference_steps_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from disaggregated.config.server import ServerConfig
 from disaggregated.engine.models.rope import rope_tables
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.native import load as load_native
-from disaggregated.engine.ops.reference import ReferenceOps
+from disaggregated.engine.ops.select import VARIABLE, select
+from disaggregated.engine.precision import precision_of
 from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.errors import ModelUnavailable
+from disaggregated.model_files import ModelConfig
 from disaggregated.sampling_params import SamplingParams
 from tests.unit.engine.runners import Driven, generate, make_runner, random_blocks, random_prompt
 from tests.unit.engine.tiny_models import FAMILIES, LLAMA3_SCALING, VOCAB_SIZE, TinyModel, write_model
@@ -28,12 +31,18 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(params=["torch", "native"])
-def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param == "torch":
-        return ReferenceOps()
-    if (native := load_native(1)) is None:
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny: TinyModel) -> Ops:
+    """What a server would choose for the model."""
+    return ops_for(tiny.path, request.param, monkeypatch)
+
+
+def ops_for(path: Path, wanted: str, monkeypatch: pytest.MonkeyPatch) -> Ops:
+    if wanted == "native" and load_native(1) is None:
         pytest.skip("no native kernels on this machine")
-    return native
+    monkeypatch.setenv(VARIABLE, wanted)
+    cpu, kv = torch.device("cpu"), ModelConfig.load(path).kv_shape
+    precision = precision_of(ServerConfig(model=str(path), role="context"), cpu)
+    return select(cpu, precision, head_dim=kv.head_dim, num_planes=kv.num_planes, num_threads=1)
 
 
 def last_logits(runner: TorchModelRunner, prompt: list[int], sizes: Sequence[int], seed: int) -> torch.Tensor:
@@ -77,9 +86,14 @@ def test_bfloat16_runs_close_to_float32_and_batch_invariant(tiny: TinyModel) -> 
     assert torch.nn.functional.cosine_similarity(whole.float(), expected, dim=0) > 0.97
 
 
-def test_a_sampled_sequence_is_the_same_in_any_company(tmp_path: Path, ops: Ops) -> None:
+@pytest.mark.parametrize("wanted", ["torch", "native"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3-moe", "deepseek-v3"])
+def test_a_sampled_sequence_is_the_same_in_any_company(
+    tmp_path: Path, family: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Thirty-two sequences of any length and chunking, seeded sampling: each as when it runs alone."""
-    runner = make_runner(write_model("llama-tied", tmp_path).path, ops=ops)
+    path = write_model(family, tmp_path).path
+    runner = make_runner(path, ops=ops_for(path, wanted, monkeypatch))
     rng = random.Random(3)
     prompts = [random_prompt(rng.randint(1, 40), i, VOCAB_SIZE) for i in range(32)]
     blocks = random_blocks(128, 1)
