@@ -34,7 +34,8 @@ class TorchModelRunner:
             logits, sampling = self._logits(batch)
             tokens: list[list[int]] = [[] for _ in batch]
             if logits is not None:
-                chosen = iter(sample(logits, [sample for row in sampling for sample in _sample_rows(batch[row])]))
+                rows = [sample_row for row in sampling for sample_row in _sample_rows(batch[row])]
+                chosen = iter(sample(logits, rows, self._model.ops))
                 for row in sampling:
                     tokens[row] = accepted(batch[row].draft_token_ids, chosen)
         return tokens

@@ -22,6 +22,8 @@ from typing import Final
 import numpy as np
 import torch
 
+from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.ops.row_invariant import row_cumsum, row_sum
 from disaggregated.engine.philox import uniforms
 from disaggregated.sampling_params import SamplingParams
@@ -30,6 +32,7 @@ CHUNK_WIDTH: Final = 256
 NUCLEUS_MAX: Final = 256
 """Tokens looked at for top_p before a row is done again with all of them."""
 _UNDECIDED: Final = -1
+_TORCH: Final = ReferenceOps()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,19 +43,19 @@ class SampleRow:
     forbidden_token_ids: frozenset[int] = frozenset()
 
 
-def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """One token id a row. The only wait for the device is the fetch of the tokens."""
+def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow], ops: Ops = _TORCH) -> list[int]:
+    """One token id a row, the same with any op table. The only wait for the device is the fetch of the tokens."""
     logits_RV = logits_RV.float()
     _forbid(logits_RV, rows)
-    tokens = logits_RV.argmax(-1)
+    tokens = ops.argmax(logits_RV)
     drawn = [i for i, row in enumerate(rows) if not row.sampling.is_greedy]
     if drawn:
         index = torch.tensor(drawn, device=logits_RV.device)
-        draws = _Draws([rows[i] for i in drawn], logits_RV.device)
+        draws = _Draws([rows[i] for i in drawn], logits_RV.device, ops)
         tokens[index] = draws.sample(logits_RV.index_select(0, index), NUCLEUS_MAX)
     chosen: list[int] = tokens.tolist()
     if undecided := [i for i, token in enumerate(chosen) if token == _UNDECIDED]:
-        draws = _Draws([rows[i] for i in undecided], logits_RV.device)
+        draws = _Draws([rows[i] for i in undecided], logits_RV.device, ops)
         again = draws.sample(logits_RV[torch.tensor(undecided, device=logits_RV.device)], logits_RV.shape[1])
         for i, token in zip(undecided, again.tolist(), strict=True):
             chosen[i] = token
@@ -70,7 +73,8 @@ def _forbid(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> None:
 class _Draws:
     """The rows that draw, as columns (R, 1) on the device."""
 
-    def __init__(self, rows: Sequence[SampleRow], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[SampleRow], device: torch.device, ops: Ops) -> None:
+        self._ops = ops
         params = [row.sampling for row in rows]
         columns = [
             uniforms([p.seed for p in params], [row.position for row in rows]),
@@ -100,7 +104,7 @@ class _Draws:
         """The smallest weight that top_k and top_p keep, and whether `num_sorted` tokens could tell; (R, 1)."""
         vocab_size = weights_RV.shape[1]
         num_sorted = min(vocab_size, max(num_sorted, self._top_k_max))
-        largest_RK = weights_RV.topk(num_sorted, sorted=True).values.double()
+        largest_RK = self._ops.top_k(weights_RV, num_sorted)[0].double()
         mass_RK = row_cumsum(largest_RK)
 
         has_top_k = (self._top_k > 0) & (self._top_k < vocab_size)

@@ -81,6 +81,11 @@ class Decoder:
         self._ops = ops
         self._program = ops.step_program(shape, weights)
 
+    @property
+    def ops(self) -> Ops:
+        """The table it computes with."""
+        return self._ops
+
     def forward(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
         """(T, H): hidden states before the final norm. Each layer's keys and values are then in `pools[layer]`."""
         if self._program is not None:

@@ -113,5 +113,11 @@ class Ops(Protocol):
         The last dimension is `spec.latent_value_dim` for a pool of latents.
         """
 
+    def argmax(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        """(R) int64: where each row's largest number is, of equals the first. NaN is larger than all else."""
+
+    def top_k(self, values_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's `k` largest numbers, the largest first, and their ids; (R, K) both. Which of equals is open."""
+
     def step_program(self, shape: DecoderShape, weights: DecoderWeights) -> StepProgram | None:
         """A whole forward pass in one call, with the very bits of the ops above; None: this table has none for it."""

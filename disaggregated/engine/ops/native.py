@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from disaggregated.engine.ops import native_linear
+from disaggregated.engine.ops import native_linear, native_sample
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops, StepProgram
 from disaggregated.engine.ops.elementwise import gelu_mul
 from disaggregated.engine.ops.native_build import NativeUnavailable, library
@@ -39,6 +39,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "team_start": (c_void_p, [c_int]),
     "team_stop": (None, [c_void_p]),
     **native_linear.SIGNATURES,
+    **native_sample.SIGNATURES,
     "rms_norm": (None, [c_void_p] * 2 + [c_int64] * 4 + [c_void_p, c_float, c_void_p]),
     "silu_mul": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
     "rope": (c_int64, [c_void_p] + [c_int64] * 4 + [c_void_p] * 2 + [c_int64, c_void_p]),
@@ -101,7 +102,7 @@ class NativeOps:
         return native_linear.linear(self._kernels, self._team, x_TK, weight)
 
     def embedding(self, token_ids_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.embedding(token_ids_T, table_VH)
+        return native_sample.embedding(self._kernels, self._team, token_ids_T, table_VH)
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         width = x_TH.shape[-1]
@@ -187,6 +188,12 @@ class NativeOps:
             f"blocks {batch.block_tables[wrong].tolist()}"
         )
         return out_TND
+
+    def argmax(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        return native_sample.argmax(self._kernels, self._team, logits_RV)
+
+    def top_k(self, values_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return native_sample.top_k(self._kernels, self._team, values_RV, k)
 
     def step_program(self, shape: DecoderShape, weights: DecoderWeights) -> StepProgram | None:
         return None

@@ -80,6 +80,13 @@ class ReferenceOps:
     ) -> torch.Tensor:
         return self._attention.attend(q_TND, pool, batch, spec)
 
+    def argmax(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        return logits_RV.argmax(-1)
+
+    def top_k(self, values_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        largest = values_RV.topk(k, sorted=True)
+        return largest.values, largest.indices
+
     def step_program(self, shape: DecoderShape, weights: DecoderWeights) -> StepProgram | None:
         return None
 

@@ -256,8 +256,3 @@ def test_memory_outside_the_pool_and_the_tables_is_never_touched(ops: Ops) -> No
         with pytest.raises(AssertionError, match="does not lie within 10 tokens"):
             ops.paged_attention(randn(10, 1, 16), LayerPool(pool), good, AttentionSpec(scale=1.0))
         tensor[index] = before
-
-
-def test_embedding_looks_rows_up(ops: Ops) -> None:
-    table = randn(10, 4)
-    assert torch.equal(ops.embedding(torch.tensor([3, 3, 9]), table), table[[3, 3, 9]])

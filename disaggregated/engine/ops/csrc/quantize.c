@@ -12,12 +12,6 @@
 
 #define SMALLEST_LARGEST 1e-36f /* 127 / SMALLEST_LARGEST is still finite */
 
-INLINE vec_int larger_int(vec_int a, vec_int b)
-{
-    vec_int mask = a > b;
-    return (a & mask) | (b & ~mask);
-}
-
 /* The largest absolute value, as bits: compared as integers, a NaN is larger than infinity and infinity than all else. */
 static int32_t largest_bits(const float *x, int64_t depth)
 {

@@ -55,6 +55,11 @@ INLINE vec rounded(vec x)
 
 INLINE vec select_lanes(vec_int mask, vec yes, vec no) { return (vec)(((vec_int)yes & mask) | ((vec_int)no & ~mask)); }
 INLINE vec larger(vec a, vec b) { return select_lanes(a > b, a, b); }
+INLINE vec_int larger_int(vec_int a, vec_int b)
+{
+    vec_int mask = a > b;
+    return (a & mask) | (b & ~mask);
+}
 
 #if VECTOR_BYTES == 64
 #define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
