@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as AnySequence
 
 from disaggregated.engine.api import (
+    PLACEHOLDER,
     ChunkComputed,
     EngineEvent,
     EngineRequest,
     EngineStatistics,
-    FinishReason,
     ModelRunner,
+    OverlappingRunner,
     RequestFailed,
     RequestKind,
     Reservation,
-    ScheduledSequence,
     TokensSampled,
 )
 from disaggregated.engine.block_events import BlockEventBatch, BlockSnapshot
 from disaggregated.engine.block_pool import BlockPool, LedgerEntry
 from disaggregated.engine.host_tier.copies import BlockCopier
-from disaggregated.engine.scheduler import Chunk, Scheduler, SchedulerLimits
+from disaggregated.engine.launched_step import ExecutedStep, LaunchedRow, LaunchedStep, launched, scheduled
+from disaggregated.engine.request_check import check_request
+from disaggregated.engine.scheduler import Scheduler, SchedulerLimits
 from disaggregated.engine.sequence import Phase, Sequence
+from disaggregated.engine.speculation import Speculation
 from disaggregated.engine.tiered_cache import TieredCache
-from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull, TransferError
+from disaggregated.errors import InvalidRequest, QueueFull, TransferError
 
 
 class LLMEngine:
@@ -36,6 +40,10 @@ class LLMEngine:
 
     A request is known from submit() or reserve() until it has ended; then its id may be used again. What the runner
     raises leaves step() as it is: the books are no longer to be trusted, and the owner must let the process end.
+
+    With `overlap`, step() launches the next step before it waits for the tokens of the one before, so that a device
+    which works on its own never waits for the host. The tokens are the same. What is not known yet when a step is
+    launched can only cost a row in vain: when a token ends its sequence, the row after it is dropped.
 
     Invariant: every block that is held belongs to a request known here, and the ledger names it.
     """
@@ -49,7 +57,10 @@ class LLMEngine:
         max_num_tokens: int,
         max_batch_size: int,
         max_seq_len: int,
+        max_prefill_tokens_beside_decode: int | None = None,
         enable_block_reuse: bool = True,
+        speculation: Speculation | None = None,
+        overlap: bool = False,
         num_waiting_max: int = 4096,
         vocab_size: int = 2**31,
         copier: BlockCopier | None = None,
@@ -61,13 +72,21 @@ class LLMEngine:
         max_num_tokens: computed in one step, of prompts and of decoding sequences together.
         max_batch_size: sequences in one step.
         max_seq_len: prompt and generated tokens of one sequence.
+        max_prefill_tokens_beside_decode: of prompts, in a step in which somebody decodes; None: as many as fit.
+        speculation: makes drafts; None: every step brings a sequence one token. Not together with `overlap`: a draft
+            continues tokens that the host knows.
+        overlap: the runner is an OverlappingRunner.
         num_waiting_max: requests that wait to start; submit() refuses when there are as many.
         vocab_size: token ids that the runner takes; a request with another one is refused, and cannot crash it.
         copier: the host tier's memory, in which evicted blocks live on; None: there is none.
         event_buffer_max_size: changes of the prefix cache kept between two steps, for take_block_events(); 0: none.
         """
         assert min(block_size, max_num_tokens, max_batch_size, max_seq_len) > 0, "a limit is not positive"
+        assert not (overlap and speculation), "a draft continues tokens that the host knows"
+        assert not overlap or isinstance(runner, OverlappingRunner), f"{runner} can't launch a step ahead"
         self._runner = runner
+        self._overlap = overlap
+        self._speculation = speculation
         self._clock = clock
         self._max_seq_len = max_seq_len
         self._num_waiting_max = num_waiting_max
@@ -76,13 +95,15 @@ class LLMEngine:
             block_size=block_size,
             max_num_tokens=max_num_tokens,
             max_batch_size=max_batch_size,
+            max_prefill_tokens_beside_decode=max_prefill_tokens_beside_decode,
             enable_block_reuse=enable_block_reuse,
         )
         self._copier = copier
         num_host_slots = 0 if copier is None else copier.num_slots
         self._cache = TieredCache(num_host_slots=num_host_slots, event_buffer_max_size=event_buffer_max_size)
         self._pool = BlockPool(num_blocks, self._cache)
-        self._scheduler = Scheduler(self._pool, self._limits)
+        self._scheduler = Scheduler(self._pool, self._limits, speculation)
+        self._launched: LaunchedStep | None = None
         self._sequences: dict[str, Sequence] = {}
         self._unsent: list[EngineEvent] = []
         self._num_arrivals = 0
@@ -92,6 +113,8 @@ class LLMEngine:
         self._prompt_tokens_total = 0
         self._prompt_cached_tokens_total = 0
         self._generation_tokens_total = 0
+        self._draft_tokens_total = 0
+        self._accepted_draft_tokens_total = 0
 
     @property
     def max_seq_len(self) -> int:
@@ -102,7 +125,7 @@ class LLMEngine:
     def has_work(self) -> bool:
         """Whether step() has something to do. Not so when all that is left waits for a transfer: call again after
         the next admit(), release() or cancel()."""
-        return bool(self._unsent) or self._scheduler.has_work
+        return bool(self._unsent) or self._launched is not None or self._scheduler.has_work
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a FULL or PREFILL_ONLY request.
@@ -166,7 +189,14 @@ class LLMEngine:
         self._count_prompt(sequence)
         finish_reason = sequence.append(first_token)
         if finish_reason is not None:
-            self._unsent.append(self._tokens_sampled(sequence, (), finish_reason))
+            self._unsent.append(
+                TokensSampled(
+                    request_id=request_id,
+                    first_position=len(sequence.token_ids),
+                    token_ids=(),
+                    finish_reason=finish_reason,
+                )
+            )
             self._end(sequence)
         return True
 
@@ -178,7 +208,7 @@ class LLMEngine:
         """
         self._note_progress_if_idle()
         sequence = self._sequences.get(request_id)
-        if sequence is None:
+        if sequence is None or sequence.phase is Phase.ENDING:
             return
         if sequence.kind is RequestKind.PREFILL_ONLY or sequence.phase in {Phase.RESERVED, Phase.QUARANTINED}:
             self._end(sequence)
@@ -187,7 +217,7 @@ class LLMEngine:
         """Stop the request; no event of it follows. Idempotent, also for an id that has ended.
 
         Its blocks are back afterwards, except those that a transfer may still touch, which wait for release(): a
-        reservation's are quarantined, and those of a PREFILL_ONLY of which a chunk was computed stay leased.
+        reservation's are quarantined, and those of a PREFILL_ONLY of which a chunk was told stay leased.
         """
         self._note_progress_if_idle()
         sequence = self._sequences.get(request_id)
@@ -195,31 +225,24 @@ class LLMEngine:
             return
         if sequence.phase is Phase.RESERVED:
             self._scheduler.quarantine(sequence, now_s=self._clock())
-        elif sequence.phase in {Phase.QUARANTINED, Phase.LEASED}:
+        elif sequence.phase in {Phase.QUARANTINED, Phase.LEASED, Phase.ENDING}:
             return
-        elif sequence.kind is RequestKind.PREFILL_ONLY and sequence.phase is Phase.RUNNING:
+        elif sequence.kind is RequestKind.PREFILL_ONLY and sequence.is_published:
             self._scheduler.lease(sequence, now_s=self._clock())
         else:
             self._end(sequence)
 
     def step(self) -> list[EngineEvent]:
-        """One forward pass, if there is something to compute; what it brought, chunks before tokens."""
+        """Finish one forward pass, if there is something to compute; what it brought, chunks before tokens."""
         events, self._unsent = self._unsent, []
-        started_s = self._clock()
-        chunks = self._scheduler.schedule(now_s=started_s)
-        self._copy_blocks()
-        if not chunks:
-            return events
-        sampled = self._runner.execute([self._row(chunk) for chunk in chunks])
-        assert len(sampled) == len(chunks), f"{len(chunks)} rows, {len(sampled)} results"
-        self._num_steps += 1
-        self._last_progress_s = self._clock()
-        for chunk in chunks:
-            events += self._chunk_events(chunk, started_s)
-        for (sequence, _), token_ids in zip(chunks, sampled, strict=True):
-            is_last_chunk = sequence.num_to_compute == 0
-            assert bool(token_ids) == is_last_chunk, f"{sequence.request_id}: {token_ids}, {is_last_chunk=}"
-            events.extend(self._take_token(sequence, token_id) for token_id in token_ids)
+        if self._launched is not None and self._scheduler.may_preempt:
+            events += self._finish()
+        before, launched = self._launched, self._launch()
+        if before is not None:
+            events += self._finish()
+        self._launched = launched
+        if launched is not None and not self._overlap:
+            events += self._finish()
         return events
 
     def statistics(self) -> EngineStatistics:
@@ -236,6 +259,8 @@ class LLMEngine:
             prompt_tokens_total=self._prompt_tokens_total,
             prompt_cached_tokens_total=self._prompt_cached_tokens_total,
             generation_tokens_total=self._generation_tokens_total,
+            draft_tokens_total=self._draft_tokens_total,
+            accepted_draft_tokens_total=self._accepted_draft_tokens_total,
             preemptions_total=self._scheduler.preemptions_total,
             num_host_slots=self._cache.host.num_slots,
             num_host_slots_used=self._cache.host.num_used,
@@ -281,85 +306,113 @@ class LLMEngine:
             self._last_progress_s = self._clock()
 
     def _check(self, request: EngineRequest) -> None:
-        num_tokens = len(request.token_ids)
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
-        if num_tokens == 0:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if request.sampling.max_tokens < 1:
-            raise InvalidRequest(
-                f"max_tokens is {request.sampling.max_tokens}, it must be at least 1", param="max_tokens"
-            )
-        if num_tokens >= self._max_seq_len:
-            raise PromptTooLong(
-                f"the prompt has {num_tokens} tokens; with one token after it, {self._max_seq_len} is the limit",
-                param="prompt",
-            )
-        if self._limits.num_blocks_for(num_tokens) > self._pool.num_blocks:
-            raise PoolExhausted(
-                f"the prompt of {num_tokens} tokens wants {self._limits.num_blocks_for(num_tokens)} KV blocks, "
-                f"the whole pool has {self._pool.num_blocks}"
-            )
-        if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
-            raise InvalidRequest(
-                f"a token id of the prompt is not between 0 and {self._vocab_size - 1}", param="prompt"
-            )
+        check_request(
+            request,
+            max_seq_len=self._max_seq_len,
+            num_blocks=self._pool.num_blocks,
+            block_size=self._limits.block_size,
+            vocab_size=self._vocab_size,
+        )
 
     def _new_sequence(self, request: EngineRequest) -> Sequence:
         self._num_arrivals += 1
-        return Sequence(request, arrival=self._num_arrivals, num_tokens_max=self.max_seq_len)
+        return Sequence(request, arrival=self._num_arrivals, num_tokens_max=self.max_seq_len, arrived_s=self._clock())
 
-    def _row(self, chunk: Chunk) -> ScheduledSequence:
-        """The block table is the sequence's own, not a copy: it holds during this step only."""
-        sequence, num_tokens = chunk
-        first = sequence.num_computed
-        return ScheduledSequence(
+    def _launch(self) -> LaunchedStep | None:
+        """Decide on the next step, and begin it. A runner that can't launch has computed it when this returns."""
+        started_s = self._clock()
+        chunks = self._scheduler.schedule(now_s=started_s)
+        self._copy_blocks()
+        if not chunks:
+            return None
+        batch = [scheduled(chunk, before=self._launched) for chunk in chunks]
+        if self._overlap:
+            assert isinstance(self._runner, OverlappingRunner)
+            pending = self._runner.launch(batch)
+        else:
+            pending = ExecutedStep(self._runner.execute(batch))
+        return LaunchedStep([launched(chunk) for chunk in chunks], pending, started_s)
+
+    def _finish(self) -> list[EngineEvent]:
+        """Take the tokens of the step that was launched first. Rows of those who ended meanwhile are dropped."""
+        step, self._launched = self._launched, None
+        assert step is not None, "nothing is launched"
+        sampled = step.pending.tokens()
+        assert len(sampled) == len(step.rows), f"{len(step.rows)} rows, {len(sampled)} results"
+        self._num_steps += 1
+        self._last_progress_s = self._clock()
+        self._learn_duration(step)
+        events: list[EngineEvent] = []
+        tokens_sampled: list[EngineEvent] = []
+        for row, token_ids in zip(step.rows, sampled, strict=True):
+            sequence = row.sequence
+            sequence.num_launched -= 1
+            assert bool(token_ids) == row.samples, f"{sequence.request_id}: {token_ids}, {row.samples=}"
+            if sequence.phase is Phase.RUNNING:
+                tokens = self._take_tokens(row, token_ids)
+                self._scheduler.computed(sequence, row.num_computed + max(0, len(tokens.token_ids) - 1))
+                if row.tells_progress:
+                    events.append(self._chunk_computed(row, step.started_s))
+                if tokens.token_ids:
+                    tokens_sampled.append(tokens)
+                    self._end_if_over(sequence, tokens)
+            elif sequence.phase is Phase.ENDING and sequence.num_launched == 0:
+                self._end(sequence)
+        return events + tokens_sampled
+
+    def _learn_duration(self, step: LaunchedStep) -> None:
+        if self._speculation is not None and (num_tokens := step.num_tokens_decoded) is not None:
+            self._speculation.step_took(num_tokens, self._last_progress_s - step.started_s)
+
+    def _learn_drafts(self, row: LaunchedRow, num_accepted: int) -> None:
+        if row.num_drafts and self._speculation is not None:
+            self._speculation.verified(row.sequence, row.num_drafts, num_accepted)
+            self._draft_tokens_total += row.num_drafts
+            self._accepted_draft_tokens_total += num_accepted
+
+    def _chunk_computed(self, row: LaunchedRow, started_s: float) -> ChunkComputed:
+        """Progress in the prompt is told once: not again when it is computed again."""
+        sequence = row.sequence
+        sequence.is_published = True
+        num_blocks = self._limits.num_blocks_for(row.num_computed)
+        return ChunkComputed(
             request_id=sequence.request_id,
-            token_ids=sequence.token_ids[first : first + num_tokens],
-            first_position=first,
-            block_table=sequence.block_table,
-            sampling=sequence.sampling if num_tokens == sequence.num_to_compute else None,
-            forbidden_token_ids=sequence.forbidden_token_ids,
+            num_computed_tokens=row.num_computed,
+            num_cached_tokens=sequence.num_cached_prompt_tokens,
+            block_ids=tuple(sequence.block_table[:num_blocks]),
+            started_s=started_s,
         )
 
-    def _chunk_events(self, chunk: Chunk, started_s: float) -> list[EngineEvent]:
-        """Book a chunk as computed. Progress in the prompt is told once: not again when it is computed again."""
-        sequence = chunk.sequence
-        self._scheduler.computed(chunk)
-        if sequence.num_generated:
-            return []
-        num_blocks = self._limits.num_blocks_for(sequence.num_computed)
-        return [
-            ChunkComputed(
-                request_id=sequence.request_id,
-                num_computed_tokens=sequence.num_computed,
-                num_cached_tokens=sequence.num_cached_prompt_tokens,
-                block_ids=tuple(sequence.block_table[:num_blocks]),
-                started_s=started_s,
-            )
-        ]
-
-    def _take_token(self, sequence: Sequence, token_id: int) -> TokensSampled:
-        if sequence.num_generated == 0:
+    def _take_tokens(self, row: LaunchedRow, token_ids: AnySequence[int]) -> TokensSampled:
+        """One token and the accepted drafts, up to the one that ends the sequence; nothing in a prompt's midst."""
+        sequence, finish_reason = row.sequence, None
+        if row.samples and row.num_computed == sequence.num_prompt_tokens:
             self._count_prompt(sequence)
-        finish_reason = sequence.append(token_id)
-        self._generation_tokens_total += 1
-        event = self._tokens_sampled(sequence, (token_id,), finish_reason)
-        if sequence.kind is RequestKind.PREFILL_ONLY:
-            self._scheduler.lease(sequence, now_s=self._last_progress_s)
-        elif finish_reason is not None:
-            self._end(sequence)
-        return event
-
-    def _tokens_sampled(
-        self, sequence: Sequence, token_ids: tuple[int, ...], finish_reason: FinishReason | None
-    ) -> TokensSampled:
+        self._learn_drafts(row, len(token_ids) - 1)
+        kept: list[int] = []
+        for position, token_id in enumerate(token_ids, start=row.num_computed):
+            if kept:
+                sequence.token_ids.append(PLACEHOLDER)
+                sequence.num_computed += 1
+            finish_reason = sequence.learn(position, token_id)
+            kept.append(token_id)
+            if finish_reason is not None:
+                break
+        self._generation_tokens_total += len(kept)
         return TokensSampled(
             request_id=sequence.request_id,
-            first_position=len(sequence.token_ids) - len(token_ids),
-            token_ids=token_ids,
+            first_position=row.num_computed,
+            token_ids=tuple(kept),
             finish_reason=finish_reason,
         )
+
+    def _end_if_over(self, sequence: Sequence, tokens: TokensSampled) -> None:
+        if sequence.kind is RequestKind.PREFILL_ONLY:
+            self._scheduler.lease(sequence, now_s=self._last_progress_s)
+        elif tokens.finish_reason is not None:
+            self._end(sequence)
 
     def _count_prompt(self, sequence: Sequence) -> None:
         self._prompt_tokens_total += sequence.num_prompt_tokens
@@ -367,4 +420,5 @@ class LLMEngine:
 
     def _end(self, sequence: Sequence) -> None:
         self._scheduler.end(sequence, now_s=self._clock())
-        del self._sequences[sequence.request_id]
+        if sequence.phase is Phase.ENDED:
+            del self._sequences[sequence.request_id]

@@ -1,26 +1,35 @@
 """What is computed next: requests and free blocks in, the rows of one forward pass out. No I/O, no tensors, no clock.
 
-A step has a budget of tokens and a number of rows. Whoever decodes goes first, with one token each, so that a long
-prompt slows a running conversation down by one chunk and never stops it; what is left of the budget goes to prompts,
-first come, first served. A sequence gets the blocks of all tokens it has when it starts, and one more whenever it
-fills them; when there is none left, the youngest gives its blocks up and is computed again later.
+A step has a budget of tokens and a number of rows. Whoever decodes goes first, with one token each; then prompts get
+what is left of the budget, by rank, but no more than `max_prefill_tokens_beside_decode` while somebody decodes: so a
+long prompt slows a running conversation down by one short chunk a step and never stops it. What is left after that may
+be spent on drafts. A sequence gets the blocks of all tokens it has when it starts, and one more whenever it fills them;
+when there is none left, the one with the worst rank gives its blocks up and is continued later.
 
-Why everybody ends: the oldest that runs is preempted only when blocks held for transfers leave no room for it, and
-those come back by themselves; nobody who came later gets a block that the first in the queue is waiting for.
+Rank is arrival, moved by a fixed time for each step of priority, so it never changes and the order is total. Why
+everybody ends: only so many can still come and have a better rank than one who waits; the best that runs is preempted
+only when blocks held for transfers leave no room for it, and those come back by themselves; and nobody with a worse
+rank gets a block that the first in the queue is waiting for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+import itertools
 from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Sequence as AnySequence
+from typing import Final, NamedTuple
 
 from disaggregated.engine.block_events import BlockLabel
 from disaggregated.engine.block_pool import BlockPool, HoldingKind
+from disaggregated.engine.ranked_queue import RankedQueue
 from disaggregated.engine.sequence import Phase, Sequence
+from disaggregated.engine.speculation import Speculation
 from disaggregated.engine.tiered_cache import CachedRun
 from disaggregated.errors import PoolExhausted
+
+_HOLDING_NO_MORE: Final = frozenset({Phase.WAITING, Phase.QUARANTINED, Phase.ENDING})
+"""Whoever decodes here wants no other block in these phases."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +40,9 @@ class SchedulerLimits:
     """Tokens computed in one step."""
     max_batch_size: int
     """Sequences in one step."""
+    max_prefill_tokens_beside_decode: int | None = None
+    """Tokens of prompts in a step in which somebody decodes; None: as many as fit. Bounds how much longer a prompt
+    makes a decode step."""
     enable_block_reuse: bool = True
 
     @property
@@ -43,26 +55,29 @@ class SchedulerLimits:
 
 
 class Chunk(NamedTuple):
-    """The next `num_tokens` tokens of a sequence that have no KV yet."""
+    """The next `num_tokens` tokens of a sequence that have no KV yet, and guesses of what follows them."""
 
     sequence: Sequence
     num_tokens: int
+    draft_token_ids: AnySequence[int] = ()
 
 
 class Scheduler:
     """Moves sequences between phases and decides on blocks; the only one to touch the block pool.
 
     Invariant: a sequence is in the queue of its phase and in no other; RUNNING, RESERVED, LANDED, LEASED and
-    QUARANTINED ones hold blocks, WAITING ones hold none; at most `max_rows` are RUNNING.
+    QUARANTINED and ENDING ones hold blocks, WAITING ones hold none; at most `max_rows` are RUNNING. No block goes back
+    while a launched step that writes into it is unfinished.
     """
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, speculation: Speculation | None = None) -> None:
         self.pool = pool
         self.limits = limits
         self.preemptions_total = 0
-        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
-        self._landed: OrderedDict[str, Sequence] = OrderedDict()
-        self._running: OrderedDict[str, Sequence] = OrderedDict()
+        self._speculation = speculation
+        self._waiting = RankedQueue()
+        self._landed = RankedQueue()
+        self._running = RankedQueue()
         self._num_growing = 0
         """Sequences that hold blocks and will want more."""
         self._num_waiting_tokens = 0
@@ -82,18 +97,29 @@ class Scheduler:
     @property
     def num_prompt_tokens_left(self) -> int:
         """Tokens to compute before everybody who waits or prefills is decoding."""
-        return self._num_waiting_tokens + sum(s.num_to_compute for s in self._running.values() if s.num_to_compute > 1)
+        return self._num_waiting_tokens + sum(s.num_to_compute for s in self._running if s.num_to_compute > 1)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would compute anything. Not so when all who wait need blocks that are held for transfers."""
         return bool(self._running or self._landed or (self._waiting and not self._head_is_refused))
 
+    @property
+    def may_preempt(self) -> bool:
+        """Whether the next step may take blocks from a running sequence. The steps launched must be finished first."""
+        if self.pool.num_free >= len(self._running) + len(self._landed):
+            return False
+        candidates = itertools.chain(self._running, self._landed)
+        num_wanted = sum(s.num_to_compute == 1 and not s.is_complete and not self._has_room(s) for s in candidates)
+        return num_wanted > self.pool.num_free
+
     # What happens to sequences.
 
     def enqueue(self, sequence: Sequence, *, now_s: float) -> None:
         sequence.advance(Phase.WAITING, now_s=now_s)
-        self._waiting[sequence.request_id] = sequence
+        self._waiting.add(sequence)
+        if self._waiting.first is sequence:
+            self._note_new_head()
         self._num_waiting_tokens += sequence.num_to_compute
 
     def reserve(self, sequence: Sequence, *, now_s: float) -> None:
@@ -119,15 +145,15 @@ class Scheduler:
         """
         assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
         sequence.num_computed = sequence.num_prompt_tokens
-        self._offer_to_cache(sequence)
+        self._offer_to_cache(sequence, sequence.num_computed)
         self.pool.change_kind(sequence.holding, HoldingKind.SEQUENCE, now_s=now_s)
         sequence.advance(Phase.LANDED, now_s=now_s)
-        self._landed[sequence.request_id] = sequence
+        self._landed.add(sequence)
 
     def lease(self, sequence: Sequence, *, now_s: float) -> None:
         """Stop computing; another server may be reading the blocks."""
         assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
-        del self._running[sequence.request_id]
+        self._running.remove(sequence)
         self.pool.change_kind(sequence.holding, HoldingKind.LEASED, now_s=now_s)
         sequence.advance(Phase.LEASED, now_s=now_s)
 
@@ -140,13 +166,19 @@ class Scheduler:
         sequence.advance(Phase.QUARANTINED, now_s=now_s)
 
     def end(self, sequence: Sequence, *, now_s: float) -> None:
-        """From any phase: the blocks are back."""
+        """From any phase. The blocks are back, unless a step that was launched still writes into them: the sequence is
+        ENDING then, and this is called again when the step is finished."""
+        self._running.discard(sequence)
+        self._landed.discard(sequence)
+        if sequence.num_launched:
+            if sequence.phase is Phase.RUNNING:
+                self._num_growing -= sequence.can_grow
+            sequence.advance(Phase.ENDING, now_s=now_s)
+            return
         if sequence.phase is Phase.WAITING:
             self._leave_queue(sequence)
             self.pool.drop_swap(sequence.request_id)
         self._give_back(sequence)
-        self._running.pop(sequence.request_id, None)
-        self._landed.pop(sequence.request_id, None)
         sequence.advance(Phase.ENDED, now_s=now_s)
 
     # What to do next.
@@ -154,21 +186,17 @@ class Scheduler:
     def schedule(self, *, now_s: float) -> list[Chunk]:
         """The rows of the next step; each is within budget, and its sequence holds the blocks for it."""
         self._join_landed(now_s)
-        chunks = self._decode_chunks(now_s)
-        budget = self.limits.max_num_tokens - len(chunks)
-        for sequence in self._running.values():
-            if budget and sequence.num_to_compute > 1:
-                chunks.append(Chunk(sequence, min(budget, sequence.num_to_compute)))
-                budget -= chunks[-1].num_tokens
-        self._start_waiting(chunks, budget, now_s)
-        return chunks
+        decoding = self._decode_chunks(now_s)
+        prefilling = self._prefill_chunks(self._prefill_budget(decoding), now_s)
+        if self._speculation is not None:
+            num_tokens = len(decoding) + sum(chunk.num_tokens for chunk in prefilling)
+            decoding = self._with_drafts(decoding, num_tokens, self._speculation)
+        return decoding + prefilling
 
-    def computed(self, chunk: Chunk) -> None:
-        """The chunk's KV is in the pool; blocks that it filled can be found from now on."""
-        sequence, num_tokens = chunk
-        sequence.num_computed += num_tokens
-        if sequence.num_computed // self.limits.block_size > sequence.num_findable_blocks:
-            self._offer_to_cache(sequence)
+    def computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """The KV of the first `num_tokens` tokens is in the pool; blocks that they fill can be found from now on."""
+        if num_tokens // self.limits.block_size > sequence.num_findable_blocks:
+            self._offer_to_cache(sequence, num_tokens)
 
     def check_integrity(self, sequences: Collection[Sequence]) -> None:
         """`sequences`: all that have begun and not ended."""
@@ -178,66 +206,124 @@ class Scheduler:
             name, phase = sequence.request_id, sequence.phase
             assert phase not in {Phase.NEW, Phase.ENDED}, f"{name} is {phase}"
             assert (sequence.holding is None) == (phase is Phase.WAITING), f"{name} is {phase}: {sequence.holding}"
-            assert phase not in queues or queues[phase].get(name) is sequence, f"{name} is {phase}, not in its queue"
+            assert phase not in queues or sequence in queues[phase], f"{name} is {phase}, not in its queue"
             assert phase not in queues or sequence.num_to_compute > 0, f"{name} is {phase} with nothing to compute"
             assert phase is not Phase.WAITING or sequence.num_computed == 0, f"{name} waits and is computed"
+            assert phase is not Phase.ENDING or sequence.num_launched, f"{name} is ending, and nothing is launched"
+            self._check_length(sequence)
+        for queue in queues.values():
+            queue.check_integrity()
         num_queued = sum(map(len, queues.values()))
         assert num_queued == sum(s.phase in queues for s in sequences), f"{num_queued} queued: somebody twice"
-        num_growing = sum(s.can_grow and s.phase not in {Phase.WAITING, Phase.QUARANTINED} for s in sequences)
+        num_growing = sum(s.can_grow and s.phase not in _HOLDING_NO_MORE for s in sequences)
         assert num_growing == self._num_growing, f"{self._num_growing} counted, {num_growing} grow"
-        waiting_tokens = sum(sequence.num_to_compute for sequence in self._waiting.values())
+        waiting_tokens = sum(sequence.num_to_compute for sequence in self._waiting)
         assert waiting_tokens == self._num_waiting_tokens, f"{self._num_waiting_tokens} counted, {waiting_tokens} wait"
         assert len(self._running) <= self.limits.max_rows, f"{len(self._running)} rows of {self.limits.max_rows}"
+
+    def _check_length(self, sequence: Sequence) -> None:
+        name, num_tokens = sequence.request_id, len(sequence.token_ids)
+        assert num_tokens <= sequence.num_tokens_max, f"{name} has {num_tokens} tokens, of {sequence.num_tokens_max}"
+        if sequence.phase in {Phase.RUNNING, Phase.LANDED}:
+            num_slots = len(sequence.block_table) * self.limits.block_size
+            assert sequence.num_computed <= num_slots, f"{name}: {sequence.num_computed} tokens in {num_slots} slots"
 
     # The parts of a step.
 
     def _join_landed(self, now_s: float) -> None:
-        """Rows for those whose KV came from elsewhere, but not the row of somebody in the queue who came earlier."""
-        while self._landed:
-            sequence = next(iter(self._landed.values()))
-            head = next(iter(self._waiting.values()), None)
-            head_goes_first = head is not None and head.arrival < sequence.arrival and not self._head_is_refused
+        """Rows for those whose KV came from elsewhere, but not the row of somebody in the queue with a better rank."""
+        while (sequence := self._landed.first) is not None:
+            head = self._waiting.first
+            head_goes_first = head is not None and head.rank < sequence.rank and not self._head_is_refused
             if len(self._running) + head_goes_first >= self.limits.max_rows:
                 return
-            del self._landed[sequence.request_id]
+            self._landed.remove(sequence)
             self._run(sequence, now_s)
 
     def _decode_chunks(self, now_s: float) -> list[Chunk]:
-        """One token of everybody who has just one to compute, the oldest first: only the younger are preempted."""
-        decoding = sorted((s for s in self._running.values() if s.num_to_compute == 1), key=lambda s: s.arrival)
+        """One token of everybody who has just one to compute, the best rank first: only worse ones are preempted."""
+        decoding = [s for s in self._running if s.num_to_compute == 1 and not s.is_complete]
         return [Chunk(sequence, 1) for sequence in decoding if self._make_room(sequence, now_s)]
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        return sequence.num_computed < len(sequence.block_table) * self.limits.block_size
+
     def _make_room(self, sequence: Sequence, now_s: float) -> bool:
-        """A block for its next token, if need be taken from the youngest; False when that is `sequence` itself."""
+        """A block for its next token, if need be taken from the worst rank; False when that is `sequence` itself."""
         while sequence.phase is Phase.RUNNING:
-            if sequence.num_computed < len(sequence.block_table) * self.limits.block_size:
+            if self._has_room(sequence):
                 return True
             if self.pool.num_free > 0:
                 assert sequence.holding is not None
                 self.pool.grow(sequence.holding)
                 return True
-            candidates = [s for queue in (self._running, self._landed) for s in queue.values() if s.can_grow]
-            self._preempt(max(candidates, key=lambda s: s.arrival), now_s)
+            worst = [next((s for s in reversed(queue) if s.can_grow), None) for queue in (self._running, self._landed)]
+            self._preempt(max((s for s in worst if s is not None), key=lambda s: s.rank), now_s)
         return False
+
+    def _prefill_budget(self, decoding: list[Chunk]) -> int:
+        budget = self.limits.max_num_tokens - len(decoding)
+        most = self.limits.max_prefill_tokens_beside_decode
+        if most is None or not any(chunk.sequence.num_generated for chunk in decoding):
+            return budget
+        return min(budget, most)
+
+    def _prefill_chunks(self, budget: int, now_s: float) -> list[Chunk]:
+        """Prompts that are under way, and those that wait, all by rank."""
+        chunks: list[Chunk] = []
+        for sequence in [s for s in self._running if s.num_to_compute > 1]:
+            budget = self._start_waiting(chunks, budget, now_s, before=sequence)
+            if budget:
+                chunks.append(Chunk(sequence, min(budget, sequence.num_to_compute)))
+                budget -= chunks[-1].num_tokens
+        self._start_waiting(chunks, budget, now_s)
+        return chunks
+
+    def _with_drafts(self, decoding: list[Chunk], num_tokens: int, speculation: Speculation) -> list[Chunk]:
+        """What the budget still allows, in slots that cost nobody a block."""
+        left = self.limits.max_num_tokens - num_tokens
+        chunks: list[Chunk] = []
+        for sequence, one, _ in decoding:
+            drafts: AnySequence[int] = ()
+            if left and sequence.num_generated and sequence.can_grow:
+                drafts = speculation.draft(sequence, left, num_tokens_in_step=num_tokens)
+                drafts = drafts[: self._num_slots_ahead(sequence, len(drafts))]
+                left -= len(drafts)
+            chunks.append(Chunk(sequence, one, drafts))
+        return chunks
+
+    def _num_slots_ahead(self, sequence: Sequence, wanted: int) -> int:
+        """Slots after its next token; another block only if it is promised to nobody."""
+        first = sequence.num_computed + 1
+        promised = max(self._num_growing, self._head_wants)
+        while len(sequence.block_table) * self.limits.block_size < first + wanted and self.pool.num_free > promised:
+            assert sequence.holding is not None
+            self.pool.grow(sequence.holding)
+        return min(wanted, len(sequence.block_table) * self.limits.block_size - first)
 
     def _preempt(self, sequence: Sequence, now_s: float) -> None:
         """Back to the head of the queue without blocks. The cache may still have them when it returns."""
-        self._running.pop(sequence.request_id, None)
-        self._landed.pop(sequence.request_id, None)
+        assert sequence.num_launched == 0, f"{sequence.request_id} is preempted while a step computes it"
+        self._running.discard(sequence)
+        self._landed.discard(sequence)
         self._swap_out(sequence, now_s)
         sequence.num_computed = 0
         self.enqueue(sequence, now_s=now_s)
-        self._waiting.move_to_end(sequence.request_id, last=False)
-        self._head_wants = self.limits.num_blocks_for(len(sequence.token_ids))
+        if self._waiting.first is sequence:
+            self._head_wants = self.limits.num_blocks_for(len(sequence.token_ids))
         self.preemptions_total += 1
 
-    def _start_waiting(self, chunks: list[Chunk], budget: int, now_s: float) -> None:
-        while budget and self._waiting and len(self._running) < self.limits.max_rows:
-            sequence = next(iter(self._waiting.values()))
-            if self._head_is_refused or not self._try_start(sequence, now_s):
-                return
-            chunks.append(Chunk(sequence, min(budget, sequence.num_to_compute)))
+    def _start_waiting(self, chunks: list[Chunk], budget: int, now_s: float, *, before: Sequence | None = None) -> int:
+        """Start those at the head of the queue, with a better rank than `before`; the budget that is left."""
+        while budget and len(self._running) < self.limits.max_rows:
+            head = self._waiting.first
+            if head is None or (before is not None and head.rank > before.rank):
+                break
+            if self._head_is_refused or not self._try_start(head, now_s):
+                break
+            chunks.append(Chunk(head, min(budget, head.num_to_compute)))
             budget -= chunks[-1].num_tokens
+        return budget
 
     def _try_start(self, sequence: Sequence, now_s: float) -> bool:
         """Give the first in the queue blocks for all its tokens, or note how many it lacks.
@@ -268,12 +354,17 @@ class Scheduler:
 
     def _run(self, sequence: Sequence, now_s: float) -> None:
         sequence.advance(Phase.RUNNING, now_s=now_s)
-        self._running[sequence.request_id] = sequence
+        self._running.add(sequence)
 
     def _leave_queue(self, sequence: Sequence) -> None:
-        del self._waiting[sequence.request_id]
+        was_first = self._waiting.first is sequence
+        self._waiting.remove(sequence)
         self._num_waiting_tokens -= sequence.num_to_compute
-        self._head_wants = 0  # Another one is the first now.
+        if was_first:
+            self._note_new_head()
+
+    def _note_new_head(self) -> None:
+        self._head_wants = 0
         self._head_refused_at = -1
 
     def _find_cached(self, sequence: Sequence, num_blocks_max: int) -> CachedRun:
@@ -304,16 +395,16 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.holding is None:
             return
-        grows = sequence.can_grow and sequence.phase is not Phase.QUARANTINED
+        grows = sequence.can_grow and sequence.phase not in _HOLDING_NO_MORE
         self.pool.give_back(sequence.holding)
         sequence.holding = None
         self._num_growing -= grows
 
-    def _offer_to_cache(self, sequence: Sequence) -> None:
+    def _offer_to_cache(self, sequence: Sequence, num_computed: int) -> None:
         """Blocks that are full and computed by now. Those of a reservation are offered when they have landed."""
         if not self.limits.enable_block_reuse:
             return
-        num_full = sequence.num_computed // self.limits.block_size
+        num_full = num_computed // self.limits.block_size
         hashes = sequence.hash_blocks(num_full, self.limits.block_size)
         for index in range(sequence.num_findable_blocks, num_full):
             parent = hashes[index - 1] if index else None

@@ -5,6 +5,8 @@ submit → WAITING ─┴→ RUNNING ─────────┼→ ENDED    
                         │  └→ LEASED ─┼→ ENDED          PREFILL_ONLY: leased until released
 reserve → RESERVED → LANDED → RUNNING ┴→ ENDED          FROM_REMOTE: landed, waiting for a row in the batch
              └→ QUARANTINED → ENDED                     cancelled while the transfer may still write
+
+RUNNING, LEASED → ENDING → ENDED: over, while a step that was launched before still writes into its blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from disaggregated.block_hash import BlockHash, block_hashes
-from disaggregated.engine.api import EngineRequest, FinishReason, RequestKind
+from disaggregated.engine.api import PLACEHOLDER, EngineRequest, FinishReason, RequestKind
 from disaggregated.engine.block_pool import Holding
 from disaggregated.errors import DisaggregatedError
 
@@ -34,17 +36,19 @@ class Phase(enum.StrEnum):
     LANDED = "landed"
     LEASED = "leased"
     QUARANTINED = "quarantined"
+    ENDING = "ending"
     ENDED = "ended"
 
 
 NEXT: Final[Mapping[Phase, frozenset[Phase]]] = {
     Phase.NEW: frozenset({Phase.WAITING, Phase.RESERVED}),
     Phase.WAITING: frozenset({Phase.RUNNING, Phase.ENDED}),
-    Phase.RUNNING: frozenset({Phase.WAITING, Phase.LEASED, Phase.ENDED}),  # WAITING: preempted
+    Phase.RUNNING: frozenset({Phase.WAITING, Phase.LEASED, Phase.ENDING, Phase.ENDED}),  # WAITING: preempted
     Phase.RESERVED: frozenset({Phase.LANDED, Phase.QUARANTINED, Phase.ENDED}),
     Phase.LANDED: frozenset({Phase.RUNNING, Phase.WAITING, Phase.ENDED}),  # WAITING: preempted
-    Phase.LEASED: frozenset({Phase.ENDED}),
+    Phase.LEASED: frozenset({Phase.ENDING, Phase.ENDED}),
     Phase.QUARANTINED: frozenset({Phase.ENDED}),
+    Phase.ENDING: frozenset({Phase.ENDED}),
     Phase.ENDED: frozenset(),
 }
 
@@ -56,8 +60,11 @@ class InvalidTransition(DisaggregatedError, AssertionError):
 class Sequence:
     """The tokens known so far, how many of them have their KV in the pool, and the blocks that hold it.
 
+    A step that has been launched counts as done: the token that it samples is in `token_ids` as a PLACEHOLDER until
+    the step is finished.
+
     Invariant: the first `num_computed` tokens have their KV in `block_table`, and at least one token has not, but in
-    RESERVED, LEASED and QUARANTINED. The last token sampled is always known before it is computed.
+    RESERVED, LEASED, QUARANTINED and ENDING.
     """
 
     __slots__ = (
@@ -65,10 +72,12 @@ class Sequence:
         "block_hashes",
         "drafting",
         "holding",
+        "is_published",
         "kind",
         "num_cached_prompt_tokens",
         "num_computed",
         "num_findable_blocks",
+        "num_launched",
         "num_prompt_tokens",
         "num_tokens_max",
         "phase",
@@ -95,6 +104,10 @@ class Sequence:
         self.phase = Phase.NEW
         self.story: list[tuple[float, Phase]] = []
         self.num_computed = 0
+        self.num_launched = 0
+        """Steps that compute a part of it and are not finished."""
+        self.is_published = False
+        """A chunk of its prompt was told: somebody may be reading its blocks."""
         self.was_started = False
         """It has held blocks; when it holds some again, it was preempted."""
         self.num_cached_prompt_tokens = 0
@@ -112,6 +125,12 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_complete(self) -> bool:
+        """It has its last token, or will have once the steps that are launched are finished; it may end earlier."""
+        num_tokens_max = 1 if self.kind is RequestKind.PREFILL_ONLY else self.sampling.max_tokens
+        return self.num_generated >= num_tokens_max or len(self.token_ids) >= self.num_tokens_max
 
     @property
     def can_grow(self) -> bool:
@@ -143,10 +162,16 @@ class Sequence:
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; says whether it was the last one."""
-        self.token_ids.append(token_id)
+        self.token_ids.append(PLACEHOLDER)
+        return self.learn(len(self.token_ids) - 1, token_id)
+
+    def learn(self, position: int, token_id: int) -> FinishReason | None:
+        """The token in this place, which was a placeholder, is known; says whether it is the last one."""
+        assert self.token_ids[position] == PLACEHOLDER, f"{self.request_id} has a token at {position} already"
+        self.token_ids[position] = token_id
         if token_id in self.sampling.stop_token_ids:
             return FinishReason.STOP
-        if self.num_generated >= self.sampling.max_tokens or len(self.token_ids) >= self.num_tokens_max:
+        if position + 1 - self.num_prompt_tokens >= self.sampling.max_tokens or position + 1 >= self.num_tokens_max:
             return FinishReason.LENGTH
         return None
 

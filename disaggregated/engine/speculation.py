@@ -175,8 +175,9 @@ class Speculation:
         drafting = sequence.drafting = sequence.drafting or Drafting()
         worth = self._cost.worth(num_tokens_in_step)
         num_drafts = drafting.acceptance.num_drafts(num_max, worth=worth, position=len(sequence.token_ids))
-        if num_drafts == 0:
-            return []
+        return self._guess(sequence, drafting, num_drafts) if num_drafts else []
+
+    def _guess(self, sequence: Sequence, drafting: Drafting, num_drafts: int) -> list[int]:
         tokens = drafting.text.follow(sequence.token_ids)[-LOOKBACK_MAX:]
         start = repeated_suffix(tokens, size_max=self._ngram_size_max, is_oldest=self._is_use_oldest)
         if start == 0:

@@ -17,9 +17,11 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.sequence import Sequence
+from disaggregated.engine.speculation import Drafting, Speculation
 from disaggregated.errors import AdmissionError, InvalidRequest
 from disaggregated.sampling_params import SamplingParams
-from tests.support.fake_runner import VOCAB_SIZE, FakeModelRunner, kv_of, oracle
+from tests.support.fake_runner import VOCAB_SIZE, FakeDevice, kv_of, oracle
 
 MAX_SEQ_LEN = 40
 
@@ -41,14 +43,30 @@ class Life:
     is_cancelled: bool = False
 
 
+class Foresight(Speculation):
+    """Guesses the oracle's tokens, and is wrong now and then: a text made of hashes repeats nothing."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(max_draft_len=workload.draw.choice([1, 3, 8]), max_matching_ngram_size=2)
+        self.workload = workload
+        self.error_rate = workload.draw.choice([0.02, 0.3])
+
+    def _guess(self, sequence: Sequence, drafting: Drafting, num_drafts: int) -> list[int]:
+        right = self.workload.lives[sequence.request_id].tokens[sequence.num_generated :][:num_drafts]
+        draw = self.workload.draw
+        return [draw.randrange(VOCAB_SIZE) if draw.random() < self.error_rate else token for token in right]
+
+
 class Workload:
     """An engine and the world around it: clients that give up, readers of leases, transfers that land late or never."""
 
     def __init__(self, seed: int, *, num_requests: int) -> None:
         self.draw = random.Random(seed)
+        self.now_s = 0.0
+        mode = self.draw.choice(["plain", "speculation", "overlap"])
         self.block_size = self.draw.choice([1, 2, 4, 8])
         num_blocks = self.draw.choice([24, 40, 80, 160]) // self.block_size
-        self.runner = FakeModelRunner(
+        self.runner = FakeDevice(
             num_blocks=num_blocks,
             block_size=self.block_size,
             max_num_tokens=self.draw.choice([1, 3, 8, 32]),
@@ -61,8 +79,15 @@ class Workload:
             max_num_tokens=self.runner.max_num_tokens,
             max_batch_size=self.runner.max_batch_size,
             max_seq_len=MAX_SEQ_LEN,
+            max_prefill_tokens_beside_decode=self.draw.choice([None, 1, 4]),
             enable_block_reuse=self.draw.random() < 0.8,
+            speculation=Foresight(self) if mode == "speculation" else None,
+            overlap=mode == "overlap",
+            clock=lambda: self.now_s,
         )
+        lateness = self.draw.choice([0.0, 0.5, 1.0])
+        self.runner.delay = lambda step: self.draw.random() < lateness
+        self.num_priorities = self.draw.choice([1, 3])
         self.kinds = self.draw.choice(
             [list(RequestKind), [RequestKind.FULL], [RequestKind.FULL, RequestKind.FROM_REMOTE]]
         )
@@ -78,11 +103,12 @@ class Workload:
             while self.num_left and self.draw.random() < 0.4:
                 self.arrive()
             self.interfere()
+            self.now_s += self.draw.choice([0.0, 0.1, 2.0])
             if self.engine.has_work:
                 for event in self.engine.step():
                     self.hear(event)
             self.check()
-            if not self.num_left and not self.lives:
+            if not (self.num_left or self.lives or self.engine.has_work):
                 break
         assert not self.lives, f"never ended: {self.lives}"
         assert not self.engine.has_work
@@ -104,7 +130,13 @@ class Workload:
             stop_token_ids=frozenset(self.draw.sample(range(VOCAB_SIZE), 3)),
         )
         kind = self.draw.choice(self.kinds)
-        request = EngineRequest(request_id=f"r{self.num_left}", kind=kind, token_ids=prompt, sampling=sampling)
+        request = EngineRequest(
+            request_id=f"r{self.num_left}",
+            kind=kind,
+            token_ids=prompt,
+            sampling=sampling,
+            priority=self.draw.randrange(self.num_priorities),
+        )
         tokens, finish_reason = oracle(prompt, sampling, max_seq_len=self.engine.max_seq_len)
         life = Life(request, tokens, finish_reason)
         try:

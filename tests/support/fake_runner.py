@@ -7,10 +7,11 @@ the wrong position) is an assertion here, or another token than the oracle's.
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from disaggregated.engine.api import FinishReason, ScheduledSequence
+from disaggregated.engine.api import PLACEHOLDER, FinishReason, ScheduledSequence
 from disaggregated.sampling_params import SamplingParams
 
 VOCAB_SIZE = 97
@@ -65,10 +66,13 @@ class FakeModelRunner:
         self.max_batch_size = max_batch_size
         self.slots: list[Slot | None] = [None] * (num_blocks * block_size)
         self.batches: list[list[tuple[str, int, int]]] = []
-        """Of every step: (request id, first position, number of tokens) of each row."""
+        """Of every step: (request id, first position, number of tokens, drafts not counted) of each row."""
+        self.num_drafts = 0
+        self._unfinished: list[_Launched] = []
 
     def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
         self.batches.append([(row.request_id, row.first_position, len(row.token_ids)) for row in batch])
+        self.num_drafts += sum(len(row.draft_token_ids) for row in batch)
         self._check_limits(batch)
         prefixes = [self.read(row.block_table, row.first_position) for row in batch]  # All reads, then all writes.
         self._check_writers(batch)
@@ -93,10 +97,12 @@ class FakeModelRunner:
         return block_table[position // self.block_size] * self.block_size + position % self.block_size
 
     def _check_limits(self, batch: Sequence[ScheduledSequence]) -> None:
-        num_tokens = sum(len(row.token_ids) for row in batch)
+        num_tokens = sum(len(row.token_ids) + len(row.draft_token_ids) for row in batch)
         assert 0 < len(batch) <= self.max_batch_size, f"{len(batch)} rows of {self.max_batch_size}"
         assert num_tokens <= self.max_num_tokens, f"{num_tokens} tokens, the budget is {self.max_num_tokens}"
         assert all(row.token_ids for row in batch), "a row without tokens"
+        assert all(row.sampling is not None or not row.draft_token_ids for row in batch), "drafts within a prompt"
+        assert all(PLACEHOLDER not in row.token_ids for row in batch), "a token that nobody knows"
         assert len({row.request_id for row in batch}) == len(batch), "a sequence has two rows"
 
     def _check_writers(self, batch: Sequence[ScheduledSequence]) -> None:
@@ -104,7 +110,8 @@ class FakeModelRunner:
         tables = [set(row.block_table) for row in batch]
         for index, row in enumerate(batch):
             first = row.first_position // self.block_size
-            last = (row.first_position + len(row.token_ids) - 1) // self.block_size
+            num_tokens = len(row.token_ids) + len(row.draft_token_ids)
+            last = (row.first_position + num_tokens - 1) // self.block_size
             written = set(row.block_table[first : last + 1])
             for other, table in enumerate(tables):
                 assert other == index or not written & table, f"{row.request_id} writes into a row mate's block"
@@ -120,4 +127,66 @@ class FakeModelRunner:
         for position, token_id in enumerate(row.token_ids, start=row.first_position):
             digest = _digest(digest, token_id)
             self.slots[self._slot(row.block_table, position)] = (token_id, digest)
-        return [] if row.sampling is None else [_next_token(digest, row.sampling, row.forbidden_token_ids)]
+        if row.sampling is None:
+            return []
+        tokens = [_next_token(digest, row.sampling, row.forbidden_token_ids)]
+        is_right = True
+        for position, draft in enumerate(row.draft_token_ids, start=row.first_position + len(row.token_ids)):
+            digest = _digest(digest, draft)
+            self.slots[self._slot(row.block_table, position)] = (draft, digest)
+            is_right = is_right and tokens[-1] == draft
+            if is_right:
+                tokens.append(_next_token(digest, row.sampling, row.forbidden_token_ids))
+        return tokens
+
+
+class FakeDevice(FakeModelRunner):
+    """Implements `OverlappingRunner`: a device that does what it is given some time between launch and tokens().
+
+    `delay(step)` tells for each launch whether it is as late as it can be; so whatever frees a block while a launched
+    step still writes into it shows as a wrong token, or as KV where none should be.
+    """
+
+    delay: Callable[[int], bool] = staticmethod(lambda step: True)
+
+    def launch(self, batch: Sequence[ScheduledSequence]) -> _Launched:
+        assert len(self._unfinished) < 2, "three steps are under way"
+        rows = [dataclasses.replace(row, block_table=tuple(row.block_table)) for row in batch]
+        step = _Launched(self, rows, self._unfinished[-1] if self._unfinished else None)
+        self._unfinished.append(step)
+        if not self.delay(len(self.batches)):
+            step.compute()
+        return step
+
+    def finished(self, step: _Launched) -> None:
+        assert self._unfinished[0] is step, "steps are finished out of order"
+        del self._unfinished[0]
+
+
+class _Launched:
+    """Implements `PendingStep`."""
+
+    def __init__(self, device: FakeDevice, rows: list[ScheduledSequence], before: _Launched | None) -> None:
+        self._device = device
+        self._rows = rows
+        self._before = before
+        self.sampled: Sequence[Sequence[int]] | None = None
+
+    def compute(self) -> Sequence[Sequence[int]]:
+        if self.sampled is None:
+            earlier = self._before.compute() if self._before is not None else ()
+            self.sampled = self._device.execute([_resolved(row, earlier) for row in self._rows])
+            self._before = None
+        return self.sampled
+
+    def tokens(self) -> Sequence[Sequence[int]]:
+        self._device.finished(self)
+        return self.compute()
+
+
+def _resolved(row: ScheduledSequence, earlier: Sequence[Sequence[int]]) -> ScheduledSequence:
+    if row.previous_row is None:
+        return row
+    assert list(row.token_ids) == [PLACEHOLDER], f"{row} waits for a token that it has"
+    (token_id,) = earlier[row.previous_row]
+    return dataclasses.replace(row, token_ids=[token_id], previous_row=None)

@@ -1,4 +1,4 @@
-"""Who starts next: a queue in the order of priority, in which nobody is forgotten."""
+"""Sequences in the order in which they are served."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from disaggregated.engine.sequence import Sequence
 
 
-class WaitingQueue:
-    """Sequences by rank, the best first. Ranks never change, so a sorted list will do: a place is found in
-    logarithmic time, and moving a few thousand pointers takes a microsecond.
+class RankedQueue:
+    """By rank, the best first. A rank never changes, so a sorted list will do: a place is found in logarithmic time,
+    and moving a few thousand pointers takes a microsecond.
 
     Invariant: sorted by rank, no two ranks alike.
     """
@@ -25,6 +25,9 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
 
+    def __reversed__(self) -> Iterator[Sequence]:
+        return reversed(self._sequences)
+
     def __contains__(self, sequence: Sequence) -> bool:
         place = self._place(sequence)
         return place < len(self._sequences) and self._sequences[place] is sequence
@@ -34,12 +37,18 @@ class WaitingQueue:
         return self._sequences[0] if self._sequences else None
 
     def add(self, sequence: Sequence) -> None:
-        assert sequence not in self, f"{sequence.request_id} waits already"
-        self._sequences.insert(self._place(sequence), sequence)
+        place = self._place(sequence)
+        assert sequence not in self._sequences[place : place + 1], f"{sequence.request_id} is here already"
+        self._sequences.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        assert sequence in self, f"{sequence.request_id} does not wait"
-        del self._sequences[self._place(sequence)]
+        place = self._place(sequence)
+        assert sequence in self._sequences[place : place + 1], f"{sequence.request_id} is not here"
+        del self._sequences[place]
+
+    def discard(self, sequence: Sequence) -> None:
+        if sequence in self:
+            self.remove(sequence)
 
     def check_integrity(self) -> None:
         ranks = [sequence.rank for sequence in self._sequences]
