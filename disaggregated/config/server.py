@@ -10,11 +10,17 @@ class KVCacheConfig:
     enable_block_reuse: bool = True
     """Keep the blocks of finished sequences for prompts with the same beginning."""
     max_tokens: int | None = None
-    """Size of the pool in tokens; None: from the memory fraction."""
+    """Size of the pool in tokens; None: no such limit. Of several limits the smallest counts."""
     free_gpu_memory_fraction: float = 0.9
     """Of the device's free memory after the weights are loaded; on CPU, of `cpu_memory_budget_bytes`."""
+    max_gpu_total_bytes: int = 0
+    """Size of the pool in bytes; 0: no such limit."""
     cpu_memory_budget_bytes: int = 1 << 30
     """What one server on CPU may take for KV."""
+    host_cache_size: int = 0
+    """Bytes of host memory for blocks that the pool has evicted; 0: they are gone."""
+    event_buffer_max_size: int = 16_384
+    """Changes of the prefix cache kept for whoever follows them; 0: nobody can."""
     tokens_per_block: int = 32
     dtype: str = "auto"
     """"auto" is that of the activations; "float32", "bfloat16", "float16", "int8", "fp8"."""

@@ -79,7 +79,25 @@ _HONOURED: Final = (
     honoured("num_threads", AT_LEAST_1, "CPU threads of the engine; left out: the launcher deals the cores out."),
     honoured("cpu_affinity", CORES, "Cores the server is pinned to; left out: the launcher deals the cores out."),
     honoured("kv_cache_config.enable_block_reuse", BOOLEAN, "Keep finished blocks for prompts that begin the same."),
-    honoured("kv_cache_config.max_tokens", AT_LEAST_1, "Size of the KV pool in tokens; left out: from the fraction."),
+    honoured(
+        "kv_cache_config.max_tokens",
+        AT_LEAST_1,
+        "Size of the KV pool in tokens, rounded up to blocks. Of this, the fraction and the bytes the smallest counts.",
+    ),
+    honoured(
+        "kv_cache_config.max_gpu_total_bytes", AT_LEAST_0, "Size of the KV pool in bytes, on CPU too; 0: no limit."
+    ),
+    honoured(
+        "kv_cache_config.host_cache_size",
+        AT_LEAST_0,
+        "Bytes of host memory for blocks that the pool evicts: prefixes and preempted sequences come back from there.",
+    ),
+    honoured(
+        "kv_cache_config.event_buffer_max_size",
+        AT_LEAST_0,
+        "Changes of the prefix cache kept for each who follows them (WatchBlocks), who gets everything anew when there "
+        "are more; 0: nobody can follow.",
+    ),
     honoured(
         "kv_cache_config.free_gpu_memory_fraction",
         FRACTION,
@@ -193,9 +211,7 @@ _NO_EFFECT: Final = (
     no_effect("kv_cache_config.enable_partial_reuse", BOOLEAN, "only whole blocks are reused", harmless=(False,)),
     no_effect("kv_cache_config.copy_on_partial_reuse", BOOLEAN, "only whole blocks are reused", harmless=(False,)),
     no_effect("kv_cache_config.use_uvm", BOOLEAN, "KV stays on its device", harmless=(False,)),
-    no_effect("kv_cache_config.host_cache_size", AT_LEAST_0, "KV stays on its device", harmless=(0,)),
     no_effect("kv_cache_config.disk_cache_size", AT_LEAST_0, "KV stays on its device", harmless=(0,)),
-    no_effect("kv_cache_config.max_gpu_total_bytes", AT_LEAST_0, "the pool follows its fraction", harmless=(0,)),
     no_effect("num_postprocess_workers", AT_LEAST_0, "servers handle token ids only, never text", harmless=(0,)),
     no_effect("num_serve_frontends", AT_LEAST_1, "servers handle token ids only, never text", harmless=(1,)),
     *_without_effect(
@@ -248,7 +264,6 @@ _NO_EFFECT: Final = (
     *_without_effect("the sizes come from the other keys", "build_config"),
     *_without_effect(
         "the KV pool has one layout, with whole blocks reused by content",
-        "kv_cache_config.event_buffer_max_size",
         "kv_cache_config.attention_dp_events_gather_period_ms",
         "kv_cache_config.onboard_blocks",
         "kv_cache_config.cross_kv_cache_fraction",

@@ -27,8 +27,9 @@ class KVCache:
             region = torch.frombuffer(allocate(layout), dtype=torch.uint8, count=layout.pool_bytes)
         else:
             region = torch.zeros(layout.pool_bytes, dtype=torch.uint8, device=device)
-        blocks = region.view(layout.num_layers, layout.num_blocks, layout.block_bytes)
-        self.layers: Sequence[LayerPool] = [_layer_pool(layer, layout) for layer in blocks.unbind(0)]
+        self.blocks_LBX = region.view(layout.num_layers, layout.num_blocks, layout.block_bytes)
+        """Bytes, for whoever moves whole blocks."""
+        self.layers: Sequence[LayerPool] = [_layer_pool(layer, layout) for layer in self.blocks_LBX.unbind(0)]
 
 
 def _layer_pool(bytes_BX: torch.Tensor, layout: KVLayout) -> LayerPool:

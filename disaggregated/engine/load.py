@@ -14,14 +14,19 @@ from typing import Final
 import psutil
 import torch
 
+from disaggregated import logs
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.engine.fingerprint import fingerprint, numerics_of, weights_digest
+from disaggregated.engine.host_tier.copies import BlockCopier
+from disaggregated.engine.host_tier.memory import MemoryBlockCopier
 from disaggregated.engine.kv_cache import Allocate, KVCache
 from disaggregated.engine.models.decoder import Decoder
 from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.ops.select import select
+from disaggregated.engine.pool_size import FreeMemory, PoolSize, size_pool
 from disaggregated.engine.precision import WEIGHT_BYTES, Precision, precision_of
 from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.engine.weights import (
@@ -36,6 +41,8 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.model_files import ModelConfig, ModelFiles, resolve
 from disaggregated.sampling_params import SamplingParams
 
+log = logs.get(__name__)
+
 _MIB: Final = 1 << 20
 _NOT_IN_KV: Final = ("max_position_embeddings", "eos_token_ids", "bos_token_id", "dtype", "remarks")
 """What of a model's config a token's KV does not depend on."""
@@ -44,6 +51,8 @@ _NOT_IN_KV: Final = ("max_position_embeddings", "eos_token_ids", "bos_token_id",
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
     engine: LLMEngine
+    runner: TorchModelRunner
+    """The engine's own; whoever lets the engine step leaves it alone."""
     layout: KVLayout
     fingerprint: str
     """Servers with the same one may exchange KV."""
@@ -78,11 +87,13 @@ def load_engine(
     max_seq_len = _max_seq_len(config, model_config)
     _check_weights_fit(model_config, device, precision)
 
-    ops = select(device, precision, head_dim=model_config.head_dim, num_threads=config.num_threads)
+    kv = model_config.kv_shape
+    ops = select(device, precision, head_dim=kv.head_dim, num_planes=kv.num_planes, num_threads=config.num_threads, is_deterministic=config.deterministic)
     model = _load_model(files, model_config, ops, device, precision.dtype, num_positions=max_seq_len, is_dummy=is_dummy)
-    layout = kv_layout(config, model_config, device, precision.kv_dtype)
-    runner = TorchModelRunner(model, KVCache(layout, device=device, allocate=allocate), device)
-    _warm_up(runner, min(config.max_num_tokens, max_seq_len, layout.block_size))
+    size = _pool_size(config, model_config, device, precision.kv_dtype, max_seq_len=max_seq_len)
+    layout = size.layout
+    kv_cache = KVCache(_with_scratch_block(layout, device), device=device, allocate=allocate)
+    runner = _runner(model, kv_cache, device, ops, config, max_seq_len=max_seq_len)
     return LoadedEngine(
         engine=LLMEngine(
             runner,
@@ -93,7 +104,10 @@ def load_engine(
             max_seq_len=max_seq_len,
             vocab_size=model_config.vocab_size,
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
+            copier=_copier(kv_cache, size.num_host_slots, device),
+            event_buffer_max_size=config.kv_cache_config.event_buffer_max_size,
         ),
+        runner=runner,
         layout=layout,
         fingerprint=_fingerprint(files, model_config, ops, precision, is_dummy=is_dummy),
         files=files,
@@ -106,32 +120,51 @@ def load_engine(
     )
 
 
-def kv_layout(config: ServerConfig, model_config: ModelConfig, device: torch.device, dtype: str) -> KVLayout:
-    """The pool that the configuration asks for and the device has room for, weights already loaded.
+def _runner(
+    model: Decoder, kv_cache: KVCache, device: torch.device, ops: Ops, config: ServerConfig, *, max_seq_len: int
+) -> TorchModelRunner:
+    """Ready for its first real step: what is measured, compiled or captured has been."""
+    if device.type == "cuda" and not isinstance(ops, ReferenceOps):
+        from disaggregated.engine.cuda.start import start_runner
 
-    Raises:
-        NotEnoughMemory: it does not fit, or holds not even one block.
-    """
-    kv_config = config.kv_cache_config
+        return start_runner(model, kv_cache, device, ops, config, max_seq_len=max_seq_len)
+    runner = TorchModelRunner(model, kv_cache, device)
+    _warm_up(runner, min(config.max_num_tokens, max_seq_len, kv_cache.layout.block_size))
+    return runner
+
+
+def _with_scratch_block(layout: KVLayout, device: torch.device) -> KVLayout:
+    """On CUDA the pool has one block more than the engine is told of, for the dummy requests of decode graphs."""
+    return dataclasses.replace(layout, num_blocks=layout.num_blocks + (device.type != "cpu"))
+
+
+def _pool_size(
+    config: ServerConfig, model_config: ModelConfig, device: torch.device, kv_dtype: str, *, max_seq_len: int
+) -> PoolSize:
+    """The pool that the configuration asks for and the device has room for, weights already loaded."""
     one_block = KVLayout(
         **dataclasses.asdict(model_config.kv_shape),
-        block_size=kv_config.tokens_per_block,
-        dtype=dtype,
+        block_size=config.kv_cache_config.tokens_per_block,
+        dtype=kv_dtype,
         num_blocks=1,
     )
-    available = available_bytes(device)
-    if kv_config.max_tokens is not None:
-        num_blocks = one_block.num_blocks_for(kv_config.max_tokens)
-    else:
-        budget = available if device.type != "cpu" else min(kv_config.cpu_memory_budget_bytes, available)
-        num_blocks = int(budget * kv_config.free_gpu_memory_fraction) // one_block.pool_bytes
-    layout = dataclasses.replace(one_block, num_blocks=max(1, num_blocks))
-    if layout.pool_bytes > available:
-        raise NotEnoughMemory(
-            f"a KV pool of {layout.num_blocks * layout.block_size} tokens takes {_mib(layout.pool_bytes)} "
-            f"({layout.token_bytes} bytes a token); {_mib(available)} are available on {device}"
-        )
-    return layout
+    free = FreeMemory(
+        device=available_bytes(device),
+        host=available_bytes(torch.device("cpu")),
+        device_is_host=device.type == "cpu",
+    )
+    size = size_pool(one_block, config.kv_cache_config, free, max_seq_len=max_seq_len)
+    log.info("kv_pool_sized", blocks=size.layout.num_blocks, bytes=size.layout.pool_bytes, because=size.arithmetic)
+    return size
+
+
+def _copier(kv_cache: KVCache, num_slots: int, device: torch.device) -> BlockCopier | None:
+    """The host tier's memory, if there is to be one."""
+    if not num_slots:
+        return None
+    if device.type != "cpu":
+        raise ConfigError(f"kv_cache_config.host_cache_size: there is no host tier for device {device.type} yet")
+    return MemoryBlockCopier(kv_cache.blocks_LBX.numpy(), num_slots)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,11 +106,27 @@ def test_without_max_tokens_a_fraction_of_the_budget_is_taken(tiny: TinyModel) -
     assert layout.pool_bytes <= 5 << 20 < layout.pool_bytes + layout.block_bytes * layout.num_layers
 
 
-def test_a_pool_that_does_not_fit_is_refused_with_the_numbers(tiny: TinyModel) -> None:
-    too_many = psutil.virtual_memory().total // 768 * 2
-    pool = KVCacheConfig(max_tokens=too_many)
-    with pytest.raises(NotEnoughMemory, match=r"takes [\d,]+ MiB \(768 bytes a token\); [\d,]+ MiB are available"):
+def test_a_pool_without_room_for_one_block_is_refused_with_the_numbers(tiny: TinyModel) -> None:
+    pool = KVCacheConfig(cpu_memory_budget_bytes=10_000)
+    with pytest.raises(NotEnoughMemory, match=r"0\.90 x 10,000 bytes .* / 24,576 bytes a block .* = 0 blocks"):
         load_engine(server(tiny, kv_cache_config=pool), allocate=allocate)
+
+
+def test_evicted_blocks_and_preempted_sequences_come_back_from_the_host_tier_and_change_no_token(
+    tiny: TinyModel,
+) -> None:
+    """A pool for one sequence and a half, and two of them at once, again and again."""
+    prompts = [random_prompt(60, seed, VOCAB_SIZE) for seed in range(2)]
+    small = KVCacheConfig(max_tokens=144, tokens_per_block=16, host_cache_size=1 << 20)
+    loaded = load_engine(server(tiny, kv_cache_config=small), allocate=allocate)
+    for _ in range(2):
+        assert run(loaded, prompts, 30) == [tiny.greedy(prompt, 30) for prompt in prompts]
+    statistics = loaded.engine.statistics()
+    assert statistics.swapped_sequences_total > 0
+    assert statistics.offloaded_blocks_total > 0
+    assert statistics.onboarded_blocks_total > 0
+    assert statistics.num_host_slots == (1 << 20) // (768 * 16)
+    assert statistics.num_host_slots_claimed == 0
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
