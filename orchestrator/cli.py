@@ -19,7 +19,12 @@ from disaggregated.config.one_line import one_line_errors
 
 DEFAULT_URL: Final = "http://localhost:8000"
 _ROLE_FLAGS: Final = ("--server_role", "--server-role")
-_MODULES: Final = {"context": "context_server", "generation": "generation_server"}
+_MODULES: Final = {
+    "context": "context_server",
+    "generation": "generation_server",
+    "mixed": "orchestrator.serve_mixed",
+}
+_POOLS: Final = ("context", "generation")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -64,6 +69,7 @@ def disaggregated() -> None:
     Start everything on this machine:      disaggregated -c disagg-config.yml
     See a chat being served, step by step: disaggregated demo
     Start one server of a pool:            disaggregated serve context MODEL --port 8001
+    Serve from one process, not split:     disaggregated serve mixed MODEL
     Change a running deployment:           disaggregated scale generation=2
     """
 
@@ -117,11 +123,15 @@ def run_verb(config_file: Path, check: bool, metadata_server_config_file: str | 
 @disaggregated.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve_verb(arguments: Sequence[str]) -> None:
-    """Run one server: serve context|generation MODEL [FLAGS]
+    """Run one server: serve context|generation|mixed MODEL [FLAGS]
+
+    A context or a generation server belongs to an orchestrator, whose file names it in urls. A mixed one comes with its
+    own: it prefills, decodes and speaks the OpenAI API.
 
     \b
     disaggregated serve context MODEL --port 8001 --config context_config.yml
     disaggregated serve MODEL --server_role generation --port 8003
+    disaggregated serve mixed MODEL --port 8000
     disaggregated serve context --help     lists the flags
     """
     role, rest = split_role(arguments)
@@ -129,7 +139,7 @@ def serve_verb(arguments: Sequence[str]) -> None:
         if set(arguments) & {"-h", "--help"} or not arguments:
             click.echo(serve_verb.get_help(click.get_current_context()))
             return
-        raise click.UsageError(f"say which role: disaggregated serve context {arguments[0]} ..., or generation")
+        raise click.UsageError(f"say which role: disaggregated serve mixed {arguments[0]} ..., or context, generation")
     folder = str(Path(__file__).parents[1])
     paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
@@ -148,7 +158,7 @@ def split_role(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
         end = position + 1 if equals else position + 2
         role = (value if equals else "".join(rest[position + 1 : end])).lower()
         if role not in _MODULES:
-            raise click.UsageError(f"{flag}: must be context or generation, is {role!r}")
+            raise click.UsageError(f"{flag}: must be {', '.join(_MODULES)}, is {role!r}")
         return role, rest[:position] + rest[end:]
     return None, rest
 
@@ -167,7 +177,7 @@ def scale_verb(counts: Sequence[str], url: str, timeout: float) -> None:
     wanted: dict[str, int] = {}
     for text in counts:
         role, _, count = text.partition("=")
-        if role not in _MODULES or not count.isdigit():
+        if role not in _POOLS or not count.isdigit():
             raise click.UsageError(f"{text}: must be context=COUNT or generation=COUNT")
         wanted[role] = int(count)
     scale(url, wanted, timeout_s=timeout)

@@ -15,9 +15,12 @@ class CoreAllocation:
 
     def __init__(self, cores: Sequence[int], *, num_servers: int) -> None:
         assert cores, "a process runs on at least one core"
-        has_spare = len(cores) > num_servers  # It is the orchestrator's then.
+        num_servers = max(1, num_servers)
+        whole_share, smaller_share = len(cores) // num_servers, (len(cores) - 1) // num_servers
+        # The orchestrator gets a core where that costs each server a quarter of its own at most. It needs little of it.
+        has_spare = len(cores) > num_servers and 4 * (whole_share - smaller_share) <= whole_share
         usable = len(cores) - 1 if has_spare else len(cores)
-        self.share_size = max(1, usable // max(1, num_servers))
+        self.share_size = max(1, usable // num_servers)
         num_shares = max(1, usable // self.share_size)
         self._shares = [tuple(cores[n * self.share_size : (n + 1) * self.share_size]) for n in range(num_shares)]
         self._owners: dict[str, int] = {}

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import uvloop
@@ -41,18 +41,22 @@ SERVERS_TIMEOUT_S: Final = 1.5
 """For the servers after that, before they are killed."""
 
 
-def run(config: DeploymentConfig) -> int:
+OnListening = Callable[[str], object]
+"""Told the address, "host:port", once HTTP answers there."""
+
+
+def run(config: DeploymentConfig, *, on_listening: OnListening = lambda address: None) -> int:
     """Serves until SIGINT or SIGTERM. Raises StartupError when it cannot start; nothing is left running then."""
     check_can_start(config)
     logs.configure("orchestrator", level=config.log_level)
     for note in config.notes:
         log.info("config_note", note=note)
     with contextlib.closing(listen(config.hostname, config.port)) as listener:
-        uvloop.run(_serve(config, listener))
+        uvloop.run(_serve(config, listener, on_listening))
     return 0
 
 
-async def _serve(config: DeploymentConfig, listener: socket.socket) -> None:
+async def _serve(config: DeploymentConfig, listener: socket.socket, on_listening: OnListening) -> None:
     pools = ServerPools(config)
     limits = LaunchLimits(start_timeout_s=config.server_start_timeout_s, stop_timeout_s=SERVERS_TIMEOUT_S)
     launcher = Launcher(config, pools, limits=limits)
@@ -61,7 +65,7 @@ async def _serve(config: DeploymentConfig, listener: socket.socket) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(launcher.run(requests_gone))
-                await _answer(config, listener, pools, launcher, asked_to_stop)
+                await _answer(config, listener, pools, launcher, asked_to_stop, on_listening=on_listening)
                 requests_gone.set()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
@@ -73,6 +77,8 @@ async def _answer(
     pools: ServerPools,
     launcher: Launcher,
     asked_to_stop: asyncio.Event,
+    *,
+    on_listening: OnListening,
 ) -> None:
     """HTTP from here until `asked_to_stop`, and then for as long as requests need, within REQUESTS_TIMEOUT_S."""
     model = await asyncio.to_thread(ServedModel.load, config.model) if config.model and launcher.has_work else None
@@ -84,6 +90,7 @@ async def _answer(
         _freeze_start_up_objects()
         sys.stdout.write(f"READY orchestrator {address_of(listener)} model={config.model or 'of its servers'}\n")
         sys.stdout.flush()
+        on_listening(address_of(listener))
         async with totals_logged(app[DOOR].metrics.totals, config.metrics_log_interval_s):
             await asked_to_stop.wait()
         log.info("stopping", requests_timeout_s=REQUESTS_TIMEOUT_S)

@@ -9,7 +9,7 @@ Flags and file share one key table, hence one set of names, bounds and messages.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,9 +67,23 @@ def normalise_flag(name: str) -> str:
 def server_command(role: str, main: Callable[[ServerConfig], int]) -> click.Command:
     """The click command of one role. It exits with what `main` returns, or with a StartupError's code and one line."""
 
-    def run(model: str, config_file: Path | None, **flags: object) -> None:
+    def run(model: str, fields: Mapping[str, object]) -> int:
         die_with_parent()
-        sys.exit(main(server_config(role, model, config_file, _flags_found(flags))))
+        return main(fill(ServerConfig(model=model, role=role), fields))
+
+    return model_command(
+        f"{role}_server",
+        f"Run one {role} server for MODEL: a bundled name, a Hugging Face directory or a GGUF file.",
+        run,
+    )
+
+
+def model_command(name: str, help_text: str, main: Callable[[str, Mapping[str, object]], int]) -> click.Command:
+    """A command that takes MODEL and a server's flags. `main` gets the model and what was said of it: dotted fields of
+    ServerConfig, checked, those only that the flags or the file name."""
+
+    def run(model: str, config_file: Path | None, **flags: object) -> None:
+        sys.exit(main(model, _fields_said(name, config_file, _flags_found(flags))))
 
     config_help = "YAML file with these keys, as TensorRT-LLM's extra_llm_api_options; a flag wins over it."
     file_type = click.Path(path_type=Path)
@@ -77,16 +91,20 @@ def server_command(role: str, main: Callable[[ServerConfig], int]) -> click.Comm
         ["config_file", "--config", "--extra-llm-api-options"], type=file_type, metavar="FILE", help=config_help
     )
     return _OneLineCommand(
-        name=f"{role}_server",
+        name=name,
         callback=run,
         params=[click.Argument(["model"]), config_option, *_options()],
-        help=f"Run one {role} server for MODEL: a bundled name, a Hugging Face directory or a GGUF file.",
+        help=help_text,
         context_settings={"token_normalize_func": normalise_flag, "help_option_names": ["-h", "--help"]},
     )
 
 
 def server_config(role: str, model: str, config_file: Path | None = None, flags: Sequence[Found] = ()) -> ServerConfig:
     """What a server is told by its argument, its file and its flags. Raises ConfigError; notes go to stderr."""
+    return fill(ServerConfig(model=model, role=role), _fields_said(f"{role}_server", config_file, flags))
+
+
+def _fields_said(name: str, config_file: Path | None, flags: Sequence[Found]) -> dict[str, object]:
     source = Source(config_file.name if config_file else "")
     in_file, notes = collect(read_yaml(config_file), SERVER_KEYS, source) if config_file else ([], [])
     named = {FLAG_KEYS.canonical(flag.name) for flag in flags}
@@ -97,8 +115,8 @@ def server_config(role: str, model: str, config_file: Path | None = None, flags:
     if missing:
         raise ConfigError(missing[0])
     for note in [*notes, *from_file.notes, *from_flags.notes]:
-        click.echo(f"{role} server: note: {note}", err=True)
-    return fill(ServerConfig(model=model, role=role), from_file.fields | from_flags.fields)
+        click.echo(f"{name.replace('_', ' ')}: note: {note}", err=True)
+    return from_file.fields | from_flags.fields
 
 
 def to_arguments(config: ServerConfig) -> list[str]:

@@ -14,7 +14,7 @@ from disaggregated.errors import PortTaken
 from orchestrator.cli import main, split_role
 from orchestrator.listening import address_of, listen
 
-FILE = "model: m\nspeculative_config: {decoding_type: NGram}\n"
+FILE = "model: m\nenable_chunked_prefill: false\n"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_verb_may_be_left_out(capsys: pytest.CaptureFixture[str], config_fil
     assert run(*verb, "-c", config_file, "--check") == 0
     captured = capsys.readouterr().out.splitlines()
     assert captured == [
-        "note: speculative_config: no effect: tokens are generated one at a time: the output is the same",
+        "note: enable_chunked_prefill: no effect: a prompt over max_num_tokens is always prefilled in chunks",
         "disagg-config.yml: can be started",
     ]
 
@@ -56,8 +56,9 @@ def test_the_flags_of_tensorrt_llm_are_taken(config_file: str, flags: list[str])
         (["statis"], 2, "No such command 'statis'. Did you mean 'status'? (see disaggregated --help)"),
         (["scale", "gen=2"], 2, "gen=2: must be context=COUNT or generation=COUNT (see disaggregated scale --help)"),
         (["scale", "context=-1"], 2, "context=-1: must be context=COUNT or generation=COUNT"),
-        (["serve", "m"], 2, "say which role: disaggregated serve context m ..., or generation"),
-        (["serve", "m", "--server_role", "both"], 2, "--server_role: must be context or generation, is 'both'"),
+        (["scale", "mixed=1"], 2, "mixed=1: must be context=COUNT or generation=COUNT"),
+        (["serve", "m"], 2, "say which role: disaggregated serve mixed m ..., or context, generation"),
+        (["serve", "m", "--server_role", "both"], 2, "--server_role: must be context, generation, mixed, is 'both'"),
         (["status", "--url", "http://127.0.0.1:9"], 1, "no orchestrator answers at http://127.0.0.1:9/health: "),
         (
             ["scale", "context=1", "--url", "127.0.0.1:9"],
@@ -96,6 +97,7 @@ def test_a_deployment_that_asks_for_what_is_not_built_is_refused(
     [
         (["context", "m", "--port", "1"], "context", ["m", "--port", "1"]),
         (["GENERATION", "m"], "generation", ["m"]),
+        (["mixed", "m", "--port", "0"], "mixed", ["m", "--port", "0"]),
         (["m", "--server_role", "context", "--port", "1"], "context", ["m", "--port", "1"]),
         (["m", "--server-role=CONTEXT"], "context", ["m"]),
         (["--server_role", "generation", "m"], "generation", ["m"]),
