@@ -171,6 +171,18 @@ def _check_cores(value: object) -> tuple[int, ...]:
     return tuple(cores)
 
 
+def _check_counts(value: object) -> tuple[int, ...]:
+    """A list of positive whole numbers, or "1,2,4"."""
+    items = value.split(",") if isinstance(value, str) else value
+    wrong = BadValue(f"must be a list of whole numbers, at least 1, is {shown(value)}")
+    if not isinstance(items, list) or not items:
+        raise wrong
+    texts = [str(item).strip() for item in items]
+    if not all(text.isdigit() and int(text) > 0 for text in texts):
+        raise wrong
+    return tuple(sorted({int(text) for text in texts}))
+
+
 def _check_mapping(value: object) -> object:
     if not isinstance(value, dict):
         raise BadValue(f"must be a section of keys, is {shown(value)}")
@@ -181,5 +193,6 @@ BOOLEAN: Final = Kind("true or false", _check_boolean)
 TEXT: Final = Kind("text", _check_text, is_text=True)
 ADDRESSES: Final = Kind("a list of host:port", _check_addresses)
 CORES: Final = Kind("a list of cores, or text such as 0,2-5", _check_cores, is_text=True)
+COUNTS: Final = Kind("a list of whole numbers, or text such as 1,2,4", _check_counts, is_text=True)
 MAPPING: Final = Kind("a section of keys", _check_mapping)
 ANYTHING: Final = Kind("anything", lambda value: value)

@@ -38,6 +38,41 @@ class CacheTransceiverConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CudaGraphConfig:
+    """Of decode steps, on CUDA."""
+
+    is_enabled: bool = True
+    batch_sizes: tuple[int, ...] = ()
+    """Empty: 1, 2, 4, 8 and multiples of 8 that grow with the size, up to `max_batch_size`."""
+    max_batch_size: int | None = None
+    """Of the sizes captured; None: the server's own."""
+    enable_padding: bool = True
+    """A batch of a size in between is filled up with dummy requests; without it, it is computed without a graph."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    max_prefill_tokens_beside_decode: int | None = None
+    """Tokens of prompts in a step in which somebody decodes; None: a quarter of `max_num_tokens`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """Drafts that are checked together with the next token. They change speed only."""
+
+    decoding_type: str = "none"
+    """"NGram": from the sequence's own text; "none"."""
+    max_draft_len: int = 5
+    """Tokens."""
+    max_matching_ngram_size: int = 4
+    """Tokens at the end of the text that are looked for in what comes before."""
+    is_use_oldest: bool = False
+    """Of several places the first one, not the last."""
+    max_concurrency: int | None = None
+    """No drafts in a step with more decoding sequences; None: as what they bring and cost says."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     model: str
     role: str
@@ -51,7 +86,9 @@ class ServerConfig:
     quantization: str = "none"
     """Of the weights of linears, and of what they are multiplied with: "none", "int8", "fp8"."""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one for an engine alone, and CPU for a server so far."""
+    """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one."""
+    deterministic: bool = True
+    """On CUDA: a sequence's tokens do not depend on its batch, at the price of some padding. CPUs always are so."""
     load_format: str = "auto"
     """"dummy": random weights of the model's shape, for speed work."""
     max_batch_size: int = 64
@@ -65,5 +102,10 @@ class ServerConfig:
     """Cores the process is pinned to; empty: the operating system decides."""
     log_level: str = "info"
     """"debug", "info", "warning" or "error"."""
+    cuda_graph_config: CudaGraphConfig = CudaGraphConfig()
+    disable_overlap_scheduler: bool = False
+    """Otherwise, on a device that works on its own, a step is launched before the tokens of the last one are known."""
+    scheduler_config: SchedulerConfig = SchedulerConfig()
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
     kv_cache_config: KVCacheConfig = KVCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from disaggregated.config import scheduling_keys
 from disaggregated.config.key_table import Alias, Key, KeyTable, honoured, no_effect, not_built, refused
-from disaggregated.config.kinds import ANYTHING, BOOLEAN, CORES, TEXT, choice, integer, number
+from disaggregated.config.kinds import ANYTHING, BOOLEAN, CORES, COUNTS, TEXT, choice, integer, number
 
 AT_LEAST_0: Final = integer(0)
 AT_LEAST_1: Final = integer(1)
@@ -46,9 +47,7 @@ _ONE_WAY: Final = "weights are quantised to INT8 or FP8, with a scale a row, and
 _INSTEAD: Final = ("DEFAULT", "it is not built yet; DEFAULT is used: shared memory on one host, else TCP")
 _ONE_RANK: Final = "a server has one rank for now, so only 1 starts"
 _DENSE: Final = "only dense models are supported, which have no experts"
-_NO_GRAPHS: Final = "a step is not captured into a CUDA graph, which changes speed only"
 _ALL_TOKENS: Final = "every layer attends to the whole sequence"
-_SAME_TOKENS: Final = "tokens are generated one at a time: the output is the same"
 
 _HONOURED: Final = (
     honoured("model", TEXT, "Bundled name, Hugging Face directory or GGUF file."),
@@ -67,8 +66,19 @@ _HONOURED: Final = (
         target="quantization",
         not_built_values=dict.fromkeys(_OTHER_QUANTISATIONS, _ONE_WAY),
     ),
+    honoured("device", TEXT, "cpu, cuda or cuda:N; auto is cuda where there is one. KV blocks travel by host memory."),
     honoured(
-        "device", TEXT, "cpu; auto is cpu too: servers cannot move KV blocks out of a CUDA device yet, and refuse one."
+        "deterministic",
+        BOOLEAN,
+        "On cuda: a sequence's tokens do not depend on its batch, which failover with the same tokens needs.",
+    ),
+    honoured(
+        "use_cuda_graph", BOOLEAN, "Capture decode steps into CUDA graphs.", target="cuda_graph_config.is_enabled"
+    ),
+    honoured("cuda_graph_config.batch_sizes", COUNTS, "Sizes that are captured; left out: 1, 2, 4, 8, 16 and so on."),
+    honoured("cuda_graph_config.max_batch_size", AT_LEAST_1, "Largest size captured; left out: max_batch_size."),
+    honoured(
+        "cuda_graph_config.enable_padding", BOOLEAN, "Fill a batch up to the next captured size with dummy requests."
     ),
     honoured("load_format", choice("auto", "dummy"), "dummy: random weights of the model's shape, for speed work."),
     honoured("max_batch_size", AT_LEAST_1, "Sequences computed in one step."),
@@ -193,19 +203,12 @@ def _without_effect(reason: str, *names: str) -> tuple[Key, ...]:
 
 _NO_EFFECT: Final = (
     no_effect(
-        "disable_overlap_scheduler", BOOLEAN, "the scheduler never overlaps steps, in either role", harmless=(True,)
-    ),
-    no_effect(
-        "enable_overlap_scheduler", BOOLEAN, "the scheduler never overlaps steps, in either role", harmless=(False,)
-    ),
-    no_effect(
         "enable_chunked_prefill",
         BOOLEAN,
         "a prompt over max_num_tokens is always prefilled in chunks",
         harmless=(True,),
     ),
     no_effect("trust_remote_code", BOOLEAN, "code of a model's directory is never run", harmless=(False,)),
-    no_effect("use_cuda_graph", BOOLEAN, _NO_GRAPHS, harmless=(False,)),
     no_effect("enable_autotuner", BOOLEAN, "kernels are not tuned at start", harmless=(False,)),
     no_effect("torch_compile_enabled", BOOLEAN, "the model is not compiled", harmless=(False,)),
     no_effect("kv_cache_config.enable_partial_reuse", BOOLEAN, "only whole blocks are reused", harmless=(False,)),
@@ -214,22 +217,13 @@ _NO_EFFECT: Final = (
     no_effect("kv_cache_config.disk_cache_size", AT_LEAST_0, "KV stays on its device", harmless=(0,)),
     no_effect("num_postprocess_workers", AT_LEAST_0, "servers handle token ids only, never text", harmless=(0,)),
     no_effect("num_serve_frontends", AT_LEAST_1, "servers handle token ids only, never text", harmless=(1,)),
-    *_without_effect(
-        _NO_GRAPHS,
-        "cuda_graph_config",
-        "cuda_graph_batch_sizes",
-        "cuda_graph_max_batch_size",
-        "cuda_graph_padding_enabled",
-    ),
     *_without_effect("the model is not compiled", "torch_compile_config", "torch_compile_fullgraph"),
-    *_without_effect(_SAME_TOKENS, "speculative_config"),
     *_without_effect(_DENSE, "moe_config", "moe_backend", "enable_layerwise_nvtx_marker", "nvfp4_gemm_config"),
     *_without_effect(_ONE_RANK, "attention_dp_config", "allreduce_strategy", "gpus_per_node", "ray_placement_config"),
     *_without_effect(_ONE_RANK, "ray_worker_extension_cls", "enable_lm_head_tp_in_adp"),
     *_without_effect("the best kernel present is used, and named at start", "attn_backend", "sampler_type"),
     *_without_effect("the best kernel present is used, and named at start", "enable_min_latency"),
     *_without_effect("adapters are not loaded", "peft_cache_config"),
-    *_without_effect("there is one scheduling policy: first come, first served", "scheduler_config"),
     *_without_effect(
         "a step never waits to be filled",
         "batch_wait_timeout_ms",
@@ -291,6 +285,9 @@ _NO_EFFECT: Final = (
 )
 
 _ALIASES: Final = (
+    Alias(name="cuda_graph_batch_sizes", of="cuda_graph_config.batch_sizes"),
+    Alias(name="cuda_graph_max_batch_size", of="cuda_graph_config.max_batch_size"),
+    Alias(name="cuda_graph_padding_enabled", of="cuda_graph_config.enable_padding"),
     Alias(name="tp_size", of="tensor_parallel_size"),
     Alias(name="pp_size", of="pipeline_parallel_size"),
     Alias(name="cp_size", of="context_parallel_size"),
@@ -309,7 +306,9 @@ _ALIASES: Final = (
     ),
 )
 
-SERVER_KEYS: Final = KeyTable([*_HONOURED, *_NOT_BUILT, *_REFUSED, *_NO_EFFECT], _ALIASES)
+SERVER_KEYS: Final = KeyTable(
+    [*_HONOURED, *scheduling_keys.KEYS, *_NOT_BUILT, *_REFUSED, *_NO_EFFECT], [*_ALIASES, *scheduling_keys.ALIASES]
+)
 
 FLATTENED: Final = "pytorch_backend_config"
 """An old sub-section whose keys now stand directly in the section; they are taken as if they did."""

@@ -16,7 +16,7 @@ import torch
 
 from disaggregated import logs
 from disaggregated.config.server import ServerConfig
-from disaggregated.engine.api import ScheduledSequence
+from disaggregated.engine.api import OverlappingRunner, ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.engine.fingerprint import fingerprint, numerics_of, weights_digest
 from disaggregated.engine.host_tier.copies import BlockCopier
@@ -29,6 +29,7 @@ from disaggregated.engine.ops.select import select
 from disaggregated.engine.pool_size import FreeMemory, PoolSize, size_pool
 from disaggregated.engine.precision import WEIGHT_BYTES, Precision, precision_of
 from disaggregated.engine.runner import TorchModelRunner
+from disaggregated.engine.speculation import Speculation, speculation_of
 from disaggregated.engine.weights import (
     DummySource,
     SafetensorsSource,
@@ -94,6 +95,7 @@ def load_engine(
     layout = size.layout
     kv_cache = KVCache(_with_scratch_block(layout, device), device=device, allocate=allocate)
     runner = _runner(model, kv_cache, device, ops, config, max_seq_len=max_seq_len)
+    speculation = speculation_of(config.speculative_config)
     return LoadedEngine(
         engine=LLMEngine(
             runner,
@@ -103,7 +105,10 @@ def load_engine(
             max_batch_size=config.max_batch_size,
             max_seq_len=max_seq_len,
             vocab_size=model_config.vocab_size,
+            max_prefill_tokens_beside_decode=_max_prefill_tokens_beside_decode(config),
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
+            speculation=speculation,
+            overlap=_overlaps(config, runner, speculation),
             copier=_copier(kv_cache, size.num_host_slots, device),
             event_buffer_max_size=config.kv_cache_config.event_buffer_max_size,
         ),
@@ -136,6 +141,14 @@ def _runner(
 def _with_scratch_block(layout: KVLayout, device: torch.device) -> KVLayout:
     """On CUDA the pool has one block more than the engine is told of, for the dummy requests of decode graphs."""
     return dataclasses.replace(layout, num_blocks=layout.num_blocks + (device.type != "cpu"))
+def _max_prefill_tokens_beside_decode(config: ServerConfig) -> int:
+    said = config.scheduler_config.max_prefill_tokens_beside_decode
+    return said if said is not None else max(1, config.max_num_tokens // 4)
+
+
+def _overlaps(config: ServerConfig, runner: TorchModelRunner, speculation: Speculation | None) -> bool:
+    """A runner that computes while it is asked has nothing to overlap; and drafts continue tokens that are known."""
+    return not config.disable_overlap_scheduler and speculation is None and isinstance(runner, OverlappingRunner)
 
 
 def _pool_size(

@@ -281,6 +281,8 @@ class Scheduler:
 
     def _with_drafts(self, decoding: list[Chunk], num_tokens: int, speculation: Speculation) -> list[Chunk]:
         """What the budget still allows, in slots that cost nobody a block."""
+        if speculation.max_concurrency is not None and len(decoding) > speculation.max_concurrency:
+            return decoding
         left = self.limits.max_num_tokens - num_tokens
         chunks: list[Chunk] = []
         for sequence, one, _ in decoding:

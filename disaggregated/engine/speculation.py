@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from disaggregated.config.server import SpeculativeConfig
 from disaggregated.engine.sequence import Sequence
 
 LOOKBACK_MAX: Final = 1 << 16
@@ -156,12 +157,21 @@ class Drafting:
 class Speculation:
     """Makes the drafts of an engine's sequences, and learns from what became of them."""
 
-    def __init__(self, *, max_draft_len: int, max_matching_ngram_size: int, is_use_oldest: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        max_draft_len: int,
+        max_matching_ngram_size: int,
+        is_use_oldest: bool = False,
+        max_concurrency: int | None = None,
+    ) -> None:
+        """max_concurrency: no drafts in a step with more decoding sequences; None: as their cost says."""
         assert max_draft_len > 0, f"drafts of {max_draft_len} tokens"
         assert max_matching_ngram_size > 0, f"n-grams of {max_matching_ngram_size} tokens"
         self._draft_len_max = max_draft_len
         self._ngram_size_max = max_matching_ngram_size
         self._is_use_oldest = is_use_oldest
+        self.max_concurrency = max_concurrency
         self._cost = StepCost()
 
     def draft(self, sequence: Sequence, num_max: int, *, num_tokens_in_step: int) -> list[int]:
@@ -192,6 +202,17 @@ class Speculation:
     def step_took(self, num_tokens: int, seconds: float) -> None:
         """Of a step in which everybody decodes."""
         self._cost.took(num_tokens, seconds)
+
+
+def speculation_of(config: SpeculativeConfig) -> Speculation | None:
+    if config.decoding_type == "none":
+        return None
+    return Speculation(
+        max_draft_len=config.max_draft_len,
+        max_matching_ngram_size=config.max_matching_ngram_size,
+        is_use_oldest=config.is_use_oldest,
+        max_concurrency=config.max_concurrency,
+    )
 
 
 def _num_useful(sequence: Sequence) -> int:

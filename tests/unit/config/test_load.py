@@ -139,7 +139,17 @@ def test_a_key_that_asks_for_what_is_done_anyway_loads_in_silence(load: Load, sp
         ),
         (
             "speculative_config: {decoding_type: NGram, prompt_lookup_num_tokens: 4}",
-            "speculative_config: no effect: tokens are generated one at a time: the output is the same",
+            "speculative_config.prompt_lookup_num_tokens: old name, taken as max_draft_len",
+        ),
+        (
+            "speculative_config: {decoding_type: Eagle3, speculative_model_dir: /models/draft}",
+            "speculative_config.decoding_type: 'Eagle3': drafts come from the text so far, without another model; "
+            "NGram is used: the same tokens",
+        ),
+        (
+            "scheduler_config: {capacity_scheduler_policy: GUARANTEED_NO_EVICT}",
+            "scheduler_config.capacity_scheduler_policy: no effect: a sequence starts when its prompt has room, and is "
+            "preempted and continued when blocks run out",
         ),
         ("expert_parallel_size: 1", "expert_parallel_size: taken as moe_expert_parallel_size"),
         ("enable_chunked_prefill: false", "enable_chunked_prefill: no effect: a prompt over max_num_tokens is always"),
