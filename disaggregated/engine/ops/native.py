@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from disaggregated.engine.ops import native_linear, native_sample
+from disaggregated.engine.ops import native_kv, native_linear, native_sample, native_step
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops, StepProgram
-from disaggregated.engine.ops.elementwise import gelu_mul
 from disaggregated.engine.ops.native_build import NativeUnavailable, library
 from disaggregated.engine.ops.native_checks import check_floats, check_indices, check_shape, token_stride
 from disaggregated.engine.ops.native_isa import best_isa, runnable_isas
+from disaggregated.engine.ops.native_kv import attention_numbers, batch_places, kv_pool, unsound_row
 from disaggregated.engine.ops.native_linear import PackedLinear, Quantization
 
 if TYPE_CHECKING:
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_HEAD_DIM: Final = 256
-KV_DTYPES: Final = frozenset({"float32"})
-"""Of the pools that store_kv and paged_attention take, as `KVLayout` names them."""
+MAX_HEAD_DIM: Final = native_kv.MAX_HEAD_DIM
+KV_DTYPES: Final = native_kv.KV_DTYPES
 
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "team_start": (c_void_p, [c_int]),
@@ -42,9 +41,10 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     **native_sample.SIGNATURES,
     "rms_norm": (None, [c_void_p] * 2 + [c_int64] * 4 + [c_void_p, c_float, c_void_p]),
     "silu_mul": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
+    "gelu_mul": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_void_p]),
     "rope": (c_int64, [c_void_p] + [c_int64] * 4 + [c_void_p] * 2 + [c_int64, c_void_p]),
-    "store_kv": (c_int64, [c_void_p, c_int64, c_void_p, c_int64] + [c_void_p] * 2 + [c_int64] * 5),
-    "paged_attention": (c_int64, [c_void_p] * 2 + [c_int64] + [c_void_p] * 4 + [c_int64] * 8 + [c_float, c_void_p]),
+    **native_kv.SIGNATURES,
+    **native_step.SIGNATURES,
 }
 """Return type and arguments of each function of the library; csrc/ says what they mean."""
 
@@ -121,15 +121,10 @@ class NativeOps:
         return out_TH
 
     def silu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
-        num_tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
-        check_floats(gate_up_TF2)
-        check_shape(gate_up_TF2, (num_tokens, 2 * width))
-        out_TF = gate_up_TF2.new_empty(num_tokens, width)
-        self._kernels.silu_mul(self._team, gate_up_TF2.data_ptr(), num_tokens, width, out_TF.data_ptr())
-        return out_TF
+        return self._gated(self._kernels.silu_mul, gate_up_TF2)
 
     def gelu_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
-        return gelu_mul(gate_up_TF2)
+        return self._gated(self._kernels.gelu_mul, gate_up_TF2)
 
     def rope(self, x_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, positions_T: torch.Tensor) -> None:
         num_tokens, num_heads, head_dim = x_TND.shape
@@ -147,46 +142,30 @@ class NativeOps:
     def store_kv(
         self, key_TGD: torch.Tensor, value_TGD: torch.Tensor | None, pool: LayerPool, slots_T: torch.Tensor
     ) -> None:
-        pool_B2GSD = pool.values
-        assert value_TGD is not None
-        num_tokens, num_kv_heads, head_dim = key_TGD.shape
-        num_blocks, _, _, block_size, _ = pool_B2GSD.shape
-        check_floats(pool_B2GSD)
-        check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
-        check_shape(value_TGD, (num_tokens, num_kv_heads, head_dim))
+        native_pool = kv_pool(pool)
+        num_tokens = len(key_TGD)
+        assert value_TGD is not None, "these kernels' pools have keys and values"
+        for kv in (key_TGD, value_TGD):
+            check_shape(kv, (num_tokens, native_pool.num_kv_heads, native_pool.head_dim))
         check_indices(slots_T, torch.int64, (num_tokens,))
         wrong = self._kernels.store_kv(
-            key_TGD.data_ptr(), token_stride(key_TGD), value_TGD.data_ptr(), token_stride(value_TGD),
-            pool_B2GSD.data_ptr(), slots_T.data_ptr(), num_tokens, num_blocks, num_kv_heads, head_dim, block_size,
+            key_TGD.data_ptr(), token_stride(key_TGD), value_TGD.data_ptr(), token_stride(value_TGD), native_pool,
+            slots_T.data_ptr(), num_tokens,
         )  # fmt: skip
-        assert wrong < 0, f"token {wrong} goes to slot {slots_T[wrong]}, the pool has {num_blocks} blocks"
+        assert wrong < 0, f"token {wrong} goes to slot {slots_T[wrong]}, the pool has {native_pool.num_blocks} blocks"
 
     def paged_attention(
         self, q_TND: torch.Tensor, pool: LayerPool, batch: AttentionBatch, spec: AttentionSpec
     ) -> torch.Tensor:
-        pool_B2GSD = pool.values
         num_tokens, num_heads, head_dim = q_TND.shape
-        num_blocks, _, num_kv_heads, block_size, _ = pool_B2GSD.shape
-        num_rows, max_blocks = batch.block_tables.shape
-        check_floats(pool_B2GSD)
-        check_shape(pool_B2GSD, (num_blocks, 2, num_kv_heads, block_size, head_dim))
-        assert num_heads % num_kv_heads == 0, f"{num_heads} query heads, {num_kv_heads} kv heads"
-        assert head_dim % 16 == 0, f"head_dim {head_dim}: must be a multiple of 16"
-        assert 0 < head_dim <= MAX_HEAD_DIM, f"head_dim {head_dim}: must be at most {MAX_HEAD_DIM}"
-        check_indices(batch.query_start, torch.int32, (num_rows + 1,))
-        check_indices(batch.first_position, torch.int32, (num_rows,))
-        check_indices(batch.block_tables, torch.int32, (num_rows, max_blocks))
+        native_pool, places = kv_pool(pool), batch_places(batch, num_tokens)
+        numbers = attention_numbers(spec, num_heads, native_pool.num_kv_heads, head_dim)
+        assert native_pool.head_dim == head_dim, f"head_dim {head_dim}, the pool's is {native_pool.head_dim}"
         out_TND = q_TND.new_empty(num_tokens, num_heads, head_dim)
         wrong = self._kernels.paged_attention(
-            self._team, q_TND.data_ptr(), token_stride(q_TND), pool_B2GSD.data_ptr(), batch.query_start.data_ptr(),
-            batch.first_position.data_ptr(), batch.block_tables.data_ptr(), max_blocks, num_tokens, num_blocks,
-            num_rows, num_heads, num_kv_heads, head_dim, block_size, spec.scale, out_TND.data_ptr(),
-        )  # fmt: skip
-        assert wrong < 0, (
-            f"row {wrong} does not lie within {num_tokens} tokens, {max_blocks} blocks a row and {num_blocks} in the "
-            f"pool: tokens {batch.query_start[wrong : wrong + 2].tolist()}, position {batch.first_position[wrong]}, "
-            f"blocks {batch.block_tables[wrong].tolist()}"
+            self._team, q_TND.data_ptr(), token_stride(q_TND), native_pool, places, numbers, out_TND.data_ptr()
         )
+        assert wrong < 0, unsound_row(batch, wrong, num_tokens, native_pool.num_blocks)
         return out_TND
 
     def argmax(self, logits_RV: torch.Tensor) -> torch.Tensor:
@@ -196,4 +175,12 @@ class NativeOps:
         return native_sample.top_k(self._kernels, self._team, values_RV, k)
 
     def step_program(self, shape: DecoderShape, weights: DecoderWeights) -> StepProgram | None:
-        return None
+        return native_step.step_program(self._kernels, self._team, self, shape, weights)
+
+    def _gated(self, kernel: Any, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        num_tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
+        check_floats(gate_up_TF2)
+        check_shape(gate_up_TF2, (num_tokens, 2 * width))
+        out_TF = gate_up_TF2.new_empty(num_tokens, width)
+        kernel(self._team, gate_up_TF2.data_ptr(), num_tokens, width, out_TF.data_ptr())
+        return out_TF

@@ -27,7 +27,7 @@ class InstructionSet:
     """Names of `torch.cpu.get_capabilities()`."""
 
 
-_AVX2_FLAGS: Final = ("-mavx2", "-mfma")
+_AVX2_FLAGS: Final = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_FLAGS: Final = (
     "-DVECTOR_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2_FLAGS,
     "-mprefer-vector-width=512",

@@ -24,9 +24,15 @@ GREEDY = SamplingParams(max_tokens=1)
 
 
 def make_runner(
-    path: Path, *, dtype: str = "float32", block_size: int = 16, device: str = "cpu", ops: Ops | None = None
+    path: Path,
+    *,
+    dtype: str = "float32",
+    kv_dtype: str | None = None,
+    block_size: int = 16,
+    device: str = "cpu",
+    ops: Ops | None = None,
 ) -> TorchModelRunner:
-    """On CPU its pool is full of NaN to begin with, so nothing stale can go unnoticed."""
+    """On CPU its pool is full of NaN to begin with, so nothing stale can go unnoticed. `kv_dtype`: else `dtype`."""
     config, ops = ModelConfig.load(path), ops or ReferenceOps()
     target, torch_dtype = torch.device(device), getattr(torch, dtype)
     with torch.inference_mode(), SafetensorsSource(path) as source:
@@ -34,11 +40,12 @@ def make_runner(
     layout = KVLayout(
         **dataclasses.asdict(config.kv_shape),
         block_size=block_size,
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
         num_blocks=NUM_BLOCKS,
     )
     cache = KVCache(layout, device=target, allocate=lambda layout: bytearray(b"\xff" * layout.pool_bytes))
-    assert target.type != "cpu" or bool(cache.layers[0].values.isnan().all())
+    stale = cache.layers[0].values if cache.layers[0].scales is None else cache.layers[0].scales
+    assert target.type != "cpu" or bool(stale.isnan().all())
     return TorchModelRunner(decoder, cache, target)
 
 

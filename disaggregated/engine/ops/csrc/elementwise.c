@@ -1,10 +1,9 @@
-/* The ops that stream: rms_norm, silu_mul, rope, store_kv. Each is bound by memory, so each passes over its input once
+/* The ops that stream: rms_norm, silu_mul, gelu_mul, rope. Each is bound by memory, so each passes over its input once
    (rms_norm twice, the second time from the cache).
 
    "Rows" of a tensor that is a slice of a wider one (q, k and v of a merged projection) may lie any stride apart. */
 
-#include "threads.h"
-#include "vector.h"
+#include "elementwise.h"
 
 #define FLOATS_WORTH_A_UNIT 16384 /* about 10 µs of streaming; for less a helper is not woken */
 
@@ -19,18 +18,18 @@ typedef struct {
     float *to;
 } norm_job;
 
-static void norm_row(const norm_job *job, const float *x, float *to)
+void rms_norm_row(const float *x, int64_t width, const float *weight, float epsilon, float *to)
 {
     vec sums[PARTIAL_SUMS / LANES] = {0};
-    for (int64_t i = 0; i < job->width; i += PARTIAL_SUMS)
-        for (int v = 0; v < PARTIAL_SUMS / LANES && i + v * LANES < job->width; v++) {
-            vec value = load_some(x + i + v * LANES, job->width - i - v * LANES);
+    for (int64_t i = 0; i < width; i += PARTIAL_SUMS)
+        for (int v = 0; v < PARTIAL_SUMS / LANES && i + v * LANES < width; v++) {
+            vec value = load_some(x + i + v * LANES, width - i - v * LANES);
             sums[v] = sums[v] + value * value;
         }
-    float factor = 1.0f / sqrtf(sum_of(sums) / (float)job->width + job->epsilon);
-    for (int64_t i = 0; i < job->width; i += LANES) {
-        vec value = load_some(x + i, job->width - i);
-        store_some(to + i, value * factor * load_some(job->weight + i, job->width - i), job->width - i);
+    float factor = 1.0f / sqrtf(sum_of(sums) / (float)width + epsilon);
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec value = load_some(x + i, width - i);
+        store_some(to + i, value * factor * load_some(weight + i, width - i), width - i);
     }
 }
 
@@ -41,8 +40,8 @@ static void norm_unit(void *argument, int64_t unit, int member)
     int64_t end = smaller((unit + 1) * job->tokens_of_unit, job->num_tokens);
     for (int64_t token = unit * job->tokens_of_unit; token < end; token++)
         for (int64_t row = 0; row < job->rows_of_token; row++)
-            norm_row(job, job->x + token * job->stride + row * job->width,
-                     job->to + (token * job->rows_of_token + row) * job->width);
+            rms_norm_row(job->x + token * job->stride + row * job->width, job->width, job->weight, job->epsilon,
+                         job->to + (token * job->rows_of_token + row) * job->width);
 }
 
 /* x is (tokens, rows of a token, width), tokens `stride` floats apart; `to` the same, contiguous. */
@@ -55,43 +54,85 @@ EXPORT void rms_norm(team *team, const float *x, int64_t stride, int64_t num_tok
     team_run(team, norm_unit, &job, num_units(num_tokens, job.tokens_of_unit));
 }
 
+enum { SILU, GELU };
+
 typedef struct {
     const float *gate_up;
     int64_t num_tokens, width, tokens_of_unit;
     float *to;
-} silu_job;
+} gate_job;
 
-static void silu_unit(void *argument, int64_t unit, int member)
+/* gelu by tanh, x · ½ (1 + tanh z) with z = √(2/π) (x + 0.044715 x³), is x / (1 + e^-2z): Hendrycks and Gimpel, 2016. */
+INLINE vec activated(const int activation, vec x)
 {
-    (void)member;
-    const silu_job *job = argument;
+    vec minus_2z = -1.5957691216057308f * x * (1.0f + rounded(x * x) * 0.044715f);
+    return x / (1.0f + exponential(activation == SILU ? -x : minus_2z));
+}
+
+INLINE void gate_tokens(const int activation, const gate_job *job, int64_t unit)
+{
     int64_t end = smaller((unit + 1) * job->tokens_of_unit, job->num_tokens);
     for (int64_t token = unit * job->tokens_of_unit; token < end; token++) {
         const float *gate = job->gate_up + token * 2 * job->width, *up = gate + job->width;
         float *to = job->to + token * job->width;
         for (int64_t i = 0; i < job->width; i += LANES) {
-            vec x = load_some(gate + i, job->width - i);
-            vec silu = x / (1.0f + exponential(-x));
-            store_some(to + i, silu * load_some(up + i, job->width - i), job->width - i);
+            vec x = activated(activation, load_some(gate + i, job->width - i));
+            store_some(to + i, x * load_some(up + i, job->width - i), job->width - i);
         }
     }
+}
+
+static void silu_unit(void *job, int64_t unit, int member)
+{
+    (void)member;
+    gate_tokens(SILU, job, unit);
+}
+
+static void gelu_unit(void *job, int64_t unit, int member)
+{
+    (void)member;
+    gate_tokens(GELU, job, unit);
+}
+
+static void gate(team *team, unit_function *function, const float *gate_up, int64_t num_tokens, int64_t width,
+                 float *to)
+{
+    gate_job job = {.gate_up = gate_up, .num_tokens = num_tokens, .width = width, .to = to};
+    job.tokens_of_unit = rows_of_unit(4 * width);
+    team_run(team, function, &job, num_units(num_tokens, job.tokens_of_unit));
 }
 
 /* (tokens, 2 · width) → (tokens, width): silu(first half) · second half. */
 EXPORT void silu_mul(team *team, const float *gate_up, int64_t num_tokens, int64_t width, float *to)
 {
-    silu_job job = {.gate_up = gate_up, .num_tokens = num_tokens, .width = width, .to = to};
-    job.tokens_of_unit = rows_of_unit(4 * width);
-    team_run(team, silu_unit, &job, num_units(num_tokens, job.tokens_of_unit));
+    gate(team, silu_unit, gate_up, num_tokens, width, to);
 }
 
-/* The first of `indices` that is not in [0, end), or -1. */
-static int64_t first_outside(const int64_t *indices, int64_t count, int64_t end)
+/* The same with gelu. */
+EXPORT void gelu_mul(team *team, const float *gate_up, int64_t num_tokens, int64_t width, float *to)
+{
+    gate(team, gelu_unit, gate_up, num_tokens, width, to);
+}
+
+int64_t first_outside(const int64_t *indices, int64_t count, int64_t end)
 {
     for (int64_t i = 0; i < count; i++)
         if (indices[i] < 0 || indices[i] >= end)
             return i;
     return -1;
+}
+
+void rope_token(float *x, int64_t num_heads, int64_t half, const float *cos, const float *sin)
+{
+    for (int64_t head = 0; head < num_heads; head++) {
+        float *low = x + head * 2 * half, *high = low + half;
+        for (int64_t i = 0; i < half; i += LANES) {
+            vec c = load_some(cos + i, half - i), s = load_some(sin + i, half - i);
+            vec a = load_some(low + i, half - i), b = load_some(high + i, half - i);
+            store_some(low + i, a * c - rounded(b * s), half - i);
+            store_some(high + i, b * c + rounded(a * s), half - i);
+        }
+    }
 }
 
 /* x (tokens, heads, head_dim) in place, halves convention; cos and sin are (positions, head_dim / 2). One thread:
@@ -104,36 +145,6 @@ EXPORT int64_t rope(float *x, int64_t stride, int64_t num_tokens, int64_t num_he
     if (outside >= 0)
         return outside;
     for (int64_t token = 0; token < num_tokens; token++)
-        for (int64_t head = 0; head < num_heads; head++) {
-            float *low = x + token * stride + head * head_dim, *high = low + half;
-            for (int64_t i = 0; i < half; i += LANES) {
-                vec c = load_some(cos + positions[token] * half + i, half - i);
-                vec s = load_some(sin + positions[token] * half + i, half - i);
-                vec a = load_some(low + i, half - i), b = load_some(high + i, half - i);
-                store_some(low + i, a * c - rounded(b * s), half - i);
-                store_some(high + i, b * c + rounded(a * s), half - i);
-            }
-        }
-    return -1;
-}
-
-/* Keys and values (tokens, kv heads, head_dim) into their slots of a layer's pool [block][2][kv head][slot][head_dim].
-   Returns -1, or the first token whose slot is not in the pool; then nothing was written. */
-EXPORT int64_t store_kv(const float *key, int64_t key_stride, const float *value, int64_t value_stride, float *pool,
-                        const int64_t *slots, int64_t num_tokens, int64_t num_blocks, int64_t num_kv_heads,
-                        int64_t head_dim, int64_t block_size)
-{
-    int64_t head_floats = block_size * head_dim, outside = first_outside(slots, num_tokens, num_blocks * block_size);
-    size_t bytes = (size_t)head_dim * sizeof(float);
-    if (outside >= 0)
-        return outside;
-    for (int64_t token = 0; token < num_tokens; token++) {
-        int64_t block = slots[token] / block_size, slot = slots[token] % block_size;
-        float *to = pool + block * 2 * num_kv_heads * head_floats + slot * head_dim;
-        for (int64_t head = 0; head < num_kv_heads; head++) {
-            memcpy(to + head * head_floats, key + token * key_stride + head * head_dim, bytes);
-            memcpy(to + (num_kv_heads + head) * head_floats, value + token * value_stride + head * head_dim, bytes);
-        }
-    }
+        rope_token(x + token * stride, num_heads, half, cos + positions[token] * half, sin + positions[token] * half);
     return -1;
 }

@@ -38,7 +38,7 @@ struct team {
     atomic_llong next_unit;
     atomic_int active; /* helpers inside the current job; it may only be replaced at 0 */
     bool stopping;
-    scratch shared;
+    scratch shared, step;
     int size;
     member members[];
 };
@@ -120,6 +120,7 @@ EXPORT void team_stop(team *team)
     for (int i = 0; i < team->size; i++)
         free(team->members[i].scratch.memory);
     free(team->shared.memory);
+    free(team->step.memory);
     free(team);
 }
 
@@ -149,9 +150,21 @@ void team_run(team *team, unit_function *function, void *job, int64_t num_units)
     pthread_mutex_unlock(&team->lock);
 }
 
+static scratch *scratch_of(team *team, int number)
+{
+    switch (number) {
+    case TEAM_SHARED:
+        return &team->shared;
+    case TEAM_STEP:
+        return &team->step;
+    default:
+        return &team->members[number].scratch;
+    }
+}
+
 void *team_scratch(team *team, int number, size_t bytes)
 {
-    scratch *scratch = number == TEAM_SHARED ? &team->shared : &team->members[number].scratch;
+    scratch *scratch = scratch_of(team, number);
     if (scratch->bytes < bytes) {
         free(scratch->memory);
         scratch->bytes = (bytes + 4095) / 4096 * 4096;
