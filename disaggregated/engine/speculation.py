@@ -185,10 +185,12 @@ class Speculation:
         drafting = sequence.drafting = sequence.drafting or Drafting()
         worth = self._cost.worth(num_tokens_in_step)
         num_drafts = drafting.acceptance.num_drafts(num_max, worth=worth, position=len(sequence.token_ids))
-        return self._guess(sequence, drafting, num_drafts) if num_drafts else []
+        return self.guess(sequence, num_drafts) if num_drafts else []
 
-    def _guess(self, sequence: Sequence, drafting: Drafting, num_drafts: int) -> list[int]:
-        tokens = drafting.text.follow(sequence.token_ids)[-LOOKBACK_MAX:]
+    def guess(self, sequence: Sequence, num_drafts: int) -> list[int]:
+        """Tokens that may follow, `num_drafts` or none; a step with them has room, and they are worth trying."""
+        assert sequence.drafting is not None, f"{sequence.request_id} is not drafting"
+        tokens = sequence.drafting.text.follow(sequence.token_ids)[-LOOKBACK_MAX:]
         start = repeated_suffix(tokens, size_max=self._ngram_size_max, is_oldest=self._is_use_oldest)
         if start == 0:
             return []

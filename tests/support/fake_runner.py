@@ -7,9 +7,8 @@ the wrong position) is an assertion here, or another token than the oracle's.
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from disaggregated.engine.api import PLACEHOLDER, FinishReason, ScheduledSequence
 from disaggregated.sampling_params import SamplingParams
@@ -68,7 +67,6 @@ class FakeModelRunner:
         self.batches: list[list[tuple[str, int, int]]] = []
         """Of every step: (request id, first position, number of tokens, drafts not counted) of each row."""
         self.num_drafts = 0
-        self._unfinished: list[_Launched] = []
 
     def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
         self.batches.append([(row.request_id, row.first_position, len(row.token_ids)) for row in batch])
@@ -138,55 +136,3 @@ class FakeModelRunner:
             if is_right:
                 tokens.append(_next_token(digest, row.sampling, row.forbidden_token_ids))
         return tokens
-
-
-class FakeDevice(FakeModelRunner):
-    """Implements `OverlappingRunner`: a device that does what it is given some time between launch and tokens().
-
-    `delay(step)` tells for each launch whether it is as late as it can be; so whatever frees a block while a launched
-    step still writes into it shows as a wrong token, or as KV where none should be.
-    """
-
-    delay: Callable[[int], bool] = staticmethod(lambda step: True)
-
-    def launch(self, batch: Sequence[ScheduledSequence]) -> _Launched:
-        assert len(self._unfinished) < 2, "three steps are under way"
-        rows = [dataclasses.replace(row, block_table=tuple(row.block_table)) for row in batch]
-        step = _Launched(self, rows, self._unfinished[-1] if self._unfinished else None)
-        self._unfinished.append(step)
-        if not self.delay(len(self.batches)):
-            step.compute()
-        return step
-
-    def finished(self, step: _Launched) -> None:
-        assert self._unfinished[0] is step, "steps are finished out of order"
-        del self._unfinished[0]
-
-
-class _Launched:
-    """Implements `PendingStep`."""
-
-    def __init__(self, device: FakeDevice, rows: list[ScheduledSequence], before: _Launched | None) -> None:
-        self._device = device
-        self._rows = rows
-        self._before = before
-        self.sampled: Sequence[Sequence[int]] | None = None
-
-    def compute(self) -> Sequence[Sequence[int]]:
-        if self.sampled is None:
-            earlier = self._before.compute() if self._before is not None else ()
-            self.sampled = self._device.execute([_resolved(row, earlier) for row in self._rows])
-            self._before = None
-        return self.sampled
-
-    def tokens(self) -> Sequence[Sequence[int]]:
-        self._device.finished(self)
-        return self.compute()
-
-
-def _resolved(row: ScheduledSequence, earlier: Sequence[Sequence[int]]) -> ScheduledSequence:
-    if row.previous_row is None:
-        return row
-    assert list(row.token_ids) == [PLACEHOLDER], f"{row} waits for a token that it has"
-    (token_id,) = earlier[row.previous_row]
-    return dataclasses.replace(row, token_ids=[token_id], previous_row=None)
