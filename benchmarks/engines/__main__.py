@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -38,10 +39,13 @@ def measured(name: str, command: Sequence[str], threads: int) -> Measurement | N
         pinned, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
         assert process.stdout is not None
+        deadline = threading.Timer(TIMEOUT_S, process.kill)
+        deadline.start()
         for line in process.stdout:
             lines.append(line)
             if line.startswith("   "):
                 print(line, end="", flush=True)
+        deadline.cancel()
     found = told("".join(lines))
     if found is None:
         print(f"   {name} ended with {process.returncode} and without a result", flush=True)
