@@ -170,12 +170,19 @@ _SERVER_GAUGES: Final = (
     ("disagg_blocks_free", "KV blocks that a new sequence could have.", "num_blocks_free"),
     ("disagg_blocks_leased", "KV blocks held for a transfer.", "num_blocks_leased"),
     ("disagg_blocks_quarantined", "KV blocks that a late write could still reach.", "num_blocks_quarantined"),
+    ("disagg_host_blocks", "KV blocks that the host tier of the server has room for.", "num_host_slots"),
+    ("disagg_host_blocks_used", "Of these, blocks that are there.", "num_host_slots_used"),
+    ("disagg_host_blocks_claimed", "Of these, kept for preempted sequences.", "num_host_slots_claimed"),
     ("disagg_sequences_running", "Sequences in the engine's batch.", "num_running"),
     ("disagg_sequences_waiting", "Sequences that wait inside the server.", "num_waiting"),
     ("disagg_step_age_seconds", "Since the last finished step while there is work.", "step_age_s"),
 )
 
 _SERVER_COUNTERS: Final = (
+    ("disagg_sequences_preempted", "Times that a sequence had to give its blocks up.", "preemptions_total"),
+    ("disagg_sequences_swapped", "Of these, with its blocks kept for it.", "swapped_sequences_total"),
+    ("disagg_blocks_offloaded", "KV blocks copied to the host tier when they were evicted.", "offloaded_blocks_total"),
+    ("disagg_blocks_onboarded", "KV blocks copied back from it.", "onboarded_blocks_total"),
     ("disagg_spec_decode_num_draft_tokens", "Tokens guessed by speculative decoding.", "draft_tokens_total"),
     ("disagg_spec_decode_num_accepted_tokens", "Of these, the ones that were right.", "accepted_draft_tokens_total"),
 )
@@ -225,4 +232,5 @@ class _LiveNumbers(Collector):
 def _num_leaked(server: Server) -> int:
     heartbeat = server.heartbeat
     is_idle = not (server.shares or heartbeat.num_running or heartbeat.num_waiting)
-    return heartbeat.num_blocks_leased + heartbeat.num_blocks_quarantined if is_idle else 0
+    num_kept = heartbeat.num_blocks_leased + heartbeat.num_blocks_quarantined + heartbeat.num_host_slots_claimed
+    return num_kept if is_idle else 0

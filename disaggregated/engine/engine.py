@@ -274,6 +274,10 @@ class LLMEngine:
         """(kind, owner, num_blocks, age_s) of everyone who holds blocks, the oldest first; empty when idle."""
         return self._pool.ledger(self._clock())
 
+    @property
+    def event_buffer_max_size(self) -> int:
+        return self._cache.events.num_events_max
+
     def take_block_events(self) -> BlockEventBatch:
         """Which blocks can be found, and no longer, since the last call."""
         return self._cache.take_events()

@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from disaggregated.engine.api import EngineEvent, EngineRequest, EngineStatistics, RequestFailed, Reservation
+from disaggregated.engine.block_events import BlockSnapshot
+from disaggregated.engine.block_feed import BlockFeed
 from disaggregated.engine.block_pool import LedgerEntry
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.errors import AdmissionError, DisaggregatedError, Draining, InvalidRequest, QueueFull, ServerLost
@@ -42,6 +44,8 @@ class EngineThread:
         num_commands_max: int = 4096,
     ) -> None:
         self._engine = engine
+        self.block_feed = BlockFeed(engine.event_buffer_max_size)
+        """Tells watchers on other threads what the prefix cache gains and loses."""
         self._on_events = on_events
         self._on_crash = on_crash
         self._num_commands_max = num_commands_max
@@ -106,6 +110,10 @@ class EngineThread:
         """Who holds blocks, as of the end of the current step. Raises as reserve() does."""
         return self._ask(self._engine.ledger)
 
+    def block_snapshot(self) -> Future[BlockSnapshot]:
+        """What can be found; the feed's later events come on top of it. Raises as reserve() does."""
+        return self._ask(self._block_snapshot)
+
     def check_integrity(self) -> Future[None]:
         """Answered between two steps; a broken invariant is a crash, as anywhere else. Raises as reserve() does."""
         return self._ask(self._engine.check_integrity)
@@ -150,11 +158,13 @@ class EngineThread:
                 for command in commands:
                     command()
                 self._publish_statistics()
+                self._publish_block_events()
                 if is_last:
                     return
                 if self._engine.has_work:
                     events = self._engine.step()
                     self._publish_statistics()
+                    self._publish_block_events()
                     if events:
                         self._on_events(events)
         except BaseException as error:  # noqa: BLE001  # The thread's edge; the owner is told, and ends the process.
@@ -182,6 +192,14 @@ class EngineThread:
             except (AdmissionError, InvalidRequest) as error:
                 answer.set_exception(error)
         self._unanswered.discard(answer)
+
+    def _publish_block_events(self) -> None:
+        self.block_feed.publish(self._engine.take_block_events())
+
+    def _block_snapshot(self) -> BlockSnapshot:
+        """What is in it is told before it, so that every event after it is news."""
+        self._publish_block_events()
+        return self._engine.block_snapshot()
 
     def _publish_statistics(self) -> None:
         self._statistics = self._engine.statistics()

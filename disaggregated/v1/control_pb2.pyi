@@ -8,6 +8,7 @@ from disaggregated.v1 import kv_pb2 as _kv_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -191,6 +192,12 @@ class Heartbeat(_message.Message):
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
     STEP_AGE_S_FIELD_NUMBER: _builtins.int
+    NUM_HOST_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_HOST_SLOTS_USED_FIELD_NUMBER: _builtins.int
+    NUM_HOST_SLOTS_CLAIMED_FIELD_NUMBER: _builtins.int
+    OFFLOADED_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    ONBOARDED_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    SWAPPED_SEQUENCES_TOTAL_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     ACCEPTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
@@ -213,6 +220,15 @@ class Heartbeat(_message.Message):
     preemptions_total: _builtins.int
     step_age_s: _builtins.float
     """since the last finished step while there is work, else 0"""
+    num_host_slots: _builtins.int
+    """blocks that the host tier has room for"""
+    num_host_slots_used: _builtins.int
+    num_host_slots_claimed: _builtins.int
+    """kept for preempted sequences until they return"""
+    offloaded_blocks_total: _builtins.int
+    onboarded_blocks_total: _builtins.int
+    swapped_sequences_total: _builtins.int
+    """preempted ones whose blocks were kept for them"""
     draft_tokens_total: _builtins.int
     """guessed by speculative decoding"""
     accepted_draft_tokens_total: _builtins.int
@@ -238,12 +254,18 @@ class Heartbeat(_message.Message):
         preemptions_total: _builtins.int = ...,
         links: _abc.Iterable[Global___LinkStatistics] | None = ...,
         step_age_s: _builtins.float = ...,
+        num_host_slots: _builtins.int = ...,
+        num_host_slots_used: _builtins.int = ...,
+        num_host_slots_claimed: _builtins.int = ...,
+        offloaded_blocks_total: _builtins.int = ...,
+        onboarded_blocks_total: _builtins.int = ...,
+        swapped_sequences_total: _builtins.int = ...,
         draft_tokens_total: _builtins.int = ...,
         accepted_draft_tokens_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "draft_tokens_total", b"draft_tokens_total", "draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "draft_tokens_total", b"draft_tokens_total", "draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_host_slots", b"num_host_slots", "num_host_slots_claimed", b"num_host_slots_claimed", "num_host_slots_used", b"num_host_slots_used", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "offloaded_blocks_total", b"offloaded_blocks_total", "onboarded_blocks_total", b"onboarded_blocks_total", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s", "swapped_sequences_total", b"swapped_sequences_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,6 +304,116 @@ class LinkStatistics(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkStatistics: _TypeAlias = LinkStatistics  # noqa: Y015
+
+@_typing.final
+class WatchBlocksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBlocksRequest: _TypeAlias = WatchBlocksRequest  # noqa: Y015
+
+@_typing.final
+class BlockEvents(_message.Message):
+    """Changes in the order in which they happened. A reader that applies them all knows exactly what can be found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_NUMBER_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    first_number: _builtins.int
+    """Events of this stream before events[0]: the reader has seen as many, or a message is missing."""
+    cleared: _builtins.bool
+    """Forget everything: these events, and those that follow, tell it anew. Set in the first message, and again when
+    the reader was too slow for the changes that the server keeps for it.
+    """
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockEvent]: ...
+    def __init__(
+        self,
+        *,
+        first_number: _builtins.int = ...,
+        cleared: _builtins.bool = ...,
+        events: _abc.Iterable[Global___BlockEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "events", b"events", "first_number", b"first_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockEvents: _TypeAlias = BlockEvents  # noqa: Y015
+
+@_typing.final
+class BlockEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[BlockEvent._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ADDED: BlockEvent._Kind.ValueType  # 0
+        REMOVED: BlockEvent._Kind.ValueType  # 1
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    ADDED: BlockEvent.Kind.ValueType  # 0
+    REMOVED: BlockEvent.Kind.ValueType  # 1
+
+    class _Tier:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[BlockEvent._Tier.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DEVICE: BlockEvent._Tier.ValueType  # 0
+        HOST: BlockEvent._Tier.ValueType  # 1
+        """found all the same, and copied to the device first"""
+
+    class Tier(_Tier, metaclass=_TierEnumTypeWrapper): ...
+    DEVICE: BlockEvent.Tier.ValueType  # 0
+    HOST: BlockEvent.Tier.ValueType  # 1
+    """found all the same, and copied to the device first"""
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    BLOCK_HASH_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    kind: Global___BlockEvent.Kind.ValueType
+    tier: Global___BlockEvent.Tier.ValueType
+    """a block may be in both: it is gone when it was removed from both"""
+    block_hash: _builtins.bytes
+    """16 bytes, big-endian: tokens from the start of the sequence to the end of this block"""
+    parent_hash: _builtins.bytes
+    """of an ADDED block: the one before it; empty for the first of a sequence"""
+    depth: _builtins.int
+    """of an ADDED block: how many are before it"""
+    def __init__(
+        self,
+        *,
+        kind: Global___BlockEvent.Kind.ValueType = ...,
+        tier: Global___BlockEvent.Tier.ValueType = ...,
+        block_hash: _builtins.bytes = ...,
+        parent_hash: _builtins.bytes = ...,
+        depth: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "depth", b"depth", "kind", b"kind", "parent_hash", b"parent_hash", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockEvent: _TypeAlias = BlockEvent  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

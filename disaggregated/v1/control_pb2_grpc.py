@@ -55,6 +55,11 @@ class ServerStub:
                 request_serializer=disaggregated_dot_v1_dot_control__pb2.LedgerRequest.SerializeToString,
                 response_deserializer=disaggregated_dot_v1_dot_control__pb2.Ledger.FromString,
                 _registered_method=True)
+        self.WatchBlocks = channel.unary_stream(
+                '/disaggregated.v1.Server/WatchBlocks',
+                request_serializer=disaggregated_dot_v1_dot_control__pb2.WatchBlocksRequest.SerializeToString,
+                response_deserializer=disaggregated_dot_v1_dot_control__pb2.BlockEvents.FromString,
+                _registered_method=True)
 
 
 class ServerServicer:
@@ -88,6 +93,13 @@ class ServerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchBlocks(self, request, context):
+        """Which blocks of the prefix cache can be found here: all of them first, then each change, once a step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +122,11 @@ def add_ServerServicer_to_server(servicer, server):
                     servicer.GetLedger,
                     request_deserializer=disaggregated_dot_v1_dot_control__pb2.LedgerRequest.FromString,
                     response_serializer=disaggregated_dot_v1_dot_control__pb2.Ledger.SerializeToString,
+            ),
+            'WatchBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBlocks,
+                    request_deserializer=disaggregated_dot_v1_dot_control__pb2.WatchBlocksRequest.FromString,
+                    response_serializer=disaggregated_dot_v1_dot_control__pb2.BlockEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +238,33 @@ class Server:
             '/disaggregated.v1.Server/GetLedger',
             disaggregated_dot_v1_dot_control__pb2.LedgerRequest.SerializeToString,
             disaggregated_dot_v1_dot_control__pb2.Ledger.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/disaggregated.v1.Server/WatchBlocks',
+            disaggregated_dot_v1_dot_control__pb2.WatchBlocksRequest.SerializeToString,
+            disaggregated_dot_v1_dot_control__pb2.BlockEvents.FromString,
             options,
             channel_credentials,
             insecure,

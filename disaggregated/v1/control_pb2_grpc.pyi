@@ -40,6 +40,8 @@ class ServerStub:
     """Refuses new work at once; replies when the last request is gone or the deadline has passed."""
     GetLedger: _grpc.UnaryUnaryMultiCallable[_control_pb2.LedgerRequest, _control_pb2.Ledger]
     """Every block, lease and transfer with its owner."""
+    WatchBlocks: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchBlocksRequest, _control_pb2.BlockEvents]
+    """Which blocks of the prefix cache can be found here: all of them first, then each change, once a step."""
 
 @_typing.type_check_only
 class ServerAsyncStub(ServerStub):
@@ -53,6 +55,8 @@ class ServerAsyncStub(ServerStub):
     """Refuses new work at once; replies when the last request is gone or the deadline has passed."""
     GetLedger: _aio.UnaryUnaryMultiCallable[_control_pb2.LedgerRequest, _control_pb2.Ledger]  # type: ignore[assignment]
     """Every block, lease and transfer with its owner."""
+    WatchBlocks: _aio.UnaryStreamMultiCallable[_control_pb2.WatchBlocksRequest, _control_pb2.BlockEvents]  # type: ignore[assignment]
+    """Which blocks of the prefix cache can be found here: all of them first, then each change, once a step."""
 
 class ServerServicer(metaclass=_abc_1.ABCMeta):
     """Served by both roles."""
@@ -87,6 +91,14 @@ class ServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.Ledger, _abc.Awaitable[_control_pb2.Ledger]]:
         """Every block, lease and transfer with its owner."""
+
+    @_abc_1.abstractmethod
+    def WatchBlocks(
+        self,
+        request: _control_pb2.WatchBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.BlockEvents], _abc.AsyncIterator[_control_pb2.BlockEvents]]:
+        """Which blocks of the prefix cache can be found here: all of them first, then each change, once a step."""
 
 def add_ServerServicer_to_server(servicer: ServerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

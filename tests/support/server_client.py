@@ -82,6 +82,15 @@ class ServerClient:
         finally:
             call.cancel()
 
+    async def block_events(self) -> AsyncGenerator[control_pb2.BlockEvents, None]:
+        call = self._server.WatchBlocks(control_pb2.WatchBlocksRequest())
+        try:
+            with rpc.errors_from(self.address):
+                async for message in call:
+                    yield message
+        finally:
+            call.cancel()
+
     async def wait_idle(self, timeout_s: float = CALL_TIMEOUT_S) -> control_pb2.Heartbeat:
         """Until every block is back and nothing runs or waits; the ledger is empty then."""
         async with asyncio.timeout(timeout_s), contextlib.aclosing(self.heartbeats()) as heartbeats:

@@ -1,4 +1,4 @@
-"""What every server answers about itself: Describe, Watch, Drain, GetLedger."""
+"""What every server answers about itself: Describe, Watch, Drain, GetLedger, WatchBlocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from disaggregated import __version__
+from disaggregated.engine.serving.block_stream import block_messages
 from disaggregated.engine.serving.live_requests import request_id_of
 from disaggregated.engine.serving.role import LoadedServer, Role
 from disaggregated.v1 import control_pb2, control_pb2_grpc
@@ -86,6 +87,12 @@ class ServerService(control_pb2_grpc.ServerServicer):
             prompt_cached_tokens_total=statistics.prompt_cached_tokens_total,
             generation_tokens_total=statistics.generation_tokens_total,
             preemptions_total=statistics.preemptions_total,
+            num_host_slots=statistics.num_host_slots,
+            num_host_slots_used=statistics.num_host_slots_used,
+            num_host_slots_claimed=statistics.num_host_slots_claimed,
+            offloaded_blocks_total=statistics.offloaded_blocks_total,
+            onboarded_blocks_total=statistics.onboarded_blocks_total,
+            swapped_sequences_total=statistics.swapped_sequences_total,
             draft_tokens_total=statistics.draft_tokens_total,
             accepted_draft_tokens_total=statistics.accepted_draft_tokens_total,
         )
@@ -108,3 +115,10 @@ class ServerService(control_pb2_grpc.ServerServicer):
             for entry in blocks
         ]
         return control_pb2.Ledger(entries=[*entries, *self._role.transfers()])
+
+    async def WatchBlocks(
+        self, request: control_pb2.WatchBlocksRequest, call: Any
+    ) -> AsyncIterator[control_pb2.BlockEvents]:
+        async with contextlib.aclosing(block_messages(self._role.engine, self._ending)) as messages:
+            async for message in messages:
+                yield message

@@ -220,9 +220,9 @@ class Tiers(RuleBasedStateMachine):
                 found = self.on_device[block_id * BLOCK_SIZE + position % BLOCK_SIZE]
                 assert found == tuple(owner.tokens[: position + 1]), f"{owner.name} has lost position {position}"
         for label in self.cache.device.labels():
-            block_id = self.cache.on_device(label.block_hash)
-            assert block_id is not None
-            self._check_content(label, self.on_device[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE])
+            found_in = self.cache.on_device(label.block_hash)
+            assert found_in is not None
+            self._check_content(label, self.on_device[found_in * BLOCK_SIZE : (found_in + 1) * BLOCK_SIZE])
         for label in self.cache.host.labels():
             self._check_content(label, self.on_host[self.cache.host.slot(label.block_hash)])
 

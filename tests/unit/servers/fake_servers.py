@@ -18,6 +18,7 @@ from disaggregated.engine.serving.service import ServerService
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2_grpc
 from kvtransfer import Region
+from tests.support.fake_copier import FakeBlockCopier
 from tests.support.fake_runner import FakeModelRunner
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", num_blocks=64)
@@ -71,7 +72,14 @@ class FakeServer:
 
 
 @contextlib.asynccontextmanager
-async def serving(name: str, make_role: Callable[[LoadedServer[Region]], Role]) -> AsyncIterator[FakeServer]:
+async def serving(
+    name: str,
+    make_role: Callable[[LoadedServer[Region]], Role],
+    *,
+    enable_block_reuse: bool = False,
+    num_host_slots: int = 0,
+    event_buffer_max_size: int = 1000,
+) -> AsyncIterator[FakeServer]:
     runner = HeldRunner()
     engine = LLMEngine(
         runner,
@@ -80,7 +88,9 @@ async def serving(name: str, make_role: Callable[[LoadedServer[Region]], Role]) 
         max_num_tokens=16,
         max_batch_size=8,
         max_seq_len=200,
-        enable_block_reuse=False,
+        enable_block_reuse=enable_block_reuse,
+        copier=FakeBlockCopier(runner, num_host_slots),
+        event_buffer_max_size=event_buffer_max_size,
     )
     crashes: list[BaseException] = []
     loaded: Any = FakeLoadedEngine(engine=engine)

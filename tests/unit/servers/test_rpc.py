@@ -44,6 +44,9 @@ class Faulty(control_pb2_grpc.ServerServicer):
     async def GetLedger(self, request: Any, call: Any) -> control_pb2.Ledger:
         return control_pb2.Ledger()
 
+    async def WatchBlocks(self, request: Any, call: Any) -> AsyncIterator[control_pb2.BlockEvents]:
+        yield control_pb2.BlockEvents()
+
 
 @contextlib.asynccontextmanager
 async def served(faulty: Faulty) -> AsyncIterator[tuple[control_pb2_grpc.ServerAsyncStub, str, grpc.aio.Server]]:
