@@ -89,6 +89,9 @@ class ServerConfig:
     """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one."""
     deterministic: bool = True
     """On CUDA: a sequence's tokens do not depend on its batch, at the price of some padding. CPUs always are so."""
+    model_impl: str = "auto"
+    """"native", and "auto", are the families that are implemented here; "transformers": any causal model of that
+    library, if it is installed."""
     load_format: str = "auto"
     """"dummy": random weights of the model's shape, for speed work."""
     max_batch_size: int = 64

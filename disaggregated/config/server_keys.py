@@ -46,8 +46,8 @@ _QUANTISED_LINEARS: Final = "every linear is quantised, but a router of experts;
 _ONE_WAY: Final = "weights are quantised to INT8 or FP8, with a scale a row, and activations with a scale a token"
 _INSTEAD: Final = ("DEFAULT", "it is not built yet; DEFAULT is used: shared memory on one host, else TCP")
 _ONE_RANK: Final = "a server has one rank for now, so only 1 starts"
-_DENSE: Final = "only dense models are supported, which have no experts"
-_ALL_TOKENS: Final = "every layer attends to the whole sequence"
+_EXPERTS: Final = "experts are computed one after the other, by the kernels of the dense layers"
+_ALL_TOKENS: Final = "every layer attends to as many tokens as the model says"
 
 _HONOURED: Final = (
     honoured("model", TEXT, "Bundled name, Hugging Face directory or GGUF file."),
@@ -79,6 +79,12 @@ _HONOURED: Final = (
     honoured("cuda_graph_config.max_batch_size", AT_LEAST_1, "Largest size captured; left out: max_batch_size."),
     honoured(
         "cuda_graph_config.enable_padding", BOOLEAN, "Fill a batch up to the next captured size with dummy requests."
+    ),
+    honoured(
+        "model_impl",
+        choice("auto", "native", "transformers"),
+        "transformers: any causal model of the transformers library, computed by its code over paged attention; "
+        "docs/models.md has the families of the others.",
     ),
     honoured("load_format", choice("auto", "dummy"), "dummy: random weights of the model's shape, for speed work."),
     honoured("max_batch_size", AT_LEAST_1, "Sequences computed in one step."),
@@ -144,9 +150,9 @@ _NOT_BUILT: Final = (
     not_built("tensor_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
     not_built("pipeline_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
     not_built("context_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
-    not_built("moe_expert_parallel_size", AT_LEAST_1, _DENSE, harmless=(1,)),
-    not_built("moe_tensor_parallel_size", AT_LEAST_1, _DENSE, harmless=(1,)),
-    not_built("moe_cluster_parallel_size", AT_LEAST_1, _DENSE, harmless=(1,)),
+    not_built("moe_expert_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
+    not_built("moe_tensor_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
+    not_built("moe_cluster_parallel_size", AT_LEAST_1, _ONE_RANK, harmless=(1,)),
     not_built("enable_attention_dp", BOOLEAN, _ONE_RANK, harmless=(False,)),
     not_built("cp_config", ANYTHING, _ONE_RANK, harmless=({},)),
     not_built("pp_partition", ANYTHING, _ONE_RANK),
@@ -218,7 +224,7 @@ _NO_EFFECT: Final = (
     no_effect("num_postprocess_workers", AT_LEAST_0, "servers handle token ids only, never text", harmless=(0,)),
     no_effect("num_serve_frontends", AT_LEAST_1, "servers handle token ids only, never text", harmless=(1,)),
     *_without_effect("the model is not compiled", "torch_compile_config", "torch_compile_fullgraph"),
-    *_without_effect(_DENSE, "moe_config", "moe_backend", "enable_layerwise_nvtx_marker", "nvfp4_gemm_config"),
+    *_without_effect(_EXPERTS, "moe_config", "moe_backend", "enable_layerwise_nvtx_marker", "nvfp4_gemm_config"),
     *_without_effect(_ONE_RANK, "attention_dp_config", "allreduce_strategy", "gpus_per_node", "ray_placement_config"),
     *_without_effect(_ONE_RANK, "ray_worker_extension_cls", "enable_lm_head_tp_in_adp"),
     *_without_effect("the best kernel present is used, and named at start", "attn_backend", "sampler_type"),

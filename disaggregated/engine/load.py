@@ -6,7 +6,6 @@ ready, and said in one message.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Final
@@ -22,7 +21,8 @@ from disaggregated.engine.fingerprint import fingerprint, numerics_of, weights_d
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.host_tier.memory import MemoryBlockCopier
 from disaggregated.engine.kv_cache import Allocate, KVCache
-from disaggregated.engine.models.decoder import Decoder
+from disaggregated.engine.model_loading import load_model, read_model_config
+from disaggregated.engine.models.decoder import Model
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.ops.select import select
@@ -30,13 +30,7 @@ from disaggregated.engine.pool_size import FreeMemory, PoolSize, size_pool
 from disaggregated.engine.precision import WEIGHT_BYTES, Precision, precision_of
 from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.engine.speculation import Speculation, speculation_of
-from disaggregated.engine.weights import (
-    DummySource,
-    SafetensorsSource,
-    build_model,
-    num_parameters,
-    safetensors_paths,
-)
+from disaggregated.engine.weights import num_parameters, safetensors_paths
 from disaggregated.errors import ConfigError, NotEnoughMemory
 from disaggregated.kv_layout import KVLayout
 from disaggregated.model_files import ModelConfig, ModelFiles, resolve
@@ -84,13 +78,28 @@ def load_engine(
     precision = precision_of(config, device)
     is_dummy = _is_dummy(config)
     files = resolve(config.model, weights=not is_dummy, progress=progress)
-    model_config = ModelConfig.load(files.path)
+    model_config = read_model_config(config, files.path)
     max_seq_len = _max_seq_len(config, model_config)
     _check_weights_fit(model_config, device, precision)
 
     kv = model_config.kv_shape
-    ops = select(device, precision, head_dim=kv.head_dim, num_planes=kv.num_planes, num_threads=config.num_threads, is_deterministic=config.deterministic)
-    model = _load_model(files, model_config, ops, device, precision.dtype, num_positions=max_seq_len, is_dummy=is_dummy)
+    ops = select(
+        device,
+        precision,
+        head_dim=kv.head_dim,
+        num_planes=kv.num_planes,
+        num_threads=config.num_threads,
+        is_deterministic=config.deterministic,
+    )
+    model = load_model(
+        files.path,
+        model_config,
+        ops,
+        device=device,
+        dtype=precision.dtype,
+        num_positions=max_seq_len,
+        is_dummy=is_dummy,
+    )
     size = _pool_size(config, model_config, device, precision.kv_dtype, max_seq_len=max_seq_len)
     layout = size.layout
     kv_cache = KVCache(_with_scratch_block(layout, device), device=device, allocate=allocate)
@@ -126,7 +135,7 @@ def load_engine(
 
 
 def _runner(
-    model: Decoder, kv_cache: KVCache, device: torch.device, ops: Ops, config: ServerConfig, *, max_seq_len: int
+    model: Model, kv_cache: KVCache, device: torch.device, ops: Ops, config: ServerConfig, *, max_seq_len: int
 ) -> TorchModelRunner:
     """Ready for its first real step: what is measured, compiled or captured has been."""
     if device.type == "cuda" and not isinstance(ops, ReferenceOps):
@@ -138,9 +147,6 @@ def _runner(
     return runner
 
 
-def _with_scratch_block(layout: KVLayout, device: torch.device) -> KVLayout:
-    """On CUDA the pool has one block more than the engine is told of, for the dummy requests of decode graphs."""
-    return dataclasses.replace(layout, num_blocks=layout.num_blocks + (device.type != "cpu"))
 def _max_prefill_tokens_beside_decode(config: ServerConfig) -> int:
     said = config.scheduler_config.max_prefill_tokens_beside_decode
     return said if said is not None else max(1, config.max_num_tokens // 4)
@@ -149,6 +155,11 @@ def _max_prefill_tokens_beside_decode(config: ServerConfig) -> int:
 def _overlaps(config: ServerConfig, runner: TorchModelRunner, speculation: Speculation | None) -> bool:
     """A runner that computes while it is asked has nothing to overlap; and drafts continue tokens that are known."""
     return not config.disable_overlap_scheduler and speculation is None and isinstance(runner, OverlappingRunner)
+
+
+def _with_scratch_block(layout: KVLayout, device: torch.device) -> KVLayout:
+    """On CUDA the pool has one block more than the engine is told of, for the dummy requests of decode graphs."""
+    return dataclasses.replace(layout, num_blocks=layout.num_blocks + (device.type != "cpu"))
 
 
 def _pool_size(
@@ -202,21 +213,6 @@ def weight_bytes(config: ModelConfig, precision: Precision) -> int:
         return num_parameters(config) * precision.dtype.itemsize
     num_quantised = num_parameters(config) - (0 if config.tie_word_embeddings else table)
     return num_quantised * WEIGHT_BYTES[precision.quantization] + table * precision.dtype.itemsize
-
-
-def _load_model(
-    files: ModelFiles,
-    config: ModelConfig,
-    ops: Ops,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    num_positions: int,
-    is_dummy: bool,
-) -> Decoder:
-    with torch.inference_mode(), contextlib.ExitStack() as stack:
-        source = DummySource(config, device) if is_dummy else stack.enter_context(SafetensorsSource(files.path))
-        return build_model(source, config, ops, device=device, dtype=dtype, num_positions=num_positions)
 
 
 def _warm_up(runner: TorchModelRunner, num_tokens: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.kv_cache import KVCache
-from disaggregated.engine.models.decoder import Decoder
+from disaggregated.engine.models.decoder import Model
 from disaggregated.engine.ops.api import AttentionBatch
 from disaggregated.engine.sampler import SampleRow, sample
 
@@ -24,7 +24,7 @@ from disaggregated.engine.sampler import SampleRow, sample
 class TorchModelRunner:
     """Implements `ModelRunner`. Owned by the engine's thread, as are the model's op table and the pool."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: Model, kv_cache: KVCache, device: torch.device) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._device = device

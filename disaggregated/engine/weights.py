@@ -65,6 +65,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def num_parameters(config: ModelConfig) -> int:
+    if config.transformers is not None:
+        return config.transformers.num_parameters
     return num_numbers(expected_shapes(config))
 
 

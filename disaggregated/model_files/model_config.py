@@ -14,13 +14,13 @@ from typing import Any, Self
 
 from disaggregated.model_files.config_keys import Keys
 from disaggregated.model_files.families import read_family
-from disaggregated.model_files.model_parts import ExpertsConfig, KVShape, LatentConfig
+from disaggregated.model_files.model_parts import ExpertsConfig, KVShape, LatentConfig, TransformersConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     architecture: str
-    """A key of `families.FAMILIES`, or any other that only the transformers library knows."""
+    """A key of `families.FAMILIES`; any, if the transformers library computes it."""
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -49,6 +49,8 @@ class ModelConfig:
     """Gemma 2's bounds on attention scores and on logits."""
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
+    transformers: TransformersConfig | None = None
+    """Of a model that the transformers library computes; None for the families that are implemented here."""
     max_position_embeddings: int
     """The longest sequence served, in tokens."""
     eos_token_ids: tuple[int, ...]

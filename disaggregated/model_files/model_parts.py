@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,3 +56,12 @@ class KVShape:
     num_kv_heads: int
     head_dim: int
     num_planes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TransformersConfig:
+    """Of a model that the transformers library computes: only the library knows what in its config means what."""
+
+    file: Mapping[str, Any]
+    """The whole config.json: servers exchange KV when it is the same."""
+    num_parameters: int

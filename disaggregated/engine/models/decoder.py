@@ -19,6 +19,21 @@ from disaggregated.engine.ops.api import AttentionBatch, LayerPool, Ops
 from disaggregated.model_files import ModelConfig
 
 
+class Model(Protocol):
+    """What a runner needs of a model. Stateless but for its weights: the KV pool and the step's layout come with each
+    call."""
+
+    @property
+    def ops(self) -> Ops:
+        """The table it computes with."""
+
+    def forward(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
+        """(T, H): what `logits` takes. Each layer's keys and values are then in `pools[layer]`."""
+
+    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """(R, V) in the model's dtype."""
+
+
 class Attention(Protocol):
     def forward(self, normed_TH: torch.Tensor, batch: AttentionBatch, pool: LayerPool, ops: Ops) -> torch.Tensor:
         """(T, H) to add. Each token's keys and values are then in `pool`."""
@@ -73,7 +88,7 @@ def decoder_shape(config: ModelConfig, *, embedding_scale: float = 1.0) -> Decod
 
 
 class Decoder:
-    """Stateless but for its weights: the KV pool and the step's layout come with each call."""
+    """Implements `Model`."""
 
     def __init__(self, shape: DecoderShape, weights: DecoderWeights, ops: Ops) -> None:
         self._shape = shape
