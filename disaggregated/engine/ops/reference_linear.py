@@ -1,8 +1,8 @@
 """Linears of the torch reference: in the model's dtype, in calls of measured row counts; or in int8, in exact integers.
 
-W8A8: a weight has a scale for each of its rows, an activation one for each token, and in between stand sums of
-integers, which are the same in whatever order they are added. So a quantised linear is row-invariant by construction,
-and any implementation that follows `quantise.py` gives the same bits.
+W8A8: both sides are rotated, a weight has a scale for each of its rows and an activation one for each token, and in
+between stand sums of integers, which are the same in whatever order they are added. So a quantised linear is
+row-invariant by construction, and any implementation that follows `quantise.py` gives the same bits.
 
 Legend as in `api.py`.
 """
@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from disaggregated.engine.ops.quantise import quantise_rows
+from disaggregated.engine.ops.quantise import quantise_rows, rotate, rotation_block
 from disaggregated.engine.ops.row_invariant import PROBE_ROWS, exact_row_counts, matmul_rows, probe_pair
 
 TRANSPOSE_NUMEL_MAX: Final = 16 << 20
@@ -45,11 +45,12 @@ class Int8Linear:
 
     @classmethod
     def quantised(cls, weight_MK: torch.Tensor, bias_M: torch.Tensor | None) -> Int8Linear:
-        weight, scale = quantise_rows(weight_MK)
+        # 1 / n, a power of two, undoes what two rotations multiply with; it changes no digit.
+        weight, scale = quantise_rows(rotate(weight_MK) / rotation_block(weight_MK.shape[1]))
         return cls(weight, scale, None if bias_M is None else bias_M.float())
 
     def apply(self, x_TK: torch.Tensor) -> torch.Tensor:
-        x, scale_T = quantise_rows(x_TK)
+        x, scale_T = quantise_rows(rotate(x_TK))
         out = integer_products(x, self.weight_MK) * (scale_T[:, None] * self.scale_M)
         return (out if self.bias_M is None else out + self.bias_M).to(x_TK.dtype)
 

@@ -15,7 +15,8 @@ from disaggregated.engine.kv_cache import KVCache
 from disaggregated.engine.ops import reference_linear
 from disaggregated.engine.ops.api import AttentionSpec, LayerPool
 from disaggregated.engine.ops.kv_values import read_planes, write_plane
-from disaggregated.engine.ops.quantise import Q_MAX, SMALLEST, dequantise, quantise_rows
+from disaggregated.engine.ops.native import load as load_native
+from disaggregated.engine.ops.quantise import Q_MAX, SMALLEST, dequantise, quantise_rows, rotate, rotation_block
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.ops.reference_linear import EXACT_DEPTH, integer_products
 from disaggregated.kv_layout import DTYPE_BYTES, KVLayout
@@ -108,6 +109,47 @@ def test_an_int8_linear_is_its_formula_and_row_invariant(k: int, m: int, with_bi
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(together.double(), exact, rtol=0, atol=0.06)
     assert torch.nn.functional.cosine_similarity(together.double(), exact, dim=1).min() > 0.999
+
+
+@pytest.mark.parametrize(("depth", "block"), [(576, 64), (1536, 512), (4096, 512), (64, 64), (176, 16), (33, 1)])
+def test_a_rotation_keeps_products_and_is_its_matrix(depth: int, block: int) -> None:
+    assert rotation_block(depth) == block
+    x, weight = randn(5, depth), randn(7, depth, seed=1)
+    turned = rotate(x).double()
+    products = turned @ rotate(weight).double().t() / block
+    torch.testing.assert_close(products, x.double() @ weight.double().t(), rtol=1e-5, atol=1e-4)
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < block:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    expected = x.double().view(-1, block) @ hadamard.double()
+    torch.testing.assert_close(turned.view(-1, block), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_an_outlier_channel_does_not_drown_the_others() -> None:
+    ops = ReferenceOps("int8")
+    x, weight = randn(4, 576), randn(50, 576, seed=1)
+    x[:, 100] = 300.0
+    out = ops.linear(x, ops.prepare_linear(weight, None)).double()
+    plain = dequantise(*quantise_rows(x)).double() @ dequantise(*quantise_rows(weight)).double().t()
+    exact = x.double() @ weight.double().t()
+    assert (out - exact).square().mean() < (plain - exact).square().mean() / 20
+
+
+@pytest.mark.parametrize(
+    ("k", "m", "with_bias"), [(576, 960, False), (1536, 57, True), (33, 7, True), (176, 64, False)]
+)
+def test_native_int8_has_the_bits_of_the_reference(k: int, m: int, with_bias: bool) -> None:
+    if (native := load_native(1, quantization="int8")) is None:
+        pytest.skip("no native kernels on this machine")
+    reference = ReferenceOps("int8")
+    weight, bias = randn(m, k) / k**0.5, randn(m, seed=1) if with_bias else None
+    x = randn(40, k, seed=2) * torch.logspace(-30, 30, 40)[:, None]
+    x[3], x[5, 7], x[6, 8] = 0.0, torch.inf, torch.nan
+    weight[2] = 0.0
+    ours = native.linear(x, native.prepare_linear(weight, bias))
+    theirs = reference.linear(x, reference.prepare_linear(weight, bias))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
 def test_a_linear_that_must_be_exact_is_not_quantised() -> None:
