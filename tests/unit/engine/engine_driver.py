@@ -15,6 +15,7 @@ from disaggregated.engine.api import (
 )
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.sampling_params import SamplingParams
+from tests.support.fake_copier import FakeBlockCopier
 from tests.support.fake_runner import FakeModelRunner, oracle
 
 
@@ -32,6 +33,7 @@ class EngineDriver:
         enable_block_reuse: bool = True,
         num_waiting_max: int = 100,
         vocab_size: int = 2**31,
+        num_host_slots: int = 0,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.runner = FakeModelRunner(
@@ -40,6 +42,7 @@ class EngineDriver:
             max_num_tokens=max_num_tokens,
             max_batch_size=max_batch_size,
         )
+        self.copier = FakeBlockCopier(self.runner, num_host_slots)
         self.engine = LLMEngine(
             self.runner,
             num_blocks=num_blocks,
@@ -50,6 +53,7 @@ class EngineDriver:
             enable_block_reuse=enable_block_reuse,
             num_waiting_max=num_waiting_max,
             vocab_size=vocab_size,
+            copier=self.copier,
             clock=clock,
         )
         self.requests: dict[str, EngineRequest] = {}
