@@ -56,13 +56,26 @@ WINDOW: Final = 100
 """Much shorter than the tests' prompts, and no multiple of a block or a tile."""
 
 
+CONFIGS: Final = {"Gemma3": "Gemma3TextConfig"}
+CLASSES: Final = {"GPT2": "GPT2LMHeadModel"}
+
+
 def _of(family: str, **changes: Any) -> Callable[[], Any]:
     """A model of transformers' `{family}ForCausalLM`."""
     config_class = getattr(transformers, CONFIGS.get(family, f"{family}Config"))
-    return lambda: getattr(transformers, f"{family}ForCausalLM")(config_class(**{**_COMMON, **changes}))
+    model_class = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))
+    return lambda: model_class(config_class(**{**_COMMON, **changes}))
 
 
-CONFIGS: Final = {"Gemma3": "Gemma3TextConfig"}
+OTHERS: Final[Mapping[str, Callable[[], Any]]] = {
+    "gpt2": _of("GPT2", n_inner=176),
+    "opt": _of("OPT", ffn_dim=176, word_embed_proj_dim=64, pad_token_id=0),
+    "phi3": _of("Phi3", pad_token_id=0, sliding_window=WINDOW),
+    "cohere2": _of("Cohere2", pad_token_id=0, sliding_window=WINDOW, head_dim=22),
+    "granite": _of("Granite", logits_scaling=3.0),
+    "olmoe": _of("Olmoe", num_experts=8, num_experts_per_tok=3, pad_token_id=0),
+}
+"""Models that only the transformers library computes."""
 FAMILIES: Final[Mapping[str, Callable[[], Any]]] = {
     "llama": _of("Llama"),
     "llama-tied": _of("Llama", tie_word_embeddings=True, num_attention_heads=8, num_key_value_heads=2, head_dim=16),
@@ -130,7 +143,7 @@ class TinyModel:
 def write_model(family: str, path: Path, **save_arguments: Any) -> TinyModel:
     transformers.utils.logging.disable_progress_bar()
     with _seeded(0):
-        model = FAMILIES[family]().eval()
+        model = {**FAMILIES, **OTHERS}[family]().eval()
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):
                 is_scale = name.endswith("weight") and not family.startswith("gemma")
