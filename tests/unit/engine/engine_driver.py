@@ -14,9 +14,11 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.speculation import Speculation
 from disaggregated.sampling_params import SamplingParams
 from tests.support.fake_copier import FakeBlockCopier
-from tests.support.fake_runner import FakeModelRunner, oracle
+from tests.support.fake_device import FakeDevice
+from tests.support.fake_runner import oracle
 
 
 class EngineDriver:
@@ -30,13 +32,16 @@ class EngineDriver:
         max_num_tokens: int = 8,
         max_batch_size: int = 4,
         max_seq_len: int = 1000,
+        max_prefill_tokens_beside_decode: int | None = None,
         enable_block_reuse: bool = True,
+        speculation: Speculation | None = None,
+        overlap: bool = False,
         num_waiting_max: int = 100,
         vocab_size: int = 2**31,
         num_host_slots: int = 0,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.runner = FakeModelRunner(
+        self.runner = FakeDevice(
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_tokens=max_num_tokens,
@@ -50,7 +55,10 @@ class EngineDriver:
             max_num_tokens=max_num_tokens,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
+            max_prefill_tokens_beside_decode=max_prefill_tokens_beside_decode,
             enable_block_reuse=enable_block_reuse,
+            speculation=speculation,
+            overlap=overlap,
             num_waiting_max=num_waiting_max,
             vocab_size=vocab_size,
             copier=self.copier,
@@ -69,8 +77,10 @@ class EngineDriver:
         max_tokens: int = 4,
         kind: RequestKind = RequestKind.FULL,
         sampling: SamplingParams | None = None,
+        priority: int = 0,
     ) -> None:
-        self.engine.submit(self._request(request_id, prompt, kind, sampling or SamplingParams(max_tokens=max_tokens)))
+        sampling = sampling or SamplingParams(max_tokens=max_tokens)
+        self.engine.submit(self._request(request_id, prompt, kind, sampling, priority))
 
     def reserve(self, request_id: str, prompt: Sequence[int], *, max_tokens: int = 4) -> Reservation:
         sampling = SamplingParams(max_tokens=max_tokens)
@@ -128,8 +138,10 @@ class EngineDriver:
         return self.engine.statistics().num_blocks_free
 
     def _request(
-        self, request_id: str, prompt: Sequence[int], kind: RequestKind, sampling: SamplingParams
+        self, request_id: str, prompt: Sequence[int], kind: RequestKind, sampling: SamplingParams, priority: int = 0
     ) -> EngineRequest:
-        request = EngineRequest(request_id=request_id, kind=kind, token_ids=tuple(prompt), sampling=sampling)
+        request = EngineRequest(
+            request_id=request_id, kind=kind, token_ids=tuple(prompt), sampling=sampling, priority=priority
+        )
         self.requests[request_id] = request
         return request

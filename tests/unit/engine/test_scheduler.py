@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from disaggregated.engine.api import RequestKind
+from disaggregated.engine.api import FinishReason, RequestKind, TokensSampled
+from disaggregated.engine.sequence import Sequence
+from disaggregated.engine.speculation import Speculation
 from disaggregated.errors import PoolExhausted
+from disaggregated.sampling_params import SamplingParams
 from tests.unit.engine.engine_driver import EngineDriver
 
 
@@ -295,3 +298,102 @@ def test_without_block_reuse_nothing_is_shared() -> None:
         driver.run()
     assert driver.engine.statistics().prompt_cached_tokens_total == 0
     assert driver.tokens["a"] == driver.tokens["b"]
+
+
+# Prompts beside decode
+
+
+def test_a_prompt_makes_decode_steps_longer_by_no_more_than_the_limit() -> None:
+    driver = EngineDriver(max_num_tokens=16, max_prefill_tokens_beside_decode=3)
+    driver.submit("stream", [1, 2], max_tokens=9)
+    driver.step()
+    driver.submit("long", range(20), max_tokens=1)
+    driver.submit("other", range(30, 34), max_tokens=1)
+    driver.step()
+    assert driver.rows == [("stream", 2, 1), ("long", 0, 3)]
+    while "long" not in driver.finish_reasons:
+        driver.step()
+        assert sum(num_tokens for _, _, num_tokens in driver.rows) <= 4
+    assert driver.rows[-1] == ("other", 0, 1), "what one prompt leaves of the limit is the next one's"
+
+
+def test_without_anybody_who_decodes_a_prompt_has_the_whole_budget() -> None:
+    driver = EngineDriver(max_num_tokens=16, max_prefill_tokens_beside_decode=3)
+    driver.submit("a", range(17), max_tokens=1)
+    driver.submit("b", range(20, 30), max_tokens=1)
+    driver.step()
+    assert driver.rows == [("a", 0, 16)]
+    driver.step()
+    assert driver.rows == [("a", 16, 1), ("b", 0, 10)], "the last token of a prompt is not decoding"
+
+
+# Drafts
+
+
+class Right(Speculation):
+    """Guesses what comes, for as long as it is told to."""
+
+    def __init__(self, driver_tokens: dict[str, list[int]]) -> None:
+        super().__init__(max_draft_len=4, max_matching_ngram_size=2)
+        self.tokens = driver_tokens
+
+    def guess(self, sequence: Sequence, num_drafts: int) -> list[int]:
+        return self.tokens[sequence.request_id][sequence.num_generated :][:num_drafts]
+
+
+def test_right_drafts_bring_several_tokens_in_one_event() -> None:
+    tokens: dict[str, list[int]] = {}
+    driver = EngineDriver(speculation=Right(tokens))
+    driver.submit("a", [1, 2], max_tokens=9)
+    tokens["a"] = driver.alone("a")
+    driver.step()
+    (event,) = driver.step()
+    assert isinstance(event, TokensSampled)
+    assert (event.first_position, len(event.token_ids)) == (3, 5)
+    driver.run()
+    assert driver.tokens["a"] == tokens["a"]
+    assert len(driver.runner.batches) < 9
+    statistics = driver.engine.statistics()
+    assert statistics.draft_tokens_total == statistics.accepted_draft_tokens_total == 9 - len(driver.runner.batches)
+
+
+def test_a_stop_token_amid_accepted_drafts_ends_the_sequence_there() -> None:
+    tokens: dict[str, list[int]] = {}
+    driver = EngineDriver(speculation=Right(tokens))
+    driver.submit("probe", [1, 2], max_tokens=9)
+    tokens["probe"] = whole = driver.alone("probe")
+    driver.run()
+    driver.submit("a", [1, 2], sampling=SamplingParams(max_tokens=9, stop_token_ids=frozenset({whole[2]})))
+    tokens["a"] = whole
+    driver.run()
+    assert driver.tokens["a"] == driver.alone("a") == whole[:3]
+    assert driver.finish_reasons["a"] is FinishReason.STOP
+    assert driver.num_free == 16
+
+
+def test_drafts_take_what_prompts_leave_of_the_budget() -> None:
+    tokens: dict[str, list[int]] = {}
+    driver = EngineDriver(max_num_tokens=8, speculation=Right(tokens))
+    driver.submit("a", [1, 2], max_tokens=30)
+    tokens["a"] = driver.alone("a")
+    driver.step()
+    driver.submit("long", range(30), max_tokens=1)
+    driver.step()
+    assert driver.rows == [("a", 2, 1), ("long", 0, 7)]
+    assert driver.runner.num_drafts == 0
+    driver.run()
+    assert driver.runner.num_drafts > 0
+
+
+def test_drafts_take_no_block_that_somebody_was_promised() -> None:
+    tokens: dict[str, list[int]] = {}
+    driver = EngineDriver(num_blocks=3, block_size=4, speculation=Right(tokens))
+    driver.submit("a", [1, 2], max_tokens=9)
+    tokens["a"] = driver.alone("a")
+    driver.step()
+    driver.submit("waits", range(10, 18), max_tokens=1)
+    driver.step()
+    assert driver.num_free == 2, "its second draft would have wanted a block"
+    assert driver.runner.num_drafts == 1
+    driver.run()
+    assert all(driver.tokens[name] == driver.alone(name) for name in ("a", "waits"))
