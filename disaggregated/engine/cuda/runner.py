@@ -1,0 +1,112 @@
+"""The model runner of CUDA devices: decode steps as graphs, sampling on the device, the next step launched before this
+one's tokens are known.
+
+    host     launch n ── launch n+1 ── tokens of n ── launch n+2 ── tokens of n+1
+    device   ├─ step n ─┤├─ step n+1 ─┤├─ step n+2 ─┤
+
+All of it runs in order on the engine thread's current stream, so a step's inputs are in place, and the buffers of the
+step before are free, without the host ever asking. The one wait is for the event behind the copy of a step's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from disaggregated.engine.api import PendingStep, ScheduledSequence
+from disaggregated.engine.cuda import step_input
+from disaggregated.engine.cuda.graphs import DecodeGraphs
+from disaggregated.engine.kv_cache import KVCache
+from disaggregated.engine.models.decoder import Model
+from disaggregated.engine.ops.api import AttentionBatch
+from disaggregated.engine.runner import TorchModelRunner, accepted, step_tensors
+
+Sample = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""(logits (R, V), columns (5, R), tokens (R) to write); see `kernels/sampling.py`."""
+
+
+@dataclasses.dataclass(slots=True)
+class LaunchedStep:
+    """Implements `PendingStep`."""
+
+    batch: Sequence[ScheduledSequence]
+    host_tokens: torch.Tensor
+    """Pinned; right once `done` has passed."""
+    done: torch.cuda.Event | None
+    """Behind everything of this step, its KV too. None: it is done already, as on a CPU."""
+
+    def tokens(self) -> Sequence[Sequence[int]]:
+        if self.done is not None:
+            self.done.synchronize()
+        sampled = iter(self.host_tokens.tolist())
+        return [[] if row.sampling is None else accepted(row.draft_token_ids, sampled) for row in self.batch]
+
+
+class CudaModelRunner(TorchModelRunner):
+    """Implements `OverlappingRunner`. Owned by the engine's thread."""
+
+    def __init__(self, model: Model, kv_cache: KVCache, device: torch.device, *, max_rows: int, sample: Sample) -> None:
+        """`max_rows`: sequences in a step at most."""
+        super().__init__(model, kv_cache, device)
+        self._sample = sample
+        self.last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        """By row of the step launched last: the token it sampled. Of rows that sampled one."""
+        self.graphs = DecodeGraphs([], is_padding_enabled=False)
+        """Captured after the first steps have run; see `cuda/start.py`."""
+        self.graph_steps_total = 0
+        self.eager_steps_total = 0
+
+    def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
+        return self.launch(batch).tokens()
+
+    def launch(self, batch: Sequence[ScheduledSequence]) -> PendingStep:
+        assert batch, "an empty batch"
+        with torch.inference_mode():
+            graph = self.graphs.find(batch)
+            self.graph_steps_total += graph is not None
+            self.eager_steps_total += graph is None
+            logits = self._without_graph(batch) if graph is None else graph.run(batch)
+            return self._fetch(batch, self._sampled(logits, batch))
+
+    def forward_and_logits(self, token_ids_T: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """(T, V): every token is sampled after, as in a decode step."""
+        return self._model.logits(self._model.forward(token_ids_T, batch, self._kv_cache.layers))
+
+    def _without_graph(self, batch: Sequence[ScheduledSequence]) -> torch.Tensor | None:
+        """Logits of each sampled position; None where nothing is sampled."""
+        token_ids, attention, sampled = step_tensors(batch, self._kv_cache.layout.block_size, self._device)
+        followed = step_input.followed_rows(batch)
+        if followed.size:
+            places, rows = step_input.to_device(followed, self._device).unbind(0)
+            token_ids = token_ids.index_copy(0, places, self.last_tokens.index_select(0, rows))
+        hidden = self._model.forward(token_ids, attention, self._kv_cache.layers)
+        return self._model.logits(hidden.index_select(0, sampled)) if len(sampled) else None
+
+    def _sampled(self, logits_RV: torch.Tensor | None, batch: Sequence[ScheduledSequence]) -> torch.Tensor:
+        """(sampled positions) int64 on the device; where the next step may ask for one, it is in `last_tokens` too."""
+        if logits_RV is None:
+            return torch.empty(0, dtype=torch.int64, device=self._device)
+        forbidden = step_input.forbidden_places(batch, logits_RV.shape[1])
+        if forbidden.size:
+            positions, tokens = step_input.to_device(forbidden, self._device).unbind(0)
+            never = torch.full((1,), -torch.inf, dtype=logits_RV.dtype, device=self._device)
+            logits_RV.index_put_((positions, tokens), never)
+        columns = step_input.to_device(step_input.sampling_columns(batch), self._device)
+        chosen = torch.empty(len(logits_RV), dtype=torch.int64, device=self._device)
+        self._sample(logits_RV, columns, chosen)
+        followable = step_input.followable_rows(batch)
+        if followable.size:
+            rows, positions = step_input.to_device(followable, self._device).unbind(0)
+            self.last_tokens.index_copy_(0, rows, chosen.index_select(0, positions))
+        return chosen
+
+    def _fetch(self, batch: Sequence[ScheduledSequence], chosen: torch.Tensor) -> LaunchedStep:
+        if self._device.type != "cuda":
+            return LaunchedStep(batch, chosen, None)
+        host_tokens = torch.empty(len(chosen), dtype=torch.int64, pin_memory=True)
+        host_tokens.copy_(chosen, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return LaunchedStep(batch, host_tokens, done)
