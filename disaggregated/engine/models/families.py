@@ -52,7 +52,7 @@ def read_decoder(
         embedding_VH=embedding_VH,
         layers=[read_layer(model.within(f"layers.{i}"), config, i, ropes) for i in range(config.num_layers)],
         final_norm=(_gemma_norm if is_gemma else NamedWeights.norm)(model, "norm", config.hidden_size),
-        lm_head=weights.prepare(head_VH),
+        lm_head=weights.prepare(lambda: (head_VH, None)),
     )
     # Gemma was trained with this number rounded to the dtype of its weights.
     embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=dtype)) if is_gemma else 1.0

@@ -11,13 +11,14 @@ Legend: C latent, E rotated part of a head, U its plain part, W value size of a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 
 from disaggregated.engine.models.rope import RopeTables
-from disaggregated.engine.models.weight_reader import NamedWeights
+from disaggregated.engine.models.weight_reader import NamedWeights, joined
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops
 from disaggregated.model_files import ModelConfig
 from disaggregated.model_files.model_parts import LatentConfig
@@ -51,13 +52,12 @@ class LatentAttention:
         latent, heads = config.latent, config.num_heads
         assert latent is not None, f"{config.architecture} has no latent attention"
         key_to_latent, latent_to_value = _read_absorbed(weights, latent, heads)
-        squeezed = latent.q_rank is not None
         return cls(
             latent=latent,
             num_heads=heads,
             first=_read_first(weights, config, latent),
             q_norm=weights.norm("q_a_layernorm", latent.q_rank) if latent.q_rank is not None else None,
-            q_second=weights.prepare(_read_queries(weights, "q_b_proj", config, latent)) if squeezed else None,
+            q_second=_read_second(weights, config, latent),
             kv_norm=weights.norm("kv_a_layernorm", latent.kv_rank),
             key_to_latent=key_to_latent,
             latent_to_value=latent_to_value,
@@ -103,36 +103,50 @@ class LatentAttention:
 
 def _read_first(weights: NamedWeights, config: ModelConfig, latent: LatentConfig) -> Any:
     """One linear for all that begins at the hidden states; only projections into something narrower have biases."""
-    kv_width, has_bias = latent.kv_rank + latent.rope_dim, config.attention_bias
-    if latent.q_rank is None:
-        q = _read_queries(weights, "q_proj", config, latent)
-        q_bias = q.new_zeros(len(q))
-    else:
-        q = weights.tensor("q_a_proj.weight", latent.q_rank, config.hidden_size)
-        q_bias = weights.tensor("q_a_proj.bias", latent.q_rank) if has_bias else q.new_zeros(len(q))
-    kv = weights.tensor("kv_a_proj_with_mqa.weight", kv_width, config.hidden_size)
+    hidden, kv_width, has_bias = config.hidden_size, latent.kv_rank + latent.rope_dim, config.attention_bias
+    name, width = ("q_a_proj", latent.q_rank) if latent.q_rank else ("q_proj", config.num_heads * config.head_dim)
+    q = weights.tensor(f"{name}.weight", width, hidden)
+    kv = weights.tensor("kv_a_proj_with_mqa.weight", kv_width, hidden)
+    q_bias = weights.tensor(f"{name}.bias", width) if has_bias and latent.q_rank else q.new_zeros(width)
     kv_bias = weights.tensor("kv_a_proj_with_mqa.bias", kv_width) if has_bias else None
     order = [*range(latent.kv_rank), *(latent.kv_rank + i for i in _halves_order(latent))]
-    bias = None if kv_bias is None else torch.cat([q_bias, kv_bias[order]])
-    return weights.prepare(torch.cat([q, kv[order]]), bias)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = [q] if latent.q_rank else _query_rows(q, config, latent)
+        return joined([*rows, kv[order]]), None if kv_bias is None else joined([q_bias, kv_bias[order]])
+
+    return weights.prepare(make)
 
 
-def _read_queries(weights: NamedWeights, name: str, config: ModelConfig, latent: LatentConfig) -> torch.Tensor:
-    """The rows of all heads' plain parts, then of their rotated ones."""
-    heads, num_inputs = config.num_heads, latent.q_rank or config.hidden_size
-    width = latent.plain_dim + latent.rope_dim
-    rows = weights.tensor(f"{name}.weight", heads * width, num_inputs).view(heads, width, num_inputs)
-    plain, rotated = torch.split(rows, [latent.plain_dim, latent.rope_dim], 1)
-    return torch.cat([plain.flatten(0, 1), rotated[:, _halves_order(latent)].flatten(0, 1)])
+def _read_second(weights: NamedWeights, config: ModelConfig, latent: LatentConfig) -> Any:
+    if latent.q_rank is None:
+        return None
+    q = weights.tensor("q_b_proj.weight", config.num_heads * config.head_dim, latent.q_rank)
+    return weights.prepare(lambda: (joined(_query_rows(q, config, latent)), None))
+
+
+def _query_rows(q: torch.Tensor, config: ModelConfig, latent: LatentConfig) -> list[torch.Tensor]:
+    """The rows of all heads' plain parts, and of their rotated ones."""
+    heads = q.view(config.num_heads, config.head_dim, -1)
+    plain, rotated = torch.split(heads, [latent.plain_dim, latent.rope_dim], 1)
+    return [plain.flatten(0, 1), rotated[:, _halves_order(latent)].flatten(0, 1)]
 
 
 def _read_absorbed(weights: NamedWeights, latent: LatentConfig, num_heads: int) -> tuple[Sequence[Any], Sequence[Any]]:
     width = latent.plain_dim + latent.value_dim
-    heads = weights.tensor("kv_b_proj.weight", num_heads * width, latent.kv_rank).view(num_heads, width, latent.kv_rank)
-    keys, values = torch.split(heads, [latent.plain_dim, latent.value_dim], 1)
+    kv = weights.tensor("kv_b_proj.weight", num_heads * width, latent.kv_rank)
+
+    def make_key(head: int) -> tuple[torch.Tensor, None]:
+        start = head * width
+        return kv[start : start + latent.plain_dim].t().contiguous(), None
+
+    def make_value(head: int) -> tuple[torch.Tensor, None]:
+        end = (head + 1) * width
+        return kv[end - latent.value_dim : end].contiguous(), None
+
     return (
-        [weights.prepare(key.t().contiguous()) for key in keys],
-        [weights.prepare(value.contiguous()) for value in values],
+        [weights.prepare(functools.partial(make_key, head)) for head in range(num_heads)],
+        [weights.prepare(functools.partial(make_value, head)) for head in range(num_heads)],
     )
 
 

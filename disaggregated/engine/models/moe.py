@@ -37,7 +37,7 @@ class Router:
         correction = None
         if config.has_correction_bias:
             correction = weights.tensor("e_score_correction_bias", config.num_experts, dtype=torch.float32)
-        return cls(config=config, gate=weights.prepare(gate, exact=True), correction_X=correction)
+        return cls(config=config, gate=weights.prepare(lambda: (gate, None), exact=True), correction_X=correction)
 
     def choose(self, normed_TH: torch.Tensor, ops: Ops) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, C) experts and their weights in float32, best first; of equal ones the lower number."""

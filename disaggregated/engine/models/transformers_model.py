@@ -167,9 +167,7 @@ class _InLanes(torch.nn.Module):
         return out
 
 
-def load(
-    path: Path, ops: Ops, *, device: torch.device, dtype: torch.dtype, is_dummy: bool
-) -> TransformersModel:
+def load(path: Path, ops: Ops, *, device: torch.device, dtype: torch.dtype, is_dummy: bool) -> TransformersModel:
     """
     Raises:
         ModelUnavailable: the library cannot load it, or its attention cannot be replaced.

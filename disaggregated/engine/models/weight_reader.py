@@ -8,7 +8,7 @@ a checkpoint must have, which dummy weights are made of too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,8 @@ import torch
 from disaggregated.engine.ops.api import Ops
 
 Shape = tuple[int, ...]
+MakeLinear = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+"""Gives a weight, (outputs, inputs), and a bias."""
 
 
 class TensorSource(Protocol):
@@ -28,8 +30,8 @@ class WeightReader(Protocol):
     def tensor(self, name: str, shape: Shape, dtype: torch.dtype | None) -> torch.Tensor:
         """Of `dtype`, or else the model's, on the model's device."""
 
-    def prepare(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool) -> Any:
-        """As `Ops.prepare_linear`."""
+    def prepare(self, make: MakeLinear, *, exact: bool) -> Any:
+        """As `Ops.prepare_linear`, with what `make` makes of tensors that were read before."""
 
     def to_device(self, table: torch.Tensor) -> torch.Tensor:
         """Of what is computed, not read."""
@@ -47,24 +49,24 @@ class LoadingReader:
         assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, was checked to be {shape}"
         return tensor
 
-    def prepare(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool) -> Any:
-        return self._ops.prepare_linear(weight_MK, bias_M, exact=exact)
+    def prepare(self, make: MakeLinear, *, exact: bool) -> Any:
+        return self._ops.prepare_linear(*make(), exact=exact)
 
     def to_device(self, table: torch.Tensor) -> torch.Tensor:
         return table.to(self._device)
 
 
 class ShapeRecorder:
-    """Implements `WeightReader` without weights: tensors are of the device "meta", which has shapes and no memory."""
+    """Implements `WeightReader` without weights: tensors are empty, and nothing is made of them."""
 
     def __init__(self) -> None:
         self.shapes: dict[str, Shape] = {}
 
     def tensor(self, name: str, shape: Shape, dtype: torch.dtype | None) -> torch.Tensor:
         self.shapes[name] = shape
-        return torch.empty(shape, device="meta", dtype=dtype)
+        return torch.empty(0)
 
-    def prepare(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool) -> None:
+    def prepare(self, make: MakeLinear, *, exact: bool) -> None:
         pass
 
     def to_device(self, table: torch.Tensor) -> torch.Tensor:
@@ -88,15 +90,16 @@ class NamedWeights:
 
     def linear(self, outputs: Mapping[str, int], num_inputs: int, *, biased: Sequence[str] = ()) -> Any:
         """One linear whose outputs are those of the named modules, in order; those in `biased` have a bias."""
-        weight_MK = _joined([self.tensor(f"{name}.weight", width, num_inputs) for name, width in outputs.items()])
+        rows = [self.tensor(f"{name}.weight", width, num_inputs) for name, width in outputs.items()]
         biases = [
-            self.tensor(f"{name}.bias", width) if name in biased else weight_MK.new_zeros(width)
+            self.tensor(f"{name}.bias", width) if name in biased else rows[0].new_zeros(width)
             for name, width in outputs.items()
         ]
-        return self.prepare(weight_MK, _joined(biases) if biased else None)
+        return self.prepare(lambda: (joined(rows), joined(biases) if biased else None))
 
-    def prepare(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None = None, *, exact: bool = False) -> Any:
-        return self._reader.prepare(weight_MK, bias_M, exact=exact)
+    def prepare(self, make: MakeLinear, *, exact: bool = False) -> Any:
+        """`make` gives a weight, (outputs, inputs), and a bias; it is called only where there are weights."""
+        return self._reader.prepare(make, exact=exact)
 
     def to_device(self, table: torch.Tensor) -> torch.Tensor:
         return self._reader.to_device(table)
@@ -106,5 +109,5 @@ def num_numbers(shapes: Mapping[str, Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
