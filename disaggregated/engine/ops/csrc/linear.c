@@ -3,7 +3,7 @@
    Weights are packed once, at load, into strips (linear_tile.h), so a decode step reads each matrix front to back,
    exactly once, at the speed of DRAM: three strips side by side, or six where rows are few, because several streams
    keep more of DRAM's latency hidden than one. For many rows the classical blocking of a matrix product is laid over
-   the same strips: a block of x stays in the second level cache, and a block of weights in the first, while rows pass
+   the same strips: a block of x stays in the second level cache, and beside it a block of weights while the rows pass
    by. While one block of weights is multiplied the next one is fetched, a little with each word, so that DRAM and
    multipliers work at the same time.
 
@@ -13,9 +13,11 @@
 
 #include "linear_tile.h"
 
-#define WORDS_OF_BLOCK (36864 / PANEL / 4) /* of depth: a panel's part of it fits a first level cache */
-#define BYTES_OF_ROW_BLOCK (600 << 10)     /* of x: fits a second level cache, beside panels and sums */
+#define BYTES_OF_ROW_BLOCK (600 << 10) /* of x: fits a second level cache, beside a panel and its sums */
+#define BYTES_OF_DEEP_BLOCK (144 << 10) /* of a panel, for many rows: sums seldom leave the registers */
+#define BYTES_OF_SHALLOW_BLOCK (6 << 10) /* for few: what is fetched ahead comes about one latency of DRAM early */
 #define OPS_WORTH_A_UNIT 500000 /* about 10 µs in float32; waking a helper for less costs more than it brings */
+#define TILES_WORTH_HELP 7      /* of x to pack */
 
 typedef struct {
     team *team;
@@ -25,8 +27,7 @@ typedef struct {
     int64_t num_rows, num_words, strip_bytes;
     any_word *packed_x; /* tiles of MAX_ROWS rows (the last may have fewer), each interleaved over all words */
     quantized_row *quantized;
-    int64_t rows_of_block, num_column_groups, panels_of_group;
-    int64_t words_of_block;
+    int64_t rows_of_block, words_of_block, panels_of_group, num_column_groups;
 } linear_job;
 
 /* MAX_ROWS rows of x, or what is left, become one interleaved tile. */
@@ -48,7 +49,7 @@ static void pack_x(void *argument, int64_t unit, int member)
         interleave(beside, rows, job->num_words, to);
 }
 
-/* The panels [panel, panel + num_panels) of one tile of rows, words [word, word + num_words). */
+/* One tile of rows, the panels from `panel` on, and the block of depth that begins with `word`. */
 static strip_tile tile_at(const linear_job *job, int64_t row, int64_t panel, int64_t panels, int64_t word)
 {
     int64_t kind = job->weight->kind, bytes = job->strip_bytes, column = panel * PANEL;
@@ -87,13 +88,13 @@ static void linear_unit(void *argument, int64_t unit, int member)
     int64_t end_panel = smaller(panel + job->panels_of_group, num_panels(job->weight->num_columns));
     float *sums = team_scratch(job->team, member, (size_t)(num_tiles * MAX_ROWS * PANEL) * sizeof(float));
     while (panel < end_panel) {
-        int64_t panels = end_row - first_row <= MAX_ROWS / 2 && panel + 2 <= end_panel ? 2 : 1;
+        int64_t panels = end_row - first_row <= FEW_ROWS && panel + 2 <= end_panel ? 2 : 1;
         for (int64_t word = 0; word < job->num_words; word += job->words_of_block)
             for (int64_t i = 0; i < num_tiles; i++) {
                 strip_tile tile = tile_at(job, first_row + i * MAX_ROWS, panel, panels, word);
                 int64_t share = (job->words_of_block + num_tiles - 1) / num_tiles;
                 tile.sums = sums + i * MAX_ROWS * PANEL;
-                tile.is_alone = num_tiles <= 2;
+                tile.has_few_mates = num_tiles < STRIPS_OF_PANEL;
                 tile.next += i * share * word_bytes(tile.kind);
                 tile.num_words_ahead = share;
                 multiply_tile(&tile);
@@ -115,10 +116,14 @@ static void split_columns(linear_job *job)
     job->num_column_groups = (panels + job->panels_of_group - 1) / job->panels_of_group;
 }
 
+static bool has_few_tiles(int64_t num_rows) { return num_rows < STRIPS_OF_PANEL * MAX_ROWS; }
+
 static void split_rows_and_depth(linear_job *job)
 {
     int64_t tiles = 1 + BYTES_OF_ROW_BLOCK / (4 * job->num_words * MAX_ROWS);
-    int64_t num_blocks = (job->num_words + WORDS_OF_BLOCK - 1) / WORDS_OF_BLOCK;
+    int64_t block_bytes = has_few_tiles(job->num_rows) ? BYTES_OF_SHALLOW_BLOCK : BYTES_OF_DEEP_BLOCK;
+    int64_t words_of_block = block_bytes / (STRIPS_OF_PANEL * word_bytes(job->weight->kind));
+    int64_t num_blocks = (job->num_words + words_of_block - 1) / words_of_block;
     job->rows_of_block = tiles * MAX_ROWS;
     job->words_of_block = (job->num_words + num_blocks - 1) / num_blocks;
 }
@@ -134,7 +139,7 @@ static void pack_all_x(linear_job *job)
     size_t bytes = (size_t)words * sizeof(any_word) + (size_t)job->num_rows * sizeof(quantized_row);
     job->packed_x = team_scratch(job->team, TEAM_SHARED, bytes);
     job->quantized = (quantized_row *)(job->packed_x + words);
-    if (num_tiles <= 6)
+    if (num_tiles < TILES_WORTH_HELP)
         for (int64_t i = 0; i < num_tiles; i++)
             pack_x(job, i, 0);
     else

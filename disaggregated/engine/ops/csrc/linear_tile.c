@@ -76,21 +76,28 @@ INLINE registers multiply_words(const int fixed_kind, const int fixed_rows, cons
     return r;
 }
 
+/* The whole block. A tile with few mates fetches for all strips at a time, to be done with its share in time. */
+INLINE registers multiply_block(const int fixed_kind, const int fixed_rows, const int fixed_strips,
+                                const strip_tile *t, registers r)
+{
+    int64_t fetching = smaller(t->num_words, t->num_words_ahead * (t->has_few_mates ? 1 : fixed_strips));
+    if (t->has_few_mates)
+        r = multiply_words(fixed_kind, fixed_rows, fixed_strips, AHEAD_ALL_STRIPS, t, 0, fetching, r);
+    else
+        r = multiply_words(fixed_kind, fixed_rows, fixed_strips, AHEAD_ONE_STRIP, t, 0, fetching, r);
+    return multiply_words(fixed_kind, fixed_rows, fixed_strips, AHEAD_NONE, t, fetching, t->num_words, r);
+}
+
 INLINE void multiply_fixed_tile(const int fixed_kind, const int fixed_rows, const int fixed_strips, const strip_tile *t)
 {
     const int num_sums = fixed_rows * fixed_strips;
     registers r;
     UNROLL for (int i = 0; i < num_sums; i++)
         r.sums[i] = t->is_first ? start_of(fixed_kind, t, i / fixed_strips, i % fixed_strips) : load(t->sums + i * LANES);
-    int64_t fetching;
-    if (t->is_alone) {
-        fetching = smaller(t->num_words, t->num_words_ahead);
-        r = multiply_words(fixed_kind, fixed_rows, fixed_strips, AHEAD_ALL_STRIPS, t, 0, fetching, r);
-    } else {
-        fetching = smaller(t->num_words, t->num_words_ahead * fixed_strips);
-        r = multiply_words(fixed_kind, fixed_rows, fixed_strips, AHEAD_ONE_STRIP, t, 0, fetching, r);
-    }
-    r = multiply_words(fixed_kind, fixed_rows, fixed_strips, AHEAD_NONE, t, fetching, t->num_words, r);
+    if (t->is_last) /* By the time it is written, the output is in the cache. */
+        UNROLL for (int i = 0; i < num_sums; i++)
+            __builtin_prefetch(t->to + i / fixed_strips * t->to_stride + i % fixed_strips * LANES, 1);
+    r = multiply_block(fixed_kind, fixed_rows, fixed_strips, t, r);
     UNROLL for (int i = 0; i < num_sums; i++) {
         int row = i / fixed_strips, strip = i % fixed_strips;
         if (!t->is_last)
@@ -101,24 +108,24 @@ INLINE void multiply_fixed_tile(const int fixed_kind, const int fixed_rows, cons
     }
 }
 
-#define TILE_OF(kind, rows, strips) \
+#define CASE(kind, rows, strips) \
     case rows: \
         multiply_fixed_tile(kind, rows, strips, tile); \
         return;
 
 void multiply_tile(const strip_tile *tile)
 {
-#define NARROW(rows) TILE_OF(LINEAR_FLOAT32, rows, STRIPS_OF_PANEL)
-#define NARROW_INT8(rows) TILE_OF(LINEAR_INT8, rows, STRIPS_OF_PANEL)
-#define WIDE(rows) TILE_OF(LINEAR_FLOAT32, rows, 2 * STRIPS_OF_PANEL)
-#define WIDE_INT8(rows) TILE_OF(LINEAR_INT8, rows, 2 * STRIPS_OF_PANEL)
+#define FLOATS(rows) CASE(LINEAR_FLOAT32, rows, STRIPS_OF_PANEL)
+#define FLOATS_WIDE(rows) CASE(LINEAR_FLOAT32, rows, 2 * STRIPS_OF_PANEL)
+#define BYTES(rows) CASE(LINEAR_INT8, rows, STRIPS_OF_PANEL)
+#define BYTES_WIDE(rows) CASE(LINEAR_INT8, rows, 2 * STRIPS_OF_PANEL)
     bool is_wide = tile->strips > STRIPS_OF_PANEL;
     if (tile->kind == LINEAR_FLOAT32 && is_wide)
-        switch (tile->rows) { HALF_TILE_CASES(WIDE) }
+        switch (tile->rows) { FEW_ROWS_CASES(FLOATS_WIDE) }
     else if (tile->kind == LINEAR_FLOAT32)
-        switch (tile->rows) { TILE_CASES(NARROW) }
+        switch (tile->rows) { TILE_CASES(FLOATS) }
     else if (is_wide)
-        switch (tile->rows) { HALF_TILE_CASES(WIDE_INT8) }
+        switch (tile->rows) { FEW_ROWS_CASES(BYTES_WIDE) }
     else
-        switch (tile->rows) { TILE_CASES(NARROW_INT8) }
+        switch (tile->rows) { TILE_CASES(BYTES) }
 }

@@ -10,26 +10,28 @@
 #include "quantize.h"
 
 #define STRIPS_OF_PANEL MAX_VECTORS
-#if MAX_ROWS == 8
-#define HALF_TILE_CASES(X) X(1) X(2) X(3) X(4)
+/* Few rows leave registers for twice as many strips. */
+#define FEW_ROWS (MAX_ROWS / 2)
+#if FEW_ROWS == 4
+#define FEW_ROWS_CASES(X) X(1) X(2) X(3) X(4)
 #else
-#define HALF_TILE_CASES(X) X(1) X(2)
+#define FEW_ROWS_CASES(X) X(1) X(2)
 #endif
 
 typedef struct {
     int64_t kind;
-    int rows, strips; /* at most MAX_ROWS × STRIPS_OF_PANEL, or half of the one and twice of the other */
+    int rows, strips;       /* at most MAX_ROWS × STRIPS_OF_PANEL, or FEW_ROWS × twice as many */
     bool is_first, is_last; /* block of the depth */
-    int64_t num_words;
-    const any_word *x; /* interleaved rows */
+    int64_t num_words;      /* of the block */
+    const any_word *x;      /* interleaved rows */
     const quantized_row *quantized; /* int8: one for each row */
-    const uint8_t *head; /* of the first strip */
-    const uint8_t *weights; /* of the first strip, at the block's first word */
+    const uint8_t *head;            /* of the first strip */
+    const uint8_t *weights;         /* of the first strip, at the block's first word */
     int64_t strip_bytes;
-    const uint8_t *next; /* weights to be fetched early, laid out as `weights` */
-    int64_t num_words_ahead; /* how many of them */
-    bool is_alone; /* the only tile of its strips, so it fetches as fast as it multiplies */
-    float *sums; /* where a sum waits between two blocks of the depth */
+    const uint8_t *next;     /* weights that will be needed next, laid out as `weights`; this tile fetches */
+    int64_t num_words_ahead; /* so many of each strip */
+    bool has_few_mates;      /* fewer tiles share the fetching than there are strips in a panel */
+    float *sums;             /* where sums wait between two blocks of the depth: rows × strips × LANES */
     float *to;
     int64_t to_stride, num_columns; /* floats of a row, and how many of them, from `to` on, exist */
 } strip_tile;

@@ -15,17 +15,17 @@
 /* The largest absolute value, as bits: compared as integers, a NaN is larger than infinity and infinity than all else. */
 static int32_t largest_bits(const float *x, int64_t depth)
 {
-    vec_int largest[2] = {{0}, {0}};
+    vec_int largest[4] = {{0}, {0}, {0}, {0}};
     int64_t i = 0;
-    for (; i + 2 * LANES <= depth; i += 2 * LANES)
-        UNROLL for (int v = 0; v < 2; v++)
+    for (; i + 4 * LANES <= depth; i += 4 * LANES)
+        UNROLL for (int v = 0; v < 4; v++)
             largest[v] = larger_int(largest[v], (vec_int)load(x + i + v * LANES) & 0x7fffffff);
     for (; i < depth; i += LANES)
         largest[0] = larger_int(largest[0], (vec_int)load_some(x + i, depth - i) & 0x7fffffff);
-    vec_int both = larger_int(largest[0], largest[1]);
+    vec_int all = larger_int(larger_int(largest[0], largest[1]), larger_int(largest[2], largest[3]));
     int32_t result = 0;
     for (int lane = 0; lane < LANES; lane++)
-        result = both[lane] > result ? both[lane] : result;
+        result = all[lane] > result ? all[lane] : result;
     return result;
 }
 
@@ -54,7 +54,10 @@ quantized_row quantize_row(const float *x, int64_t depth, x_value *to)
         sums += values;
         value_vector narrow = __builtin_convertvector(values, value_vector);
         int64_t left = words_of(depth) * WORD_VALUES - i;
-        memcpy(to + i, &narrow, (size_t)smaller(left, LANES) * sizeof(x_value));
+        if (left >= LANES)
+            memcpy(to + i, &narrow, sizeof(narrow));
+        else
+            memcpy(to + i, &narrow, (size_t)left * sizeof(x_value));
     }
     quantized_row row = {.scale = largest / 127.0f};
     for (int lane = 0; lane < LANES; lane++)
