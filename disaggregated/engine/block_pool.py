@@ -205,7 +205,11 @@ class BlockPool:
             assert len(set(holding.block_ids)) == len(holding.block_ids), f"{holding} holds a block twice"
 
     def _hold_cached(self, owner: str, cached: CachedRun) -> list[int]:
-        """First everything that is found is made safe, then blocks are taken: that may evict, and fill host slots."""
+        """First everything that is found is made safe, then blocks are taken: that may evict, and fill host slots.
+
+        A slot may be filled anew as soon as its block is on its way to the pool, so the two tiers can trade places even
+        when the host tier is full: at most the first block evicted here finds no slot.
+        """
         cache = self.cache
         found = [cache.on_device(block_hash) for block_hash in cached.hashes]
         in_host = [block_hash for block_hash, block_id in zip(cached.hashes, found, strict=True) if block_id is None]
@@ -222,7 +226,7 @@ class BlockPool:
             block_ids.append(self._take() if block_id is None else block_id)
             if block_id is None:
                 cache.onboard(block_hash, block_ids[-1])
-        cache.host.give_up(in_host, are_in_pool=True)
+                cache.host.give_up([block_hash], are_in_pool=True)
         return block_ids
 
     def _take(self) -> int:

@@ -66,7 +66,7 @@ def test_a_copy_of_what_is_back_in_the_pool_is_the_first_to_go_its_end_before_it
     host = tier(4, 9, 3, 2, 1)  # 1, 2, 3 are a sequence: its end was evicted first.
     host.claim(hashes(1, 2, 3))
     host.give_up(hashes(1, 2, 3), are_in_pool=True)
-    gone = []
+    gone: list[int] = []
     for number in range(10, 14):
         before = content(host)
         host.offload(label(number))
