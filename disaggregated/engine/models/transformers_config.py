@@ -121,11 +121,12 @@ def refuse_what_cannot_work(theirs: Any, path: Path, *, max_seq_len: int | None)
 
 
 def _refuse_rope_by_length(theirs: Any, bad: Any, *, max_seq_len: int | None) -> None:
+    longest = max_seq_len or theirs.max_position_embeddings
     parameters = getattr(theirs, "rope_parameters", None) or {}
     each: Sequence[Mapping[str, Any]] = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
     for rope in each:
         original = rope.get("original_max_position_embeddings") or theirs.max_position_embeddings
-        if rope.get("rope_type") in _ROPE_TYPES_BY_LENGTH and (max_seq_len is None or max_seq_len > original):
+        if rope.get("rope_type") in _ROPE_TYPES_BY_LENGTH and longest > original:
             raise bad(
                 "rope_parameters",
                 f"{rope['rope_type']} rotates longer texts in another way, which a shared batch cannot; "

@@ -68,8 +68,8 @@ def _of(family: str, **changes: Any) -> Callable[[], Any]:
 
 
 OTHERS: Final[Mapping[str, Callable[[], Any]]] = {
-    "gpt2": _of("GPT2", n_inner=176),
-    "opt": _of("OPT", ffn_dim=176, word_embed_proj_dim=64, pad_token_id=0),
+    "gpt2": _of("GPT2", n_inner=176, num_key_value_heads=None),
+    "opt": _of("OPT", num_key_value_heads=None, ffn_dim=176, word_embed_proj_dim=64, pad_token_id=0),
     "phi3": _of("Phi3", pad_token_id=0, sliding_window=WINDOW),
     "cohere2": _of("Cohere2", pad_token_id=0, sliding_window=WINDOW, head_dim=22),
     "granite": _of("Granite", logits_scaling=3.0),
