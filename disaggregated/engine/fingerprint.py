@@ -45,7 +45,8 @@ def numerics_of(ops_name: str) -> str:
     x86-64 the baseline has none.
     """
     kernels, _, isa = ops_name.rpartition("-")
-    if not kernels.startswith("native") or (isa == "baseline" and platform.machine() in X86):
+    is_mixed = "+" in ops_name  # Partly torch, which promises nothing of the kind.
+    if not kernels.startswith("native") or is_mixed or (isa == "baseline" and platform.machine() in X86):
         return ops_name
     return f"{kernels}-fma"
 

@@ -245,6 +245,7 @@ def test_native_tables_that_give_the_same_bits_have_one_name(monkeypatch: pytest
     assert numerics_of("native-int8-avx512") == numerics_of("native-int8-avx2vnni") == "native-int8-fma"
     assert numerics_of("native-baseline") == "native-baseline"
     assert numerics_of("torch") == "torch"
+    assert numerics_of("native-avx2+torch-attention") == "native-avx2+torch-attention"
     assert numerics_of("torch-int8") == "torch-int8"
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert numerics_of("native-baseline") == "native-fma"
