@@ -6,10 +6,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CODE := disaggregated kvtransfer context_server generation_server orchestrator tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak gpu stubs docs clean
+.PHONY: help demo test check bench bench-engine soak gpu stubs docs clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/run.stamp ## Chat with a real model served disaggregated, and see how each step was done
 	@$(BIN)/disaggregated demo -c configs/quickstart.yml
@@ -31,6 +31,14 @@ check: $(VENV)/dev.stamp ## Linters, types, import layers, generated code
 
 bench: $(VENV)/dev.stamp ## Measure on this machine; reports go to benchmarks/results
 	@for name in ops transfer start first_token overlap; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-engine: $(VENV)/dev.stamp ## The engine beside transformers, llama.cpp and vLLM: makes their environments first, then takes an hour
+	@$(BIN)/python -m benchmarks.peers
+	@$(BIN)/python -m benchmarks.quality
+	@$(BIN)/python -m benchmarks.ops
+	@$(BIN)/python -m benchmarks.engines --threads 1
+	@$(BIN)/python -m benchmarks.engines --threads 2
+	@$(BIN)/python -m benchmarks.systems
 
 soak: $(VENV)/dev.stamp ## The long tests: minutes of load and faults
 	@$(BIN)/python -m pytest -m soak --timeout 3600
