@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Set
+
 from disaggregated.v1 import control_pb2
+from tests.support.server_client import ServerClient
 
 Place = tuple[bytes, int]
 """Hash and tier."""
@@ -42,3 +47,37 @@ class BlockReplica:
         for (_, tier), (parent, depth) in self.blocks.items():
             if tier == control_pb2.BlockEvent.DEVICE and depth:
                 assert self.blocks[parent, tier][1] == depth - 1
+
+
+class Follower:
+    """Applies messages as they come; one that contradicts the others fails the test."""
+
+    def __init__(self, client: ServerClient) -> None:
+        self.replica = BlockReplica()
+        self._client = client
+        self._changed = asyncio.Event()
+
+    async def follow(self) -> None:
+        async with contextlib.aclosing(self._client.block_events()) as messages:
+            async for message in messages:
+                self.replica.apply(message)
+                self._changed.set()
+
+    async def settle(self, expected: Set[Place]) -> None:
+        """Nothing changes on the server any more: wait until just that is known which can be found there."""
+        async with asyncio.timeout(5):
+            while self.replica.blocks.keys() != expected:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@contextlib.asynccontextmanager
+async def following(client: ServerClient) -> AsyncIterator[Follower]:
+    follower = Follower(client)
+    task = asyncio.create_task(follower.follow())
+    try:
+        yield follower
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -14,48 +13,12 @@ from disaggregated.engine import block_feed
 from disaggregated.errors import AdmissionError, InvalidRequest
 from disaggregated.sampling_params import SamplingParams
 from generation_server.role import GenerationRole
-from tests.support.block_replica import BlockReplica, Place
+from tests.support.block_replica import BlockReplica, Place, following
 from tests.support.fake_runner import VOCAB_SIZE
-from tests.support.server_client import ContextClient, GenerationClient, ServerClient
+from tests.support.server_client import ContextClient, GenerationClient
 from tests.unit.servers.fake_servers import FakeServer, serving
 
 FEW = SamplingParams(max_tokens=4)
-
-
-class Follower:
-    """Applies messages as they come; one that contradicts the others fails the test."""
-
-    def __init__(self, server: FakeServer, client: ServerClient) -> None:
-        self.replica = BlockReplica()
-        self._server = server
-        self._client = client
-        self._changed = asyncio.Event()
-
-    async def follow(self) -> None:
-        async with contextlib.aclosing(self._client.block_events()) as messages:
-            async for message in messages:
-                self.replica.apply(message)
-                self._changed.set()
-
-    async def settle(self) -> None:
-        """Nothing changes on the server any more: wait until just what can be found there is known here."""
-        expected = await findable(self._server)
-        async with asyncio.timeout(5):
-            while self.replica.blocks.keys() != expected:
-                self._changed.clear()
-                await self._changed.wait()
-
-
-@contextlib.asynccontextmanager
-async def following(server: FakeServer, client: ServerClient) -> AsyncIterator[Follower]:
-    follower = Follower(server, client)
-    task = asyncio.create_task(follower.follow())
-    try:
-        yield follower
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 async def findable(server: FakeServer) -> set[Place]:
@@ -78,15 +41,15 @@ async def test_a_reader_of_a_generation_server_knows_what_can_be_found_there_in_
         serving("generation", GenerationRole, enable_block_reuse=True, num_host_slots=20) as server,
         GenerationClient(server.address) as client,
     ):
-        async with following(server, client) as follower:
+        async with following(client) as follower:
             for group in range(6):
                 batch = prompts(8, seed=group)
                 async with asyncio.TaskGroup() as tasks:
                     for prompt in batch:
                         tasks.create_task(client.complete(prompt, FEW))
-            await follower.settle()
-            async with following(server, client) as latecomer:
-                await latecomer.settle()
+            await follower.settle(await findable(server))
+            async with following(client) as latecomer:
+                await latecomer.settle(await findable(server))
         early, late = follower.replica, latecomer.replica
         early.check_chains()
         assert {tier for _, tier in early.blocks} == {0, 1}
@@ -105,10 +68,10 @@ async def test_a_reader_of_a_context_server_knows_what_can_be_found_there() -> N
         serving("context", ContextRole, enable_block_reuse=True) as server,
         ContextClient(server.address) as client,
     ):
-        async with following(server, client) as follower:
+        async with following(client) as follower:
             for number, prompt in enumerate(prompts(20)):
                 await client.first_token(prompt, FEW, request_id=f"prompt-{number}")
-            await follower.settle()
+            await follower.settle(await findable(server))
         follower.replica.check_chains()
         assert {tier for _, tier in follower.replica.blocks} == {0}
         await client.wait_idle()
@@ -119,10 +82,10 @@ async def test_when_a_step_changes_more_than_is_kept_the_reader_gets_everything_
         serving("context", ContextRole, enable_block_reuse=True, event_buffer_max_size=2) as server,
         ContextClient(server.address) as client,
     ):
-        async with following(server, client) as follower:
+        async with following(client) as follower:
             for number, prompt in enumerate(prompts(10)):
                 await client.first_token(prompt, FEW, request_id=f"prompt-{number}")
-            await follower.settle()
+            await follower.settle(await findable(server))
         assert follower.replica.num_times_cleared > 1
 
 
