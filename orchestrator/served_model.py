@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
-from disaggregated.model_files import ModelConfig, resolve
+from disaggregated.model_files import read_num_tokens_max, resolve
 from disaggregated.model_files.sampling_defaults import read_sampling_defaults
 from disaggregated.text import Tokenizer
 
@@ -37,7 +37,7 @@ class ServedModel:
             name=files.name,
             aliases=files.aliases,
             tokenizer=Tokenizer.load(files.path),
-            num_tokens_max=ModelConfig.load(files.path).max_position_embeddings,
+            num_tokens_max=read_num_tokens_max(files.path),
             sampling_defaults=read_sampling_defaults(files.path),
             created=int(time.time()),
         )

@@ -6,7 +6,7 @@ GGUF files, the bundled model among them, are converted into such a directory on
 numpy is imported only when weights are converted, because the orchestrator comes this way too and starts in a second.
 """
 
-from disaggregated.model_files.model_config import ModelConfig, read_eos_token_ids
+from disaggregated.model_files.model_config import ModelConfig, read_eos_token_ids, read_num_tokens_max
 from disaggregated.model_files.resolve import ModelFiles, resolve
 
-__all__ = ["ModelConfig", "ModelFiles", "read_eos_token_ids", "resolve"]
+__all__ = ["ModelConfig", "ModelFiles", "read_eos_token_ids", "read_num_tokens_max", "resolve"]

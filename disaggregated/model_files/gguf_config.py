@@ -119,6 +119,7 @@ def _shape(gguf: GgufFile) -> dict[str, Any]:
         "head_dim": optional("attention.key_length", optional("rope.dimension_count", hidden_size // num_heads)),
         "intermediate_size": key("feed_forward_length"),
         "max_position_embeddings": key("context_length"),
+        "sliding_window": optional("attention.sliding_window", None),
         "rms_norm_eps": _shortest_float(key("attention.layer_norm_rms_epsilon")),
     }
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from disaggregated.model_files.config_keys import Keys
 from disaggregated.model_files.families import read_family
 from disaggregated.model_files.model_parts import ExpertsConfig, KVShape, LatentConfig, TransformersConfig
+
+_LENGTH_NAMES: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,3 +90,14 @@ def read_eos_token_ids(path: Path) -> tuple[int, ...]:
         if ends:
             return tuple(dict.fromkeys(ends))
     return ()
+
+
+def read_num_tokens_max(path: Path) -> int:
+    """The longest sequence that the model in `path` says it can take, whoever computes it, under its many names.
+
+    Raises:
+        ModelUnavailable: there is no config.json, or it does not say.
+    """
+    keys = Keys(path / "config.json")
+    name = next((name for name in _LENGTH_NAMES if name in keys), _LENGTH_NAMES[0])
+    return keys.positive_int(name)

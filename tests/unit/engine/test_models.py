@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.models.rope import rope_tables
@@ -20,7 +23,14 @@ from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import ModelConfig
 from disaggregated.sampling_params import SamplingParams
 from tests.unit.engine.runners import Driven, generate, make_runner, random_blocks, random_prompt
-from tests.unit.engine.tiny_models import FAMILIES, LLAMA3_SCALING, VOCAB_SIZE, TinyModel, write_model
+from tests.unit.engine.tiny_models import (
+    FAMILIES,
+    LLAMA3_SCALING,
+    VOCAB_SIZE,
+    YARN_SCALING,
+    TinyModel,
+    write_model,
+)
 
 CHUNKINGS: Sequence[Sequence[int]] = ([400], [64], [1, 100, 7], [130, 1])
 
@@ -118,6 +128,21 @@ def test_llama3_scaling_keeps_fast_rotations_and_slows_slow_ones() -> None:
     _, scaled = rope_tables(theta=5000.0, scaling=LLAMA3_SCALING, head_dim=32, num_positions=2)
     assert scaled[1, 0] == plain[1, 0]
     torch.testing.assert_close(scaled[1, -1] * 4, plain[1, -1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mscale": None, "mscale_all_dim": None}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"attention_factor": 1.5}],
+    ids=str,
+)
+def test_yarn_tables_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    scaling = {**YARN_SCALING, **changes}
+    theirs = transformers.LlamaConfig(head_dim=32, max_position_embeddings=1024, rope_parameters=dict(scaling))
+    frequencies, length = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    cos, sin = rope_tables(theta=10000.0, scaling=scaling, head_dim=32, num_positions=300)
+    angles = torch.arange(300).float()[:, None] * frequencies
+    torch.testing.assert_close(cos, angles.cos() * length)
+    torch.testing.assert_close(sin, angles.sin() * length)
 
 
 def test_an_unknown_rope_scaling_is_refused_by_name() -> None:
