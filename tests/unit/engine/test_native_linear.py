@@ -1,7 +1,7 @@
 """Native linears against their formulas, and the law of the op table: a row's bits depend on the row alone.
 
-In int8 the formula itself is exact: sums of integers, then one rounding a step. So a result is not compared within a
-tolerance but bit by bit, on every instruction set that this CPU has, and for any number of threads.
+In int8 the formula itself is exact: sums of integers, and single rounded steps before and after. So a result is not
+compared within a tolerance but bit by bit, on every instruction set that this CPU has, and for any number of threads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.native_isa import runnable_isas
 from disaggregated.engine.ops.native_linear import FLOAT32, INT8, INT8_DEPTH_MAX, Quantization
+from disaggregated.engine.ops.quantise import rotate, rotation_block
+from disaggregated.engine.ops.reference import ReferenceOps
 
 ISAS = runnable_isas()
 FUSED_ISAS = [isa for isa in ISAS if isa != "baseline"]
@@ -77,7 +79,8 @@ def quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def int8_formula(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Float64 adds up integers of this size without an error."""
-    (x_values, x_scales), (weight_values, weight_scales) = quantised(x), quantised(weight)
+    block = rotation_block(x.shape[1])
+    (x_values, x_scales), (weight_values, weight_scales) = quantised(rotate(x)), quantised(rotate(weight) / block)
     products = (x_values @ weight_values.t()).float() * (x_scales * weight_scales.t())
     return products if bias is None else products + bias
 
@@ -120,8 +123,10 @@ def test_an_int8_linear_is_as_close_to_the_real_product_as_rounding_allows(
     num_columns, depth = shape
     x, weight = randn(9, depth, seed=seed) * 2.0**magnitude, randn(num_columns, depth, seed=seed + 1)
     out = linear(loaded(ISAS[0], "int8"), x, weight).double()
-    half_x, half_weight = quantised(x)[1].double() / 2, quantised(weight)[1].double() / 2
-    bound = x.double().abs().sum(-1, keepdim=True) * half_weight.t() + half_x * weight.double().abs().sum(-1)
+    turned_x, turned_weight = rotate(x), rotate(weight) / rotation_block(depth)
+    half_x, half_weight = quantised(turned_x)[1].double() / 2, quantised(turned_weight)[1].double() / 2
+    bound = turned_x.double().abs().sum(-1, keepdim=True) * half_weight.t()
+    bound += half_x * turned_weight.double().abs().sum(-1)
     bound += depth * half_x * half_weight.t()
     assert ((out - x.double() @ weight.double().t()).abs() <= bound * (1 + 1e-5)).all()
 
@@ -159,20 +164,20 @@ def test_instruction_sets_agree_to_the_last_bit(
 
 @pytest.mark.parametrize("depth", [4, 4096, INT8_DEPTH_MAX])
 def test_no_sum_of_bytes_saturates_or_wraps(int8_ops: Ops, depth: int) -> None:
-    """All factors at the ends of their range, the sums at theirs."""
-    signs = torch.tensor([[1.0], [-1.0]])
-    rows = signs.expand(2, depth).contiguous()
+    """All factors at the ends of their range, the sums at theirs: rotated twice, a row is a multiple of itself."""
+    signs = torch.tensor([[1.0], [-1.0]]).expand(2, depth)
     alternating = torch.where(torch.arange(depth) % 2 == 0, 1.0, -1.0)[None]
-    weight = torch.cat([rows, alternating])
+    rows, weight = rotate(signs), rotate(torch.cat([signs, alternating]))
+    assert quantised(rotate(rows))[0].abs().min() == 127
     out = linear(int8_ops, rows, weight)
     assert torch.equal(out, int8_formula(rows, weight, None))
-    torch.testing.assert_close(out, rows @ weight.t(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.double(), rows.double() @ weight.double().t(), rtol=1e-6, atol=0)
 
 
 def test_a_value_halfway_between_two_integers_goes_to_the_even_one(int8_ops: Ops) -> None:
-    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
-    out = linear(int8_ops, x, torch.eye(8))
-    assert torch.equal(out, torch.tensor([[127.0, 0.0, 2.0, 2.0, 0.0, -2.0, -2.0, 126.0]]) * (1.0 / 127 * 127))
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -1.5, -2.5, 126.5]])  # An odd depth is not rotated.
+    out = linear(int8_ops, x, torch.eye(7))
+    assert out.tolist() == [[127.0, 0.0, 2.0, 2.0, -2.0, -2.0, 126.0]]
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
@@ -189,8 +194,27 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(ops: Ops, wrong: float) ->
 @pytest.mark.parametrize("tiny", [0.0, -0.0, 1e-45, 9e-37])
 def test_rows_of_nothing_and_next_to_nothing_give_the_bias(int8_ops: Ops, tiny: float) -> None:
     bias = randn(30, seed=2)
-    assert torch.equal(linear(int8_ops, torch.full((3, 40), tiny), randn(30, 40), bias), bias.expand(3, -1))
-    assert torch.equal(linear(int8_ops, randn(3, 40), torch.full((30, 40), tiny), bias), bias.expand(3, -1))
+    assert torch.equal(linear(int8_ops, torch.full((3, 41), tiny), randn(30, 41), bias), bias.expand(3, -1))
+    assert torch.equal(linear(int8_ops, randn(3, 41), torch.full((30, 41), tiny), bias), bias.expand(3, -1))
+
+
+def test_an_outlier_does_not_drown_its_neighbours(int8_ops: Ops) -> None:
+    """One channel a hundred times larger: without the rotation the others would have a step or two each."""
+    x, weight = randn(50, 576), randn(90, 576, seed=1)
+    x[:, 100] = 100.0
+    expected = x.double() @ weight.double().t()
+    error = (linear(int8_ops, x, weight).double() - expected).square().mean().sqrt()
+    (x_values, x_scales), (weight_values, weight_scales) = quantised(x), quantised(weight)
+    plain = (x_values @ weight_values.t()) * (x_scales * weight_scales.t())
+    assert error < 0.5 * (plain - expected).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6, 20, 40, 48, 96, 320, 576, 1024, 1536, 2048])
+def test_blocks_of_any_size_are_rotated_as_in_the_reference(int8_ops: Ops, depth: int) -> None:
+    x, weight = randn(9, depth), randn(7, depth, seed=1)
+    reference = ReferenceOps("int8")
+    expected = reference.linear(x, reference.prepare_linear(weight, None))
+    assert torch.equal(linear(int8_ops, x, weight), expected)
 
 
 def test_an_exact_linear_of_an_int8_table_is_float32(isa: str) -> None:

@@ -7,8 +7,8 @@
    by. While one block of weights is multiplied the next one is fetched, a little with each word, so that DRAM and
    multipliers work at the same time.
 
-   int8: x is quantised at each call, every row by a scale of its own (quantize.c), and one line turns an output's sum of
-   integers to a float. Blocks of rows, of depth and of columns only say when something is added to a sum, never in which
+   int8: at each call x is rotated and quantised, every row by a scale of its own (rotate.c, quantize.c), and one line
+   turns an output's sum of integers to a float. Blocks of rows, of depth and of columns only say when something is added to a sum, never in which
    order, so a row's result depends on nothing but the row. */
 
 #include "linear_tile.h"
@@ -42,11 +42,14 @@ static void pack_x(void *argument, int64_t unit, int member)
         interleave(x, rows, depth, to);
         return;
     }
-    any_word *beside = rows == 1 ? to : team_scratch(job->team, member, (size_t)(MAX_ROWS * job->num_words) * 4);
-    for (int r = 0; r < rows; r++)
-        job->quantized[first + r] = quantize_row(x + r * depth, depth, (x_value *)(beside + r * job->num_words));
-    if (rows > 1)
-        interleave(beside, rows, job->num_words, to);
+    size_t tile_words = (size_t)(MAX_ROWS * job->num_words);
+    any_word *beside = team_scratch(job->team, member, (tile_words + (size_t)depth) * sizeof(any_word));
+    float *rotated = (float *)(beside + tile_words);
+    for (int r = 0; r < rows; r++) {
+        rotate_row(x + r * depth, depth, rotated);
+        job->quantized[first + r] = quantize_row(rotated, depth, (x_value *)(beside + r * job->num_words));
+    }
+    interleave(beside, rows, job->num_words, to);
 }
 
 /* One tile of rows, the panels from `panel` on, and the block of depth that begins with `word`. */

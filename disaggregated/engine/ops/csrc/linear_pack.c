@@ -31,10 +31,16 @@ static void pack_float32(const float *weight, int64_t depth, uint8_t *strip, int
         to[k * LANES] = weight[k];
 }
 
-static void pack_int8(const float *weight, int64_t depth, uint8_t *strip, int64_t lane, x_value *values)
+/* The transform of a product's other side makes it as many times larger as a block has numbers. */
+static void pack_int8(const float *weight, int64_t depth, uint8_t *strip, int64_t lane, float *rotated)
 {
+    x_value *values = (x_value *)(rotated + depth);
+    float shrink = 1.0f / (float)rotation_block(depth);
+    rotate_row(weight, depth, rotated);
+    for (int64_t k = 0; k < depth; k++)
+        rotated[k] *= shrink;
     uint8_t *to = strip + head_bytes(LINEAR_INT8) + lane * WORD_VALUES;
-    ((float *)strip)[lane] = quantize_row(weight, depth, values).scale;
+    ((float *)strip)[lane] = quantize_row(rotated, depth, values).scale;
     for (int64_t k = 0; k < words_of(depth) * WORD_VALUES; k++)
         to[k / WORD_VALUES * VECTOR_WEIGHT_BYTES + k % WORD_VALUES] = (uint8_t)(values[k] + WEIGHT_OFFSET);
 }
@@ -43,8 +49,8 @@ static void pack_int8(const float *weight, int64_t depth, uint8_t *strip, int64_
 EXPORT void linear_pack(int64_t kind, const float *weight, const float *bias, int64_t num_columns, int64_t depth,
                         uint8_t *panels)
 {
-    x_value *values = malloc((size_t)(words_of(depth) * WORD_VALUES) * sizeof(x_value));
-    if (values == NULL)
+    float *rotated = malloc((size_t)depth * sizeof(float) + (size_t)(words_of(depth) * WORD_VALUES) * sizeof(x_value));
+    if (rotated == NULL)
         abort();
     advise_large_pages(panels, linear_packed_bytes(kind, num_columns, depth));
     memset(panels, 0, (size_t)linear_packed_bytes(kind, num_columns, depth));
@@ -56,7 +62,7 @@ EXPORT void linear_pack(int64_t kind, const float *weight, const float *bias, in
         if (kind == LINEAR_FLOAT32)
             pack_float32(weight + column * depth, depth, strip, lane);
         else
-            pack_int8(weight + column * depth, depth, strip, lane, values);
+            pack_int8(weight + column * depth, depth, strip, lane, rotated);
     }
-    free(values);
+    free(rotated);
 }
