@@ -29,7 +29,7 @@ from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import LeaseExpired
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
-from kvtransfer import Region, TransferSource
+from kvtransfer import Region, StagedSource, TransferSource
 from kvtransfer.negotiate import speakable
 
 
@@ -49,16 +49,20 @@ class ContextRole(control_pb2_grpc.ContextServicer):
         self._engine_ids: dict[str, str] = {}
         """The other way round."""
         transceiver = server.config.cache_transceiver_config
-        self._source = TransferSource(
-            server.memory,
-            server.loaded.layout,
-            fingerprint=server.loaded.fingerprint,
-            instance_id=server.identity.instance_id,
-            epoch=server.identity.epoch,
-            lease_s=transceiver.lease_s,
-            transports=speakable(transceiver.backend),
-            host="127.0.0.1" if server.config.host == "localhost" else server.config.host,
-            on_released=self._transfer_over,
+        options: dict[str, Any] = {
+            "fingerprint": server.loaded.fingerprint,
+            "instance_id": server.identity.instance_id,
+            "epoch": server.identity.epoch,
+            "lease_s": transceiver.lease_s,
+            "transports": speakable(transceiver.backend),
+            "host": "127.0.0.1" if server.config.host == "localhost" else server.config.host,
+            "on_released": self._transfer_over,
+        }
+        region, layout = server.memory, server.memory_layout
+        self._source: TransferSource | StagedSource = (
+            TransferSource(region, layout, **options)
+            if server.copier is None
+            else StagedSource(region, layout, server.copier, on_crash=server.on_crash, **options)
         )
 
     def add_services(self, server: grpc.aio.Server) -> None:
@@ -120,7 +124,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
 
     def _begin(self, prefill: PrefillCall, request: control_pb2.PrefillRequest) -> None:
         if prefill.transfer_id:
-            self._source.open(prefill.transfer_id)
+            self._source.open(prefill.transfer_id, num_tokens=len(request.token_ids))
             self._transfers[prefill.engine_id] = prefill.transfer_id
             self._engine_ids[prefill.transfer_id] = prefill.engine_id
         self.engine.submit(

@@ -71,12 +71,13 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         self._backend = transceiver.backend
         self._destination = TransferDestination(
             server.memory,
-            server.loaded.layout,
+            server.memory_layout,
             fingerprint=server.loaded.fingerprint,
             instance_id=server.identity.instance_id,
             epoch=server.identity.epoch,
             backend=transceiver.backend,
             max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
+            copier=server.copier,
         )
         self._pulls = asyncio.TaskGroup()
         self._parts = contextlib.AsyncExitStack()

@@ -4,7 +4,7 @@
     TransferSource.open / publish / finish          TransferDestination.pull
 
 Read in this order: region, transport, frames, listener, link, shm, tcp; machine, lease, source; peer, pull,
-destination.
+destination; staging, staged_source for pools in a device's memory.
 """
 
 from kvtransfer.destination import TransferDestination
@@ -13,11 +13,15 @@ from kvtransfer.peer import PeerStatistics, Ticket
 from kvtransfer.pull import Landed
 from kvtransfer.region import Region
 from kvtransfer.source import TransferSource
+from kvtransfer.staged_source import StagedSource
+from kvtransfer.staging import DeviceCopier
 
 __all__ = [
+    "DeviceCopier",
     "Landed",
     "PeerStatistics",
     "Region",
+    "StagedSource",
     "Ticket",
     "TransferDestination",
     "TransferSource",

@@ -22,6 +22,7 @@ from kvtransfer.peers import SourcePeers
 from kvtransfer.pull import Landed, Pull
 from kvtransfer.region import Region
 from kvtransfer.shm import ShmTransport
+from kvtransfer.staging import DeviceCopier, InPlace, Staged, StagingBlocks
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd
 
@@ -46,8 +47,11 @@ class TransferDestination:
         max_tokens_in_buffer: int | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         transports: Sequence[DestinationTransport] | None = None,
+        copier: DeviceCopier | None = None,
     ) -> None:
         """A source that moves no byte and answers nothing for `progress_timeout_s` is lost. `transports` replaces ours.
+
+        With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
 
         Raises ConfigError when `backend` cannot be honoured.
         """
@@ -63,6 +67,7 @@ class TransferDestination:
         self._part_bytes = PART_BYTES if max_tokens_in_buffer is None else max_tokens_in_buffer * layout.token_bytes
         self._executor = concurrent.futures.ThreadPoolExecutor(READERS_MAX, thread_name_prefix="kv-pull")
         self._peers = SourcePeers(us, chosen, self._executor)
+        self._place = InPlace() if copier is None else Staged(StagingBlocks(layout.num_blocks), copier)
         self._closed = False
 
     async def pull(
@@ -130,7 +135,9 @@ class TransferDestination:
         *,
         overlap: bool,
     ) -> Pull:
-        lander = Lander(link=peer.link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes)
+        lander = Lander(
+            link=peer.link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes, place=self._place
+        )
         return Pull(
             peer,
             transfer,

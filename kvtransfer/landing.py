@@ -12,6 +12,7 @@ from disaggregated.v1 import kv_pb2
 from kvtransfer.checksum import block_checksum
 from kvtransfer.deadline import Deadline
 from kvtransfer.frames import RUNS_MAX
+from kvtransfer.staging import InPlace, LandingPlace
 from kvtransfer.transport import BlockRead, PeerLink, ReadStop
 
 
@@ -106,6 +107,8 @@ class Lander:
     pool: memoryview
     layout: KVLayout
     part_bytes: int
+    place: LandingPlace = InPlace()
+    """Blocks of a batch's `into` are of the engine's pool; what they are read into, this decides."""
 
     def land(self, batch: BlockBatch, *, stop: ReadStop, deadline: Deadline) -> None:
         """Blocks the calling thread. Terminal when it returns or raises; verified when it returns.
@@ -113,15 +116,20 @@ class Lander:
         Raises what `PeerLink.read` raises, and ChecksumMismatch for bytes that are not those that were published.
         """
         for part in self._parts(batch):
-            for layers in self._layers():
-                read = BlockRead(
-                    lease_key=part.lease_key, epoch=part.epoch, source=part.source, into=part.into, layers=layers
-                )
-                self.link.read(read, stop=stop, deadline=deadline)
-            self._verify(part, stop)
+            with self.place.receiving(part.into, stop=stop, deadline=deadline) as into:
+                self._receive(dataclasses.replace(part, into=tuple(into)), stop, deadline)
+
+    def _receive(self, part: BlockBatch, stop: ReadStop, deadline: Deadline) -> None:
+        for layers in self._layers():
+            read = BlockRead(
+                lease_key=part.lease_key, epoch=part.epoch, source=part.source, into=part.into, layers=layers
+            )
+            self.link.read(read, stop=stop, deadline=deadline)
+        self._verify(part, stop)
 
     def _parts(self, batch: BlockBatch) -> Iterator[BlockBatch]:
-        size = max(1, min(RUNS_MAX, self.part_bytes // (self.layout.block_bytes * self.layout.num_layers)))
+        whole_block_bytes = self.layout.block_bytes * self.layout.num_layers
+        size = max(1, min(RUNS_MAX, self.place.part_blocks_max, self.part_bytes // whole_block_bytes))
         for begin in range(0, len(batch.source), size):
             yield batch.part(begin, begin + size)
 

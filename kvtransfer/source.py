@@ -106,9 +106,10 @@ class TransferSource:
 
     # Called by the server, from any thread.
 
-    def open(self, transfer_id: str) -> None:
+    def open(self, transfer_id: str, *, num_tokens: int = 0) -> None:
         """Begin a lease, before the first publication. A destination may be waiting already.
 
+        `num_tokens` of the whole prompt is what a `StagedSource` needs to know.
         Raises TransferError when the id was used before.
         """
         self._book.open(transfer_id, now_s=time.monotonic())

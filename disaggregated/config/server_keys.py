@@ -217,6 +217,17 @@ _NO_EFFECT: Final = (
     no_effect("trust_remote_code", BOOLEAN, "code of a model's directory is never run", harmless=(False,)),
     no_effect("enable_autotuner", BOOLEAN, "kernels are not tuned at start", harmless=(False,)),
     no_effect("torch_compile_enabled", BOOLEAN, "the model is not compiled", harmless=(False,)),
+    no_effect(
+        "kv_cache_config.onboard_blocks",
+        BOOLEAN,
+        "blocks of the host tier are copied back before they are attended to",
+        harmless=(True,),
+    ),
+    no_effect(
+        "kv_cache_config.secondary_offload_min_priority",
+        ANYTHING,
+        "every evicted block goes to the host tier if there is one",
+    ),
     no_effect("kv_cache_config.enable_partial_reuse", BOOLEAN, "only whole blocks are reused", harmless=(False,)),
     no_effect("kv_cache_config.copy_on_partial_reuse", BOOLEAN, "only whole blocks are reused", harmless=(False,)),
     no_effect("kv_cache_config.use_uvm", BOOLEAN, "KV stays on its device", harmless=(False,)),
@@ -265,9 +276,7 @@ _NO_EFFECT: Final = (
     *_without_effect(
         "the KV pool has one layout, with whole blocks reused by content",
         "kv_cache_config.attention_dp_events_gather_period_ms",
-        "kv_cache_config.onboard_blocks",
         "kv_cache_config.cross_kv_cache_fraction",
-        "kv_cache_config.secondary_offload_min_priority",
         "kv_cache_config.mamba_ssm_cache_dtype",
         "kv_cache_config.use_kv_cache_manager_v2",
         "kv_cache_config.max_util_for_resume",
@@ -291,6 +300,7 @@ _NO_EFFECT: Final = (
 )
 
 _ALIASES: Final = (
+    Alias(name="cuda_graph_config.padding_enabled", of="cuda_graph_config.enable_padding"),
     Alias(name="cuda_graph_batch_sizes", of="cuda_graph_config.batch_sizes"),
     Alias(name="cuda_graph_max_batch_size", of="cuda_graph_config.max_batch_size"),
     Alias(name="cuda_graph_padding_enabled", of="cuda_graph_config.enable_padding"),

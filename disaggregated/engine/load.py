@@ -48,6 +48,8 @@ class LoadedEngine:
     engine: LLMEngine
     runner: TorchModelRunner
     """The engine's own; whoever lets the engine step leaves it alone."""
+    kv_cache: KVCache
+    """For whoever moves whole blocks. On CUDA it has one more than `layout`, which is nobody's."""
     layout: KVLayout
     fingerprint: str
     """Servers with the same one may exchange KV."""
@@ -122,6 +124,7 @@ def load_engine(
             event_buffer_max_size=config.kv_cache_config.event_buffer_max_size,
         ),
         runner=runner,
+        kv_cache=kv_cache,
         layout=layout,
         fingerprint=_fingerprint(files, model_config, ops, precision, is_dummy=is_dummy),
         files=files,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from disaggregated import logs, rpc
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.serving.role import AllocatePool, LoadedServer, MakeRole, MemoryT, Role, ServerIdentity
 from disaggregated.engine.serving.service import ServerService
-from disaggregated.errors import StartupError
+from disaggregated.engine.serving.staged_pool import stage
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2_grpc
 
@@ -86,9 +85,6 @@ def run_server(config: ServerConfig, *, allocate: AllocatePool[MemoryT], make_ro
 
 async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role: MakeRole[MemoryT]) -> int:
     started_s = time.monotonic()
-    if config.device == "auto":
-        # Blocks can be moved from host memory only so far: a machine with a GPU must start all the same.
-        config = dataclasses.replace(config, device="cpu")
     end = ProcessEnd()
     end.listen_for_signals()
     grpc_server = rpc.make_server()
@@ -104,14 +100,17 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
     loaded = await _unless_asked_to_end(end, lambda: _load(config, allocate_once))
     if loaded is None:
         _exit_while_loading()
-    if not pool:
-        raise StartupError(f"device {loaded.device}: KV blocks cannot be moved from there yet; use device cpu")
+    staged = await _unless_asked_to_end(end, lambda: () if pool else (stage(loaded, allocate_once),))
+    if staged is None:
+        _exit_while_loading()
     server = LoadedServer(
         config=config,
         identity=ServerIdentity.of_this_process(config.role),
         loaded=loaded,
         memory=pool[0],
         on_crash=end.crash,
+        staging=staged[0].layout if staged else None,
+        copier=staged[0].copier if staged else None,
     )
     role = make_role(server)
     service = ServerService(role, server)

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
@@ -58,6 +58,14 @@ class LoadedServer(Generic[MemoryT]):
     memory: MemoryT
     on_crash: Callable[[BaseException], None]
     """Ends the process; may be called from any thread."""
+    staging: KVLayout | None = None
+    """Where the pool is in a device's memory: `memory` is a staging region of this layout. None: it is the pool."""
+    copier: Any = None
+    """kvtransfer's `DeviceCopier` between the two; this layer does not know that one."""
+
+    @property
+    def memory_layout(self) -> KVLayout:
+        return self.staging or self.loaded.layout
 
     @property
     def num_requests_max(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.config.load import check_can_start, load_deployment
+from disaggregated.config.server import CudaGraphConfig
 from disaggregated.config.server_cli import server_config
 from disaggregated.errors import ConfigError
 
@@ -153,10 +154,6 @@ def test_a_key_that_asks_for_what_is_done_anyway_loads_in_silence(load: Load, sp
         ),
         ("expert_parallel_size: 1", "expert_parallel_size: taken as moe_expert_parallel_size"),
         ("enable_chunked_prefill: false", "enable_chunked_prefill: no effect: a prompt over max_num_tokens is always"),
-        (
-            "cuda_graph_config: {batch_sizes: [1, 3000], padding_enabled: true}",
-            "cuda_graph_config: no effect: a step is",
-        ),
         (
             "generation_servers: {router: {type: kv_cache_aware}}",
             "generation_servers.router.type: 'kv_cache_aware': it is",
@@ -397,3 +394,21 @@ def test_variables_of_other_servers_scripts_count_and_yield_to_ours(load: Load) 
 def test_a_variable_without_effect_is_told(load: Load) -> None:
     config = load("model: m\n", {"TRTLLM_NIXL_KVCACHE_BACKEND": "UCX"})
     assert config.notes[0].startswith("TRTLLM_NIXL_KVCACHE_BACKEND: no effect")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cuda_graph_config: {batch_sizes: [8, 1, 2], max_batch_size: 8, enable_padding: false}",
+        "cuda_graph_config: {batch_sizes: [1, 2, 8], padding_enabled: false}\ncuda_graph_max_batch_size: 8",
+        "cuda_graph_batch_sizes: [2, 8, 1]\ncuda_graph_max_batch_size: 8\ncuda_graph_padding_enabled: false",
+    ],
+)
+def test_the_sizes_of_cuda_graphs_are_read_in_every_spelling(load: Load, text: str) -> None:
+    graphs = load(f"model: m\n{text}").generation.server.cuda_graph_config
+    assert graphs == CudaGraphConfig(batch_sizes=(1, 2, 8), max_batch_size=8, enable_padding=False)
+
+
+def test_cuda_graphs_can_be_switched_off(load: Load) -> None:
+    config = load("model: m\nuse_cuda_graph: false")
+    assert config.context.server.cuda_graph_config == CudaGraphConfig(is_enabled=False)

@@ -3,8 +3,8 @@
 A query's sum over its keys is cut into *splits* of `SPLIT_KEYS` keys at fixed absolute positions. Each split has its
 own maximum, sum of weights and weighted values, made by one loop over tiles of keys; then the splits are folded
 together in order. Where a program folds its splits itself (prefill) or leaves them to a second kernel (decode, where
-one sequence must keep many multiprocessors busy), the expressions are the same, and so are the bits. The tile that a query
-lies in has the same shape in both; where in it, and beside which others, does not matter to a matrix product.
+one sequence must keep many multiprocessors busy), the expressions are the same, and so are the bits. The tile that a
+query lies in has the same shape in both; where in it, and beside which others, does not matter to a matrix product.
 
 The online softmax is Milakov and Gimelshein's (2018), the tiling that of FlashAttention-2 (Dao 2023), the split over
 keys that of Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).

@@ -2,9 +2,9 @@
 
 The meaning is that of `engine/sampler.py`: temperature, then top_k, then top_p over what top_k left, then min_p, each
 as a smallest weight that stays; then the row's one random number is looked up in the running sum of what is kept.
-Instead of sorting, the smallest weight is found by bisection: weights lie between 0 and 1, where the bits of a float, read as a
-whole number, are in the order of the floats, so thirty counts (or sums) over the row find it exactly. No row is ever
-undecided, which is what lets the next step begin before this one's tokens are known on the host.
+Instead of sorting, the smallest weight is found by bisection: weights lie between 0 and 1, where the bits of a float,
+read as a whole number, are in the order of the floats, so thirty counts (or sums) over the row find it exactly. No row
+is ever undecided, which is what lets the next step begin before this one's tokens are known on the host.
 
 Legend: R rows, V vocabulary, W tokens looked at at once. Sums are in float64, in the order of the vocabulary.
 """
