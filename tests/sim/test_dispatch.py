@@ -206,6 +206,31 @@ def test_a_prompt_with_little_left_to_compute_is_prefilled_where_it_decodes() ->
     run_in_virtual_time(play())
 
 
+@pytest.mark.parametrize("balances", [False, True])
+def test_a_burst_of_prompts_is_shared_with_an_idle_generation_server_where_that_is_wanted(balances: bool) -> None:
+    """Eight prompts at once, each half a second of work for one server: the first tokens come sooner, and all right."""
+
+    async def play() -> None:
+        cluster = FakeCluster(60, num_context=1, num_generation=1, temper=Temper(prefill_token_s=0.01))
+        async with scene(cluster, balance_prefill=balances) as stage:
+            requests = [stage.request(number, num_prompt=60) for number in range(8)]
+            served = await asyncio.gather(*map(stage.serve, requests))
+            stories = [story for _, story in served]
+            is_local = [not story.attempts[0].context_instance for story in stories]
+            assert any(is_local) == balances
+            assert not all(is_local), "the context server has its share"
+            first_tokens_s = sorted(story.ttft_s or 0.0 for story in stories)
+            assert (first_tokens_s[4] < 1.2) == balances, first_tokens_s
+            assert all(
+                "tokens hold somebody up here" in s.attempts[0].why for s in stories if is_local[stories.index(s)]
+            )
+            for server in stage.pools:
+                assert not server.num_decoding
+            await stage.check_nothing_left()
+
+    run_in_virtual_time(play())
+
+
 def test_without_a_generation_server_a_request_waits_and_then_says_why_it_failed() -> None:
     async def play() -> None:
         cluster = FakeCluster(7, num_context=1, num_generation=1)
@@ -324,8 +349,9 @@ async def _one_of_many(stage: Scene, number: int, outcomes: list[str]) -> None:
 
 
 async def _chaos(seed: int, num_requests: int) -> None:
-    """The seed also draws the shape: 0 to 3 context servers, 1 to 3 generation servers, local prefill or none."""
-    temper = Temper(refusal=0.05, damaged_transfer=0.03, max_batch_size=6)
+    """The seed also draws the shape: 0 to 3 context servers, 1 to 3 generation servers, local prefill or none, and
+    whether a step brings a sequence one token or several."""
+    temper = Temper(refusal=0.05, damaged_transfer=0.03, max_batch_size=6, tokens_a_step_max=1 + seed % 2 * 4)
     cluster = FakeCluster(seed, num_context=seed % 4, num_generation=1 + seed % 3, temper=temper)
     outcomes: list[str] = []
     async with scene(cluster, max_local_prefill_length=(0, 0, 20)[seed % 5 % 3]) as stage:
@@ -346,6 +372,22 @@ def test_no_request_is_lost_whatever_the_servers_do(first_seed: int) -> None:
         except BaseException as error:
             error.add_note(f"seed {seed}")
             raise
+
+
+def test_several_tokens_of_one_step_reach_the_client_together_and_go_on_elsewhere_at_the_next_position() -> None:
+    async def play() -> None:
+        temper = Temper(tokens_a_step_max=6)
+        cluster = FakeCluster(9, num_context=1, num_generation=2, temper=temper)
+        async with scene(cluster) as stage:
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(stage.serve(stage.request(n, max_tokens=200))) for n in range(4)]
+                await asyncio.sleep(0.2)
+                next(server for server in cluster.of("generation") if server.decoding).crash()
+            for client, story in (task.result() for task in running):
+                assert len(client.tokens) == story.num_tokens
+            assert any(len(story.attempts) > 1 for story in stage.observer.stories)
+
+    run_in_virtual_time(play())
 
 
 @pytest.mark.soak

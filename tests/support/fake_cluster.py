@@ -34,6 +34,8 @@ class Temper:
     refusal: float = 0.0
     damaged_transfer: float = 0.0
     max_batch_size: int = 8
+    tokens_a_step_max: int = 1
+    """More than one: as speculative decoding brings them."""
 
 
 class Pipe:
@@ -219,14 +221,16 @@ class FakeServer:
                 self.tell(link, *deltas)
 
     def step(self, key: tuple[str, int], row: Decoding) -> control_pb2.StreamDelta:
-        token = next_token(row.sequence, row.sampling.seed)
-        row.sequence.append(token)
-        reason = finish_reason_of(token, len(row.sequence) - row.num_prompt, row.sampling)
+        first, reason = len(row.sequence), ""
+        num_tokens = self.cluster.random.randint(1, self.cluster.temper.tokens_a_step_max)
+        while not reason and len(row.sequence) < first + num_tokens:
+            row.sequence.append(next_token(row.sequence, row.sampling.seed))
+            reason = finish_reason_of(row.sequence[-1], len(row.sequence) - row.num_prompt, row.sampling)
         if reason:
             del self.decoding[key], self.admitted[key]
         times, row.times = row.times, None
         return control_pb2.StreamDelta(
-            stream_key=row.stream_key, first_position=len(row.sequence) - 1, token_ids=[token], finish_reason=reason,
+            stream_key=row.stream_key, first_position=first, token_ids=row.sequence[first:], finish_reason=reason,
             times=times,
         )  # fmt: skip
 
