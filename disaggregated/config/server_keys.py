@@ -300,6 +300,7 @@ _NO_EFFECT: Final = (
 )
 
 _ALIASES: Final = (
+    Alias(name="cuda_graph_config.padding_enabled", of="cuda_graph_config.enable_padding"),
     Alias(name="cuda_graph_batch_sizes", of="cuda_graph_config.batch_sizes"),
     Alias(name="cuda_graph_max_batch_size", of="cuda_graph_config.max_batch_size"),
     Alias(name="cuda_graph_padding_enabled", of="cuda_graph_config.enable_padding"),
