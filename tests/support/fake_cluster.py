@@ -129,6 +129,7 @@ class FakeServer:
                 control_pb2.Heartbeat(
                     epoch=self.epoch, num_running=len(self.decoding), num_blocks=400, step_age_s=self.step_age_s,
                     num_blocks_free=max(0, 400 - 20 * len(self.admitted)),
+                    draft_tokens_total=8, accepted_draft_tokens_total=5,
                 )
             )  # fmt: skip
             await asyncio.sleep(interval_s)

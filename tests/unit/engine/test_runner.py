@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,48 @@ def test_a_step_lays_tokens_out_one_row_after_the_other() -> None:
     for name in ("query_start", "first_position", "block_tables"):
         assert getattr(attention, name).dtype is torch.int32
         assert getattr(attention, name).is_contiguous()
+
+
+def with_drafts(row: ScheduledSequence, *drafts: int) -> ScheduledSequence:
+    return dataclasses.replace(row, draft_token_ids=drafts)
+
+
+def test_drafts_are_laid_out_behind_their_rows_tokens_and_each_is_sampled_after() -> None:
+    batch = [
+        scheduled([5, 6], 3, [9, 2], None),
+        with_drafts(scheduled([7], 8, [1, 0, 3]), 21, 22),
+        scheduled([8], 2, [4]),
+    ]
+    token_ids, attention, sampled = step_tensors(batch, 4, torch.device("cpu"))
+    assert token_ids.tolist() == [5, 6, 7, 21, 22, 8]
+    assert attention.query_start.tolist() == [0, 2, 5, 6]
+    assert attention.positions.tolist() == [3, 4, 8, 9, 10, 2]
+    assert attention.slots.tolist() == [39, 8, 12, 13, 14, 18]
+    assert attention.rows == ((3, 2), (8, 3), (2, 1))
+    assert sampled.tolist() == [2, 3, 4, 5]
+
+
+def test_a_row_brings_its_token_and_the_drafts_that_are_right_and_batch_mates_notice_nothing(
+    runner: TorchModelRunner,
+) -> None:
+    prompt = random_prompt(20, 3, VOCAB_SIZE)
+    sequence = Driven(list(prompt), random_blocks(3, 3), SamplingParams(max_tokens=1, temperature=1.5, seed=4))
+    for _ in range(6):
+        sequence.token_ids.extend(runner.execute([sequence.take(64)])[0])
+    first, *later = sequence.token_ids[len(prompt) :]
+    for num_right in range(4):
+        drafts = [*later[:num_right], (later[num_right] + 1) % VOCAB_SIZE]
+        again = Driven([*prompt, first], random_blocks(3, 5), sequence.sampling)
+        mate = Driven(list(prompt), random_blocks(3, 7, taken=again.block_table), sequence.sampling)
+        runner.execute([Driven(list(prompt), again.block_table, sequence.sampling).take(64)])
+        again.num_computed = len(prompt)
+        tokens, mates = runner.execute([with_drafts(again.take(1), *drafts), mate.take(64)])
+        assert tokens == later[: num_right + 1]
+        assert mates == [first]
+        # What a wrong draft left in the pool is overwritten before anything sees it.
+        again.token_ids.extend(tokens)
+        again.num_computed = len(prompt) + 1 + num_right
+        assert runner.execute([again.take(1)]) == [[later[num_right + 1]]]
 
 
 def test_rows_in_the_middle_of_a_prompt_get_no_token(runner: TorchModelRunner) -> None:

@@ -213,6 +213,9 @@ async def test_metrics_count_what_happened() -> None:
         assert lines['disagg_errors_answered_total{status="400"}'] == "1.0"
         assert lines['disagg_server_up{instance="generation-0",role="generation"}'] == "1.0"
         assert lines['disagg_blocks_leaked{instance="generation-0",role="generation"}'] == "0.0"
+        of_server = '{instance="generation-0",role="generation"}'
+        assert lines[f"disagg_spec_decode_num_draft_tokens_total{of_server}"] == "8.0"
+        assert lines[f"disagg_spec_decode_num_accepted_tokens_total{of_server}"] == "5.0"
         assert lines["validation_exceptions_total"] == "1.0"
         assert door.door.metrics.totals()["disagg_generation_tokens_total"] == 10.0
 
