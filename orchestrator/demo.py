@@ -30,7 +30,7 @@ STOP_TIMEOUT_S: Final = 10.0
 
 _LISTENING: Final = re.compile(r"^READY orchestrator (\S+)")
 _SERVER_JOINED: Final = re.compile(r" server_joined role=\S+ instance=(\S+)")
-_BUILT_IN: Final = "model: smollm2-135m-instruct\n"
+_BUILT_IN: Final = "{model: smollm2-135m-instruct, dtype: int8}\n"
 
 
 def demo(config_file: Path | None, *, prompt: str, max_tokens: int) -> None:

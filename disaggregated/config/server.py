@@ -23,7 +23,8 @@ class KVCacheConfig:
     """Changes of the prefix cache kept for whoever follows them; 0: nobody can."""
     tokens_per_block: int = 32
     dtype: str = "auto"
-    """"auto" is that of the activations; "float32", "bfloat16", "float16", "int8", "fp8"."""
+    """"auto" is int8 with int8 weights, else that of the activations; "float32", "bfloat16", "float16", "int8",
+    "fp8"."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

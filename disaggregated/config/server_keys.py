@@ -124,7 +124,8 @@ _HONOURED: Final = (
     honoured(
         "kv_cache_config.dtype",
         _KV_DTYPE,
-        "Of KV entries; auto: that of the activations. int8 and fp8 have a scale for each token and head.",
+        "Of KV entries; auto: int8 with int8 weights, else that of the activations. int8 and fp8 have a scale for each "
+        "token and head.",
         not_built_values=_NO_SUCH_KV,
     ),
     honoured(

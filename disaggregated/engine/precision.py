@@ -24,6 +24,9 @@ QUANTIZATIONS: Final[Mapping[str, Quantization]] = {"none": "none", "int8": "int
 WEIGHT_BYTES: Final = {"int8": 1, "fp8": 1}
 """Of one number of a quantised weight; its scales, one a row, weigh nothing beside it."""
 
+_AUTO_KV: Final[Mapping[Quantization, str]] = {"int8": "int8"}
+"""KV entries follow the activations, but where weights are int8 they are too: beside these weights, KV in float32 is
+most of what a decode step reads, and the quality is that of the weights (benchmarks/results/quality.md)."""
 _LAYOUT_NAMES: Final = {"fp8": "float8_e4m3fn"}
 """A KV dtype of the configuration as `KVLayout` names it, where that is another name."""
 
@@ -92,7 +95,9 @@ def precision_of(config: ServerConfig, device: torch.device) -> Precision:
         raise ConfigError(
             f"kv_cache_config.dtype: must be {in_words(['auto', *able.kv_dtypes])} on {device.type}, is {kv!r}"
         )
-    return Precision(DTYPES[name], quantization, name if kv == "auto" else _LAYOUT_NAMES.get(kv, kv))
+    if kv == "auto":
+        kv = _AUTO_KV.get(quantization, name)
+    return Precision(DTYPES[name], quantization, _LAYOUT_NAMES.get(kv, kv))
 
 
 def _dtype_and_quantization(config: ServerConfig) -> tuple[str, Quantization]:

@@ -59,10 +59,11 @@ MODES: Final = (
     Mode("native", "float32"),
     Mode("native", "int8"),
     *(Mode("native", "float32", kv_dtype) for kv_dtype in NATIVE_KV),
-    Mode("native", "int8", "int8"),
+    Mode("native", "int8", "float32"),
     Mode("torch", "float32"),
     Mode("torch", "bfloat16"),
     Mode("torch", "int8"),
+    Mode("torch", "int8", "float32"),
     Mode("torch", "float32", "int8"),
     Mode("torch", "float32", "fp8"),
 )

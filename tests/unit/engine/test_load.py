@@ -191,7 +191,7 @@ def test_every_kv_dtype_loads_and_answers_nearly_alike(tiny: TinyModel, kv_dtype
 
 def test_int8_loads_answers_and_holds_little_memory(tiny: TinyModel) -> None:
     loaded = load_engine(server(tiny, dtype="int8"), allocate=allocate)
-    assert (loaded.dtype, loaded.ops_name, loaded.layout.dtype) == ("int8", "torch-int8", "float32")
+    assert (loaded.dtype, loaded.ops_name, loaded.layout.dtype) == ("int8", "torch-int8", "int8")
     prompts = [random_prompt(length, length, VOCAB_SIZE) for length in (3, 100, 20)]
     together = run(loaded, prompts, 10)
     assert together == [run(loaded, [prompt], 10)[0] for prompt in prompts]
