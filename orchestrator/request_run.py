@@ -42,6 +42,9 @@ class TokenRequest:
     deadline_s: float
     priority: int = 0
     """A lower one is served earlier."""
+    may_end_anywhere: bool = False
+    """Its sink may want no more after any token, as with stop strings: so several that come at once are given to it one
+    by one, and which are counted does not depend on how many came together."""
 
 
 class RequestRun:
@@ -81,14 +84,21 @@ class RequestRun:
     def deliver(self, arrival: Arrival, *, now_s: float) -> bool:
         """Give the next tokens to the client; whether the request is over."""
         assert arrival.first_position == len(self.request.token_ids) + len(self.emitted), "a token twice or missing"
-        if arrival.token_ids:
-            self.emitted.extend(arrival.token_ids)
-            self.story.tokens_came(len(arrival.token_ids), now_s=now_s)
+        if not self.request.may_end_anywhere or len(arrival.token_ids) < 2:
+            return self._give(arrival.token_ids, arrival.finish_reason, now_s)
+        *early, last = arrival.token_ids
+        return any(self._give([token], "", now_s) for token in early) or self._give(
+            [last], arrival.finish_reason, now_s
+        )
+
+    def _give(self, token_ids: Sequence[int], finish_reason: str, now_s: float) -> bool:
+        if token_ids:
+            self.emitted.extend(token_ids)
+            self.story.tokens_came(len(token_ids), now_s=now_s)
             self.num_losses_in_a_row = 0
-        finish_reason = arrival.finish_reason
         if not finish_reason and self.num_tokens_left <= 0:
             finish_reason = "length"
-        is_wanted = self.sink.push(arrival.token_ids, finish_reason)
+        is_wanted = self.sink.push(token_ids, finish_reason)
         if not is_wanted and not finish_reason:
             finish_reason = "stop"
         self.story.finish_reason = finish_reason

@@ -114,6 +114,7 @@ class _Draft:
             arrived_s=self.arrived_s,
             deadline_s=self.arrived_s + self.door.config.request_timeout_s,
             priority=self.fields.priority,
+            may_end_anywhere=bool(self.fields.stop),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import socket
 from typing import Any
@@ -218,6 +219,23 @@ async def test_metrics_count_what_happened() -> None:
         assert lines[f"disagg_spec_decode_num_accepted_tokens_total{of_server}"] == "5.0"
         assert lines["validation_exceptions_total"] == "1.0"
         assert door.door.metrics.totals()["disagg_generation_tokens_total"] == 10.0
+
+
+async def test_an_answer_is_the_same_when_a_step_brings_several_tokens() -> None:
+    """Text, ids and usage; also where a stop string ends it in the midst of them."""
+    answers = []
+    for tokens_a_step_max in (1, 7):
+        async with front_door(temper=dataclasses.replace(FAST, tokens_a_step_max=tokens_a_step_max)) as door:
+            whole = (await door.post(TEXT, body(max_tokens=40, return_token_ids=True)))[1]
+            text = whole["choices"][0]["text"]
+            _, stopped = await door.post(TEXT, body(max_tokens=40, return_token_ids=True, stop=text[10:13]))
+            events = await stream(door, max_tokens=40, stop=text[10:13], stream_options={"include_usage": True})
+            answers.append(
+                (whole["choices"], whole["usage"], stopped["choices"], stopped["usage"], events[-1]["usage"])
+            )
+            assert text_of(events[:-1]) == stopped["choices"][0]["text"]
+    assert answers[0] == answers[1]
+    assert answers[0][3]["completion_tokens"] < 40
 
 
 async def test_the_ledger_names_who_holds_what_on_every_server() -> None:
