@@ -30,12 +30,14 @@ def library() -> Any:
         ConfigError: it is not installed.
     """
     try:
-        return importlib.import_module("transformers")
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigError(
             f"model_impl: transformers needs the transformers library ({error}); "
             "install it with: pip install 'disaggregated[transformers]'"
         ) from error
+    transformers.utils.logging.disable_progress_bar()  # Servers log lines, which a bar would draw over.
+    return transformers
 
 
 def read_theirs(path: Path) -> Any:

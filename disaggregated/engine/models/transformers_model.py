@@ -162,6 +162,9 @@ class _InLanes(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         unit = _LANES * math.lcm(*range(1, torch.get_num_threads() + 1))
+        if x.numel() % unit == 0 and x.is_contiguous():
+            whole: torch.Tensor = self._activation(x)
+            return whole
         flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % unit))
         out: torch.Tensor = self._activation(flat)[: x.numel()].view(x.shape)
         return out

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from disaggregated.config.server import ServerConfig
+from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.engine.models.rope import rope_tables
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.native import load as load_native
@@ -46,12 +46,15 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny: T
     return ops_for(tiny.path, request.param, monkeypatch)
 
 
-def ops_for(path: Path, wanted: str, monkeypatch: pytest.MonkeyPatch) -> Ops:
+def ops_for(
+    path: Path, wanted: str, monkeypatch: pytest.MonkeyPatch, *, dtype: str = "auto", kv_dtype: str = "auto"
+) -> Ops:
     if wanted == "native" and load_native(1) is None:
         pytest.skip("no native kernels on this machine")
     monkeypatch.setenv(VARIABLE, wanted)
     cpu, kv = torch.device("cpu"), ModelConfig.load(path).kv_shape
-    precision = precision_of(ServerConfig(model=str(path), role="context"), cpu)
+    config = ServerConfig(model=str(path), role="context", dtype=dtype, kv_cache_config=KVCacheConfig(dtype=kv_dtype))
+    precision = precision_of(config, cpu)
     return select(cpu, precision, head_dim=kv.head_dim, num_planes=kv.num_planes, num_threads=1)
 
 
@@ -94,6 +97,20 @@ def test_bfloat16_runs_close_to_float32_and_batch_invariant(tiny: TinyModel) -> 
     assert torch.equal(whole, chunked)
     expected = tiny.logits(prompt)[-1]
     assert torch.nn.functional.cosine_similarity(whole.float(), expected, dim=0) > 0.97
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3-moe", "deepseek-v3"])
+def test_quantised_weights_and_kv_stay_close_and_batch_invariant(
+    tmp_path: Path, family: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = write_model(family, tmp_path)
+    ops = ops_for(tmp_path, "native", monkeypatch, dtype="int8", kv_dtype=kv_dtype)
+    prompt = random_prompt(140, 1, VOCAB_SIZE)
+    runner = make_runner(tmp_path, ops=ops, kv_dtype=kv_dtype)
+    whole, chunked = (last_logits(runner, prompt, sizes, 1) for sizes in ([140], [7, 50, 1]))
+    assert torch.equal(whole, chunked)
+    assert torch.nn.functional.cosine_similarity(whole, tiny.logits(prompt)[-1], dim=0) > 0.9
 
 
 @pytest.mark.parametrize("wanted", ["torch", "native"])
