@@ -43,8 +43,8 @@ bench-engine: $(VENV)/dev.stamp ## The engine beside transformers, llama.cpp and
 soak: $(VENV)/dev.stamp ## The long tests: minutes of load and faults
 	@$(BIN)/python -m pytest -m soak --timeout 3600
 
-gpu: $(VENV)/dev.stamp ## The tests that need a CUDA device
-	@$(BIN)/python -m pytest -m gpu tests/gpu
+gpu: ## Checks and figures of the CUDA path, with what is installed; says so where there is no GPU
+	@if test -x $(BIN)/python; then $(BIN)/python -m benchmarks.gpu; else $(PYTHON) -m benchmarks.gpu; fi
 
 stubs: $(VENV)/dev.stamp ## Generate disaggregated/v1 from proto/
 	@$(BIN)/python tools/generate_stubs.py
