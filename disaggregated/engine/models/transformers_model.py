@@ -96,10 +96,8 @@ class _OpLinear(torch.nn.Module):
 
     def __init__(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, ops: Ops) -> None:
         super().__init__()
-        self._prepared, self._ops = (
-            ops.prepare_linear(weight_MK.detach(), None if bias_M is None else bias_M.detach()),
-            ops,
-        )
+        self._ops = ops
+        self._prepared = ops.prepare_linear(weight_MK.detach(), None if bias_M is None else bias_M.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()

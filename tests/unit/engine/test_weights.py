@@ -128,3 +128,31 @@ def test_dummy_weights_are_the_same_in_every_process_and_differ_by_name(model: P
     assert torch.equal(first.read(name), second.read(name))
     assert not torch.equal(first.read(name), first.read(other))
     assert first.read("model.norm.weight").eq(1.0).all()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
+def test_dummy_weights_make_a_model_of_every_family(family: str, tmp_path: Path) -> None:
+    write_model(family, tmp_path)
+    config, ops, cpu = ModelConfig.load(tmp_path), ReferenceOps(), torch.device("cpu")
+    model = build_model(DummySource(config, cpu), config, ops, device=cpu, dtype=torch.float32, num_positions=64)
+    logits = model.logits(torch.randn(3, config.hidden_size))
+    assert logits.shape == (3, VOCAB_SIZE)
+    assert bool(logits.isfinite().all())
+
+
+def test_a_missing_tensor_of_an_expert_is_named(tmp_path: Path) -> None:
+    write_model("qwen3-moe", tmp_path)
+    rewrite(tmp_path, {}, remove="model.layers.2.mlp.experts.5.up_proj.weight")
+    with pytest.raises(
+        ModelUnavailable, match=r"Qwen3MoeForCausalLM: missing model\.layers\.2\.mlp\.experts\.5\.up_proj"
+    ):
+        load(tmp_path)
+
+
+def test_deepseeks_layer_that_guesses_ahead_is_passed_over(tmp_path: Path) -> None:
+    write_model("deepseek-v3", tmp_path)
+    rewrite(tmp_path, {"model.layers.3.eh_proj.weight": torch.zeros(2, 2)})
+    load(tmp_path)
+    rewrite(tmp_path, {"model.layers.4.eh_proj.weight": torch.zeros(2, 2)})
+    with pytest.raises(ModelUnavailable, match=r"unexpected model\.layers\.4\.eh_proj\.weight"):
+        load(tmp_path)
