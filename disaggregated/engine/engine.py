@@ -28,7 +28,8 @@ from disaggregated.engine.block_pool import BlockPool, LedgerEntry
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.launched_step import ExecutedStep, LaunchedRow, LaunchedStep, launched, scheduled
 from disaggregated.engine.request_check import check_request
-from disaggregated.engine.scheduler import Scheduler, SchedulerLimits
+from disaggregated.engine.scheduler import Scheduler
+from disaggregated.engine.scheduler_limits import SchedulerLimits
 from disaggregated.engine.sequence import Phase, Sequence
 from disaggregated.engine.speculation import Speculation
 from disaggregated.engine.tiered_cache import TieredCache
@@ -38,8 +39,9 @@ from disaggregated.errors import InvalidRequest, QueueFull, TransferError
 class LLMEngine:
     """Owned by one thread: nothing here locks.
 
-    A request is known from submit() or reserve() until it has ended; then its id may be used again. What the runner
-    raises leaves step() as it is: the books are no longer to be trusted, and the owner must let the process end.
+    A request is known from submit() or reserve() until it has ended and no launched step computes it any more; then
+    its id may be used again. What the runner raises leaves step() as it is: the books are no longer to be trusted, and
+    the owner must let the process end.
 
     With `overlap`, step() launches the next step before it waits for the tokens of the one before, so that a device
     which works on its own never waits for the host. The tokens are the same. What is not known yet when a step is
@@ -216,8 +218,9 @@ class LLMEngine:
     def cancel(self, request_id: str) -> None:
         """Stop the request; no event of it follows. Idempotent, also for an id that has ended.
 
-        Its blocks are back afterwards, except those that a transfer may still touch, which wait for release(): a
-        reservation's are quarantined, and those of a PREFILL_ONLY of which a chunk was told stay leased.
+        Its blocks are back afterwards, or when the step that computes it is finished; except those that a transfer may
+        still touch, which wait for release(): a reservation's are quarantined, and those of a PREFILL_ONLY of which a
+        chunk was told stay leased.
         """
         self._note_progress_if_idle()
         sequence = self._sequences.get(request_id)

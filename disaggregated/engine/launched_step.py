@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence as AnySequence
 
 from disaggregated.engine.api import PLACEHOLDER, PendingStep, ScheduledSequence
-from disaggregated.engine.scheduler import Chunk
+from disaggregated.engine.scheduler_limits import Chunk
 from disaggregated.engine.sequence import Sequence
 
 
