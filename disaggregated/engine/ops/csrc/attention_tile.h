@@ -9,18 +9,25 @@
 #include "tile.h"
 
 #define VALUE_VECTORS 4
-#define VALUE_ROWS (MAX_ROWS / 2)
-
-/* Into the second level cache: what is read a tile later would be driven out of the first. */
-INLINE void fetch(const void *from) { __builtin_prefetch(from, 0, 2); }
+#if MAX_ROWS == 8
+#define VALUE_ROWS 6
+#define VALUE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#else
+#define VALUE_ROWS 2
+#define VALUE_CASES(X) X(1) X(2)
+#endif
 
 /* LANES keys, `stride` floats apart → their numbers [d, d + LANES), transposed: lane i of part[j] is number d + j of
-   key i. The same place in what is read `ahead` bytes further on is fetched. */
+   key i. The same place in what is read `ahead` bytes further on is fetched. (Four addresses and three distances are as
+   much as an addressing mode can make of registers; left to itself, GCC keeps all LANES addresses, most on the stack.) */
 INLINE void transpose_keys(const float *keys, int64_t stride, int64_t ahead, vec part[LANES])
 {
-    UNROLL for (int i = 0; i < LANES; i++) {
-        part[i] = load(keys + i * stride);
-        fetch((const char *)(keys + i * stride) + ahead);
+    UNROLL for (int i = 0; i < LANES; i += 4) {
+        const float *four = keys + i * stride, *far = (const float *)(const void *)((const char *)four + ahead);
+        UNROLL for (int j = 0; j < 4; j++) {
+            part[i + j] = load(four + j * stride);
+            __builtin_prefetch(far + j * stride);
+        }
     }
     zip_rows(LANES, LANES_LOG2, part);
 }
@@ -79,7 +86,7 @@ INLINE void add_values_fixed(const int rows, const int vectors, value_tile t)
         vec value[VALUE_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
             value[v] = load(t.values + v * LANES);
-            fetch((const char *)(t.values + v * LANES) + t.ahead);
+            __builtin_prefetch((const char *)(t.values + v * LANES) + t.ahead);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             float probability = t.probabilities[r * t.probability_stride + key];
@@ -96,11 +103,6 @@ INLINE void add_values_fixed(const int rows, const int vectors, value_tile t)
 /* result += probabilities · values of up to VALUE_ROWS rows. */
 static void add_value_rows(int rows, value_tile t)
 {
-#if VALUE_ROWS == 4
-#define VALUE_CASES(X) X(1) X(2) X(3) X(4)
-#else
-#define VALUE_CASES(X) X(1) X(2)
-#endif
 #define WIDE_CASE(n) \
     case n: \
         add_values_fixed(n, VALUE_VECTORS, t); \
@@ -120,5 +122,4 @@ static void add_value_rows(int rows, value_tile t)
     }
 #undef WIDE_CASE
 #undef NARROW_CASE
-#undef VALUE_CASES
 }
