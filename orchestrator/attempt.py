@@ -235,8 +235,10 @@ class Attempt:
             return
         if due is None:
             return
-        for _, share in self._shares:
+        for server, share in self._shares:
             share.num_tokens += len(due.token_ids)
+            share.num_prefill_tokens = 0
+            share.is_decoding = server is self.placement.generation
         life = self._run.life
         if life.phase is Phase.TRANSFERRING:
             life.advance(Phase.DECODING, now_s=now_s)

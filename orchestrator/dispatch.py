@@ -30,6 +30,7 @@ from disaggregated.request_life import Phase
 from orchestrator.attempt import Attempt
 from orchestrator.placement import Needs, NotYet, Placement, Placer
 from orchestrator.policies import make_policy
+from orchestrator.prefill_balance import why_here
 from orchestrator.prefix_memory import LocalPrefillRule
 from orchestrator.request_queue import RequestQueue
 from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
@@ -69,6 +70,7 @@ class Dispatcher:
         self._placer = Placer(make_policy(config.context.router), make_policy(config.generation.router))
         self._retry_rule = RetryRule(config.max_retries)
         self._local = LocalPrefillRule(config.max_local_prefill_length)
+        self._balances_prefill = config.balance_prefill
         self._observer = observer
         self._clock = clock
         self._attempt_keys = itertools.count(secrets.randbits(48) << 24)
@@ -204,8 +206,11 @@ class Dispatcher:
                 return f"{run.num_transfer_failures} transfers failed"
             block_size = server.description.layout.block_size
             uncached = self._local.num_uncached(server.instance_id, num_prompt_tokens, run.block_hashes, block_size)
-            return f"{uncached} uncached tokens" if self._local.wants_local(uncached) else ""
+            if self._local.wants_local(uncached):
+                return f"{uncached} uncached tokens"
+            return why_here(num_prompt_tokens, contexts, server) if self._balances_prefill else ""
 
+        contexts = self._pools.ready(Role.CONTEXT)
         num_prompt_tokens = len(run.request.token_ids) + len(run.emitted)
         return Needs(
             num_prompt_tokens=num_prompt_tokens,

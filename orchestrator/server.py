@@ -47,6 +47,8 @@ class Share:
     """Not computed yet."""
     num_blocks: int
     on_lost: Callable[[ServerLost], None]
+    is_decoding: bool = False
+    """It has its first token, and is on a generation server."""
 
 
 class Server:
@@ -154,6 +156,11 @@ class Server:
     @property
     def num_prefill_tokens(self) -> int:
         return sum(share.num_prefill_tokens for share in self.shares.values())
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences whose next token a longer step would hold up."""
+        return sum(share.is_decoding for share in self.shares.values())
 
     def as_candidate(self) -> Candidate:
         return Candidate(self.instance_id, len(self.shares), sum(share.num_tokens for share in self.shares.values()))

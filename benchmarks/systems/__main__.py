@@ -1,7 +1,7 @@
 """Whole systems on two cores, one after the other: ours, split and mixed, and every peer that is installed.
 
 python -m benchmarks.systems                             everything, about 25 minutes on a quiet machine
-python -m benchmarks.systems --only ours,vllm --load b   parts; `ours` means every system that begins with it
+python -m benchmarks.systems --only ours,vllm --load b   parts; a name means every system that begins with it
 python -m benchmarks.systems --missing                   only what has not been measured yet, or has failed
 python -m benchmarks.systems --report                    nothing but the report, from the figures there are
 python -m benchmarks.systems --quick --only mixed-fp32   tries the harness out; nothing is kept

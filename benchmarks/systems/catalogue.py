@@ -60,6 +60,8 @@ def systems(peers: Peers) -> list[System]:
     found = [
         System(name="ours-fp32", title="ours, 1 + 1, fp32", start=split("float32")),
         System(name="ours-int8", title="ours, 1 + 1, int8", start=split("int8")),
+        System(name="balanced-fp32", title="ours, 1 + 1 balanced, fp32", start=split("float32", balances=True)),
+        System(name="balanced-int8", title="ours, 1 + 1 balanced, int8", start=split("int8", balances=True)),
         System(name="mixed-fp32", title="ours, mixed, fp32", start=mixed("float32")),
         System(name="mixed-int8", title="ours, mixed, int8", start=mixed("int8")),
     ]
@@ -77,14 +79,15 @@ def systems(peers: Peers) -> list[System]:
 Start = Callable[[Path], contextlib.AbstractAsyncContextManager[Serving]]
 
 
-def split(dtype: str) -> Start:
-    """One context and one generation server, a core each, and the orchestrator wherever there is room."""
+def split(dtype: str, *, balances: bool = False) -> Start:
+    """One context and one generation server, a core each, and the orchestrator wherever there is room. `balances`: the
+    generation server prefills too while that holds up less than the context server's queue does."""
 
     @contextlib.asynccontextmanager
     async def start(folder: Path) -> AsyncIterator[Serving]:
         port = free_port()
         path = folder / "disagg-config.yml"
-        path.write_text(yaml.safe_dump(split_document(dtype, port)))
+        path.write_text(yaml.safe_dump(split_document(dtype, port, balances=balances)))
         url = f"http://127.0.0.1:{port}"
         words = [sys.executable, "-m", "orchestrator", "-c", str(path)]
         command = Command(words=words, health_url=f"{url}/health", cores=two_cores(), is_checked=False)
@@ -94,13 +97,14 @@ def split(dtype: str) -> Start:
     return start
 
 
-def split_document(dtype: str, port: int) -> dict[str, Any]:
+def split_document(dtype: str, port: int, *, balances: bool = False) -> dict[str, Any]:
     first, second = two_cores()
     section = {"num_instances": 1, "num_threads": 1, "dtype": dtype, "kv_cache_config": {"max_tokens": KV_TOKENS}}
     return {
         "hostname": "127.0.0.1",
         "port": port,
         "model": MODEL,
+        "conditional_disagg_config": {"balance_prefill": balances},
         "context_servers": {**section, "cpu_affinity": [first]},
         "generation_servers": {**section, "cpu_affinity": [second]},
     }

@@ -11,6 +11,8 @@ from benchmarks.systems.results import Results
 TITLES: Final = {
     "ours-fp32": "**ours, 1 + 1 cores, fp32**",
     "ours-int8": "**ours, 1 + 1 cores, int8**",
+    "balanced-fp32": "**ours, 1 + 1 cores, balanced, fp32**",
+    "balanced-int8": "**ours, 1 + 1 cores, balanced, int8**",
     "mixed-fp32": "**ours, mixed, fp32**",
     "mixed-int8": "**ours, mixed, int8**",
     "vllm": "vLLM CPU 0.32, fp32",
@@ -73,6 +75,8 @@ def rows(results: Results) -> list[Row]:
         _at_least(results, "ours-fp32", "vllm", 1.25),
         _at_least(results, "ours-int8", "vllm", 2.5),
         _at_least(results, "ours-fp32", "vllm-nixl", 4.0),
+        _at_least(results, "balanced-fp32", "vllm", 1.25),
+        _at_least(results, "balanced-int8", "vllm", 2.5),
         _below_all(results, "ours-fp32", "ttft_p50_ms", "TTFT p50"),
         _below_all(results, "ours-fp32", "itl_p50_ms", "ITL p50"),
         _below_all(results, "ours-int8", "ttft_p50_ms", "TTFT p50"),

@@ -54,6 +54,9 @@ class DeploymentConfig:
     """Requests waiting for a dispatch; one more is refused with 429."""
     max_local_prefill_length: int = 0
     """Prompts with at most so many uncached tokens are prefilled on the generation server; 0: none."""
+    balance_prefill: bool = False
+    """Prompts are also prefilled on a generation server where that holds up fewer tokens than waiting for a context
+    server does."""
     perf_metrics_max_requests: int = 1000
     """Finished requests whose story is kept for `GET /requests/{id}`; 0: none."""
     schedule_style: str = "context_first"

@@ -31,6 +31,12 @@ TOP_KEYS: Final = KeyTable(
             target="max_local_prefill_length",
         ),
         honoured(
+            "conditional_disagg_config.balance_prefill",
+            BOOLEAN,
+            "Also those that hold up fewer tokens there than they would wait for at the context servers.",
+            target="balance_prefill",
+        ),
+        honoured(
             "schedule_style",
             choice("context_first", "generation_first"),
             "Both mean the same here: the two halves of a request are called at once.",

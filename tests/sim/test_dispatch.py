@@ -221,9 +221,8 @@ def test_a_burst_of_prompts_is_shared_with_an_idle_generation_server_where_that_
             assert not all(is_local), "the context server has its share"
             first_tokens_s = sorted(story.ttft_s or 0.0 for story in stories)
             assert (first_tokens_s[4] < 1.2) == balances, first_tokens_s
-            assert all(
-                "tokens hold somebody up here" in s.attempts[0].why for s in stories if is_local[stories.index(s)]
-            )
+            for story, was_local in zip(stories, is_local, strict=True):
+                assert ("tokens hold somebody up here" in story.attempts[0].why) == was_local
             for server in stage.pools:
                 assert not server.num_decoding
             await stage.check_nothing_left()

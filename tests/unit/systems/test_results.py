@@ -118,7 +118,9 @@ def test_the_plot_is_well_formed_and_has_a_panel_for_each_system(tmp_path: Path)
 
 def test_without_peers_our_own_systems_are_there() -> None:
     found: list[System] = systems(Peers(vllm_python=None, has_nixl=False, llama_cpp=None))
-    assert [system.name for system in found] == ["ours-fp32", "ours-int8", "mixed-fp32", "mixed-int8"]
+    assert [system.name for system in found] == [
+        "ours-fp32", "ours-int8", "balanced-fp32", "balanced-int8", "mixed-fp32", "mixed-int8",
+    ]  # fmt: skip
     assert {system.name for system in found} <= verdicts.TITLES.keys()
 
 
@@ -126,10 +128,11 @@ def test_our_deployment_is_one_that_can_be_loaded(tmp_path: Path) -> None:
     import yaml
 
     path = tmp_path / "disagg-config.yml"
-    path.write_text(yaml.safe_dump(split_document("float32", 8123)))
+    path.write_text(yaml.safe_dump(split_document("float32", 8123, balances=True)))
     config = load_deployment(path, {})
     assert config.context.server.num_threads == config.generation.server.num_threads == 1
     assert not config.context.spread_threads
+    assert config.balance_prefill
 
 
 def test_the_threads_of_this_process_are_where_it_may_run() -> None:
