@@ -10,9 +10,9 @@ from typing import Any, Final
 import pytest
 import torch
 
-from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
+from disaggregated.engine.models.decoder import Decoder, DecoderShape, DecoderWeights
 from disaggregated.engine.ops import native
-from disaggregated.engine.ops.api import LayerPool, Ops
+from disaggregated.engine.ops.api import LayerPool, Ops, StepProgram
 from disaggregated.engine.ops.native_isa import runnable_isas
 from disaggregated.engine.ops.native_step import NativeStepProgram
 from disaggregated.engine.runner import TorchModelRunner, step_tensors
@@ -46,6 +46,11 @@ def loaded(isa: str | None = None, num_threads: int = 1, **options: Any) -> Ops:
     ops = native.load(num_threads, isa, **options)
     assert ops is not None
     return ops
+
+
+def program_of(runner: TorchModelRunner) -> StepProgram | None:
+    assert isinstance(runner._model, Decoder)
+    return runner._model._program
 
 
 def steps_of(lengths: list[int], seed: int) -> list[list[tuple[int, int]]]:
@@ -99,8 +104,8 @@ def llama(model_paths: dict[str, Path]) -> Path:
 def test_one_call_gives_the_bits_of_all_its_ops(family: str, isa: str, model_paths: dict[str, Path]) -> None:
     op_by_op = make_runner(model_paths[family], ops=OpByOp(loaded(isa)))
     in_one_call = make_runner(model_paths[family], ops=loaded(isa, num_threads=2))
-    assert op_by_op._model._program is None
-    assert isinstance(in_one_call._model._program, NativeStepProgram)
+    assert program_of(op_by_op) is None
+    assert isinstance(program_of(in_one_call), NativeStepProgram)
     lengths = [150, 1, 33, 90]
     assert all_equal(hidden_states(op_by_op, lengths), hidden_states(in_one_call, lengths))
     assert all_equal(stored_bytes(op_by_op), stored_bytes(in_one_call))
@@ -118,7 +123,7 @@ def test_one_call_gives_the_same_bits_in_every_precision(llama: Path, quantizati
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(IN_ONE_CALL)))
 def test_a_model_with_parts_of_another_kind_has_no_program(family: str, model_paths: dict[str, Path]) -> None:
-    assert make_runner(model_paths[family], ops=loaded())._model._program is None
+    assert program_of(make_runner(model_paths[family], ops=loaded())) is None
 
 
 def test_a_program_outlives_all_that_made_it(llama: Path) -> None:
