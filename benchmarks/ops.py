@@ -2,102 +2,26 @@
 
 python -m benchmarks.ops [--threads 1] [--isa avx2]
 
-Shapes are SmolLM2-135M's. Rooflines are measured in the same run: DRAM by summing a large tensor, arithmetic by torch's
-own product of large matrices. Weights are taken in turn from copies that together are larger than any cache, because in
-a model no layer finds its weights in a cache. Time is the median over rounds in which native and torch take turns.
+Shapes are SmolLM2-135M's. Rooflines are measured in the same run (`roofline.py`). Time is the median over rounds in
+which native and torch take turns; torch computes in float32 throughout.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator
 
 import torch
 
-from benchmarks import report
+from benchmarks import linears, report, roofline
+from benchmarks.linears import COLD_BYTES, FFN, HIDDEN, VOCABULARY
+from benchmarks.roofline import Case, Roofline
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops
+from disaggregated.engine.ops.native_isa import best_isa
 
-HIDDEN, FFN, VOCABULARY = 576, 1536, 49152
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 32
-COLD_BYTES: Final = 256 << 20
-ROUND_S: Final = 0.05
-NUM_ROUNDS: Final = 7
-
-Call = Callable[[], object]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One op at one size. `ours` and `theirs` do the same work."""
-
-    name: str
-    ours: Call
-    theirs: Call
-    num_bytes: float = 0.0
-    """That must come from DRAM."""
-    flops: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Roofline:
-    bytes_per_s: float
-    flops_per_s: float
-
-    def seconds(self, case: Case) -> float:
-        """The least time that `case` can take here."""
-        return max(case.num_bytes / self.bytes_per_s, case.flops / self.flops_per_s)
-
-
-def seconds_each(calls: Sequence[Call]) -> list[float]:
-    """Median seconds of each, taken in turns so that a noisy neighbour hits all of them."""
-    rounds: list[list[float]] = [[] for _ in calls]
-    repeats = [max(1, int(ROUND_S / _seconds(call, 1))) for call in calls]
-    for _ in range(NUM_ROUNDS):
-        for call, repeat, seen in zip(calls, repeats, rounds, strict=True):
-            seen.append(_seconds(call, repeat))
-    return [statistics.median(seen) for seen in rounds]
-
-
-def _seconds(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def measure_roofline() -> Roofline:
-    large, square = torch.ones(COLD_BYTES // 4), torch.randn(1536, 1536)
-    large_s, square_s = seconds_each([large.sum, lambda: square @ square])
-    return Roofline(bytes_per_s=COLD_BYTES / large_s, flops_per_s=2 * 1536**3 / square_s)
-
-
-def linear_cases(ops: Ops) -> Iterator[Case]:
-    shapes = {"qkv": (960, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN), "head": (VOCABULARY, HIDDEN)}
-    for name, (num_columns, depth) in shapes.items():
-        weight_bytes = 4 * num_columns * depth
-        weights = [torch.randn(num_columns, depth) for _ in range(1 + COLD_BYTES // weight_bytes)]
-        packed = [ops.prepare_linear(weight, None) for weight in weights]
-        for rows in (1, 8, 32) if name == "head" else (1, 8, 32, 128, 512):
-            yield linear_case(ops, f"linear {name} {rows} × {depth} → {num_columns}", rows, weights, packed)
-
-
-def linear_case(ops: Ops, name: str, rows: int, weights: list[torch.Tensor], packed: list[object]) -> Case:
-    num_columns, depth = weights[0].shape
-    x_TK = torch.randn(rows, depth)
-    ours, theirs = itertools.cycle(packed), itertools.cycle(weights)
-    return Case(
-        name=name,
-        ours=lambda: ops.linear(x_TK, next(ours)),
-        theirs=lambda: torch.nn.functional.linear(x_TK, next(theirs)),
-        num_bytes=4 * num_columns * depth,
-        flops=2 * rows * num_columns * depth,
-    )
 
 
 def attention_cases(ops: Ops) -> Iterator[Case]:
@@ -148,7 +72,7 @@ def attention_case(ops: Ops, name: str, pools: list[torch.Tensor], batch: Attent
         ours=lambda: ops.paged_attention(q_TND, LayerPool(next(ours)), batch, spec),
         theirs=gathered,
         num_bytes=8 * rows * length * NUM_KV_HEADS * HEAD_DIM if queries == 1 else 0,
-        flops=4 * rows * seen * NUM_HEADS * HEAD_DIM,
+        num_operations=4 * rows * seen * NUM_HEADS * HEAD_DIM,
     )
 
 
@@ -188,36 +112,68 @@ def rope_case(ops: Ops, q_TND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch
     )
 
 
-def line(case: Case, roofline: Roofline) -> report.Row:
-    ours_s, theirs_s = seconds_each([case.ours, case.theirs])
-    by_bytes = case.num_bytes / roofline.bytes_per_s >= case.flops / roofline.flops_per_s
-    rate = f"{case.num_bytes / ours_s / 1e9:.1f} GB/s" if by_bytes else f"{case.flops / ours_s / 1e9:.0f} GFLOP/s"
-    share = roofline.seconds(case) / ours_s
+def sampling_cases(ops: Ops) -> Iterator[Case]:
+    table_VH = torch.randn(VOCABULARY, HIDDEN)
+    for rows in (1, 8, 32):
+        logits_RV, token_ids_T = torch.randn(rows, VOCABULARY), torch.randint(VOCABULARY, (rows,))
+        yield Case(
+            name=f"embedding {rows} × {HIDDEN}",
+            ours=lambda ids=token_ids_T: ops.embedding(ids, table_VH),  # type: ignore[misc]
+            theirs=lambda ids=token_ids_T: torch.nn.functional.embedding(ids, table_VH),  # type: ignore[misc]
+            num_bytes=8 * rows * HIDDEN,
+        )
+        yield Case(
+            name=f"argmax {rows} × {VOCABULARY}",
+            ours=lambda x=logits_RV: ops.argmax(x),  # type: ignore[misc]
+            theirs=lambda x=logits_RV: x.argmax(-1),  # type: ignore[misc]
+            num_bytes=4 * logits_RV.numel(),
+        )
+        yield Case(
+            name=f"top 256 of {rows} × {VOCABULARY}",
+            ours=lambda x=logits_RV: ops.top_k(x, 256),  # type: ignore[misc]
+            theirs=lambda x=logits_RV: x.topk(256),  # type: ignore[misc]
+            num_bytes=4 * logits_RV.numel(),
+        )
+
+
+def line(case: Case, limit: Roofline) -> report.Row:
+    ours_s, theirs_s = roofline.seconds_each([case.ours, case.theirs])
+    is_bound_by_memory = limit.seconds_of_memory(case) >= limit.seconds(case)
+    rate = case.num_bytes if is_bound_by_memory else case.num_operations
+    seen = f"{ours_s * 1e6:.0f} µs" if ours_s < 0.01 else f"{ours_s * 1e3:.1f} ms"
     return report.Row(
         what=case.name,
-        seen=f"{ours_s * 1e6:.0f} µs, {rate}, {share:.2f} of the roofline, {theirs_s / ours_s:.2f} × torch's speed",
+        seen=f"{seen}, {rate / ours_s / 1e9:.1f} {'GB/s' if is_bound_by_memory else 'G operations/s'}, "
+        f"{limit.seconds(case) / ours_s:.2f} of the roofline, {theirs_s / ours_s:.2f} × torch's speed",
     )
+
+
+def cases_of(isa: str, num_threads: int) -> Iterator[Case]:
+    ops, int8_ops = (native.load(num_threads, isa, quantization=quantization) for quantization in ("none", "int8"))
+    if ops is None or int8_ops is None:
+        raise SystemExit("no native kernels here; the log says why")
+    yield from linears.cases(ops, "float32")
+    yield from linears.cases(int8_ops, "int8")
+    yield from attention_cases(ops)
+    yield from elementwise_cases(ops)
+    yield from sampling_cases(ops)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--isa", default=None)
-    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--isa", default=best_isa())
+    parser.add_argument("--only", default="", help="cases whose name contains it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ops = native.load(arguments.threads, arguments.isa)
-    if ops is None:
-        raise SystemExit("no native kernels here; the log says why")
-    roofline = measure_roofline()
-    cases = itertools.chain(linear_cases(ops), attention_cases(ops), elementwise_cases(ops))
-    rows = [line(case, roofline) for case in cases if case.name.startswith(arguments.only)]
+    limit = roofline.measure(arguments.isa, arguments.threads)
+    cases = (case for case in cases_of(arguments.isa, arguments.threads) if arguments.only in case.name)
+    rows = [line(case, limit) for case in cases]
     report.write(
-        f"ops-{ops.name}-{arguments.threads}",
-        f"Native ops, {ops.name}, {arguments.threads} thread(s), float32, beside torch {torch.__version__}",
+        f"ops-{arguments.isa}-{arguments.threads}",
+        f"Native ops, {arguments.isa}, {arguments.threads} thread(s), beside torch {torch.__version__} in float32",
         rows,
-        f"Roofline of this run: DRAM {roofline.bytes_per_s / 1e9:.1f} GB/s, "
-        f"matrix product {roofline.flops_per_s / 1e9:.0f} GFLOP/s.",
+        f"Roofline of this run: {limit}.",
     )
 
 

@@ -90,22 +90,24 @@ INLINE registers multiply_block(const int fixed_kind, const int fixed_rows, cons
 
 INLINE void multiply_fixed_tile(const int fixed_kind, const int fixed_rows, const int fixed_strips, const strip_tile *t)
 {
-    const int num_sums = fixed_rows * fixed_strips;
     registers r;
-    UNROLL for (int i = 0; i < num_sums; i++)
-        r.sums[i] = t->is_first ? start_of(fixed_kind, t, i / fixed_strips, i % fixed_strips) : load(t->sums + i * LANES);
-    if (t->is_last) /* By the time it is written, the output is in the cache. */
-        UNROLL for (int i = 0; i < num_sums; i++)
-            __builtin_prefetch(t->to + i / fixed_strips * t->to_stride + i % fixed_strips * LANES, 1);
+    UNROLL for (int row = 0; row < fixed_rows; row++)
+        UNROLL for (int s = 0; s < fixed_strips; s++) {
+            int i = row * fixed_strips + s;
+            r.sums[i] = t->is_first ? start_of(fixed_kind, t, row, s) : load(t->sums + i * LANES);
+            if (t->is_last) /* By the time it is written, the output is in the cache. */
+                __builtin_prefetch(t->to + row * t->to_stride + s * LANES, 1);
+        }
     r = multiply_block(fixed_kind, fixed_rows, fixed_strips, t, r);
-    UNROLL for (int i = 0; i < num_sums; i++) {
-        int row = i / fixed_strips, strip = i % fixed_strips;
-        if (!t->is_last)
-            store(t->sums + i * LANES, r.sums[i]);
-        else if (t->num_columns > strip * LANES)
-            store_some(t->to + row * t->to_stride + strip * LANES, result_of(fixed_kind, t, row, strip, r.sums[i]),
-                       t->num_columns - strip * LANES);
-    }
+    UNROLL for (int row = 0; row < fixed_rows; row++)
+        UNROLL for (int s = 0; s < fixed_strips; s++) {
+            int i = row * fixed_strips + s;
+            if (!t->is_last)
+                store(t->sums + i * LANES, r.sums[i]);
+            else if (t->num_columns > s * LANES)
+                store_some(t->to + row * t->to_stride + s * LANES, result_of(fixed_kind, t, row, s, r.sums[i]),
+                           t->num_columns - s * LANES);
+        }
 }
 
 #define CASE(kind, rows, strips) \
