@@ -55,7 +55,9 @@ class TorchModelRunner:
         sampling = [row for row, sequence in enumerate(batch) if sequence.sampling is not None]
         if not sampling:
             return None, sampling
-        return self._model.logits(hidden.index_select(0, last_tokens)), sampling
+        if len(last_tokens) < len(token_ids):  # A step of nothing but decoding samples after each of its tokens.
+            hidden = hidden.index_select(0, last_tokens)
+        return self._model.logits(hidden), sampling
 
 
 def step_tensors(
