@@ -124,7 +124,7 @@ def row(mode: Mode, reading: Reading, baseline: Reading) -> report.Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
-    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
     texts = windows(arguments.model, arguments.windows)
     baseline = read(load(arguments.model, BASELINE), texts)
