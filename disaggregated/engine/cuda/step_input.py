@@ -40,7 +40,8 @@ def sampling_columns(batch: Sequence[ScheduledSequence]) -> npt.NDArray[np.float
             seeds.append(sampling.seed)
             positions.append(position)
             limits.append((sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p))
-    return np.concatenate([uniforms(seeds, positions)[None], np.array(limits, dtype=np.float64).T])
+    columns = np.concatenate([uniforms(seeds, positions)[None], np.array(limits, dtype=np.float64).T])
+    return np.ascontiguousarray(columns)  # Joined as they lie, their rows would not be neighbours in memory.
 
 
 def forbidden_places(batch: Sequence[ScheduledSequence], vocab_size: int) -> npt.NDArray[np.int64]:

@@ -240,6 +240,7 @@ def test_columns_hold_the_random_number_of_each_position() -> None:
     )
     columns = sampling_columns([row])
     assert columns.shape == (5, 2)
+    assert columns.flags.c_contiguous
     assert columns[1:, 0].tolist() == columns[1:, 1].tolist() == [0.7, 3, 0.5, 0.1]
     assert columns[0, 0] != columns[0, 1]
     flat = torch.zeros(1, 1000)
