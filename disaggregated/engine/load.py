@@ -19,6 +19,7 @@ from disaggregated.engine.api import OverlappingRunner, ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.engine.fingerprint import fingerprint, numerics_of, weights_digest
 from disaggregated.engine.host_tier.copies import BlockCopier
+from disaggregated.engine.host_tier.device_memory import StreamBlockCopier
 from disaggregated.engine.host_tier.memory import MemoryBlockCopier
 from disaggregated.engine.kv_cache import Allocate, KVCache
 from disaggregated.engine.model_loading import load_model, read_model_config
@@ -189,9 +190,9 @@ def _copier(kv_cache: KVCache, num_slots: int, device: torch.device) -> BlockCop
     """The host tier's memory, if there is to be one."""
     if not num_slots:
         return None
-    if device.type != "cpu":
-        raise ConfigError(f"kv_cache_config.host_cache_size: there is no host tier for device {device.type} yet")
-    return MemoryBlockCopier(kv_cache.blocks_LBX.numpy(), num_slots)
+    if device.type == "cpu":
+        return MemoryBlockCopier(kv_cache.blocks_LBX.numpy(), num_slots)
+    return StreamBlockCopier(kv_cache.blocks_LBX, num_slots)
 
 
 def available_bytes(device: torch.device) -> int:

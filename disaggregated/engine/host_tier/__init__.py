@@ -3,4 +3,5 @@
 slots.py     the books: which slot holds which block, which is the next to go
 copies.py    what has to be copied, in which order, and who does it
 memory.py    the slots' memory and the copies, for a pool on the CPU
+device_memory.py    the same for a pool on a device: pinned memory, and the engine's own stream
 """

@@ -72,6 +72,12 @@ class Tiers(RuleBasedStateMachine):
         if self._try_hold(owner):
             self.owners[owner.name] = owner
 
+    @precondition(lambda self: self._holding())
+    @rule(draw=st.data())
+    def arrive_with_a_prompt_that_is_being_computed(self, draw: st.DataObject) -> None:
+        """So that both come to compute the same blocks."""
+        self.arrive(list(draw.draw(st.sampled_from(self._holding())).tokens))
+
     @precondition(lambda self: self._waiting())
     @rule(draw=st.data())
     def return_after_preemption(self, draw: st.DataObject) -> None:
@@ -238,7 +244,7 @@ class Tiers(RuleBasedStateMachine):
 
 
 TestTiers = Tiers.TestCase
-TestTiers.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestTiers.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
 def test_a_run_that_nothing_is_known_of_covers_no_tokens() -> None:
