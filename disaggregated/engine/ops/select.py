@@ -2,7 +2,8 @@
 
 On CUDA the Triton kernels, where Triton is installed; on CPU native kernels, where they are built and know the
 precision; else the torch reference, which knows them all. Native attention knows fewer models than the other native
-kernels; the rest have theirs from the reference. The environment variable `DISAGG_OPS` insists: `torch`, or `native`, which then is an error where there is none.
+kernels; the rest have theirs from the reference. The environment variable `DISAGG_OPS` insists: `torch`, or `native`,
+which then is an error where there is none.
 """
 
 from __future__ import annotations
