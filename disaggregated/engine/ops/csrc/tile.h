@@ -4,7 +4,7 @@
 
    Each output lives in one lane of one register and takes its products in the order of k, whatever the size of the tile
    or the place in it. A sum may be put down in memory and taken up again later, which changes no bit. All
-   row invariance of `linear` and of attention stands on this. */
+   row invariance of attention stands on this; linear_tile.c is made in the same way. */
 
 #pragma once
 
@@ -72,7 +72,7 @@ INLINE void multiply_fixed(const int rows, const int vectors, const int a_row, c
 #define TILE_CASES(X) X(1) X(2) X(3) X(4)
 #endif
 
-/* Rows of `a` interleaved, `a[k * rows + r]`, times a panel: how linear packs its input and attention its queries. */
+/* Rows of `a` interleaved, `a[k * rows + r]`, times a panel: how attention packs its queries. */
 static void multiply_interleaved(int rows, bool b_in_dram, tile t)
 {
 #define STREAMED(rows) TILE_CASE(rows, MAX_VECTORS, 1, rows, FLOATS_AHEAD, t)
