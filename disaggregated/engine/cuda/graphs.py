@@ -56,7 +56,7 @@ class DecodeGraph:
         self._longs = torch.zeros(4, num_rows, dtype=torch.int64, device=self._device)
         self._first_position = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
         self._tables = torch.zeros(num_rows, limits.table_width, dtype=torch.int32, device=self._device)
-        batch = AttentionBatch(
+        self._batch = AttentionBatch(  # Kept: a recorded kernel reads its tensors again at each replay.
             query_start=torch.arange(num_rows + 1, dtype=torch.int32, device=self._device),
             first_position=self._first_position,
             block_tables=self._tables,
@@ -65,7 +65,7 @@ class DecodeGraph:
             max_context_len=limits.context_len_max,
         )
         self._fill([])
-        self._replay, self._logits = capture(lambda: forward(self._token_ids(last_tokens), batch))
+        self._replay, self._logits = capture(lambda: forward(self._token_ids(last_tokens), self._batch))
 
     def fits(self, batch: Sequence[ScheduledSequence]) -> bool:
         return len(batch) <= self.num_rows and all(row.first_position < self._limits.context_len_max for row in batch)

@@ -146,6 +146,8 @@ class CudaOps:
 
 def load(device: torch.device, quantization: Quantization, *, is_deterministic: bool) -> CudaOps:
     """The table of this device. Sums of bfloat16 products are kept in float32 from here on, process-wide."""
+    if device.index:
+        torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     properties = torch.cuda.get_device_properties(device)
     return CudaOps(

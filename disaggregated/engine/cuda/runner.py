@@ -63,6 +63,8 @@ class CudaModelRunner(TorchModelRunner):
 
     def launch(self, batch: Sequence[ScheduledSequence]) -> PendingStep:
         assert batch, "an empty batch"
+        if self._device.index:
+            torch.cuda.set_device(self._device)  # Kernels go to the thread's device, and threads begin at the first.
         with torch.inference_mode():
             graph = self.graphs.find(batch)
             self.graph_steps_total += graph is not None

@@ -45,6 +45,8 @@ class Kernels:
         return attention.paged_attention(q_TND, pool, batch, spec, num_multiprocessors=self._num_multiprocessors)
 
 
+LENGTH = 140 if DEVICE == "cpu" else 700
+"""Tokens of the longest sequence: some splits of keys."""
 CUT, WHOLE = Kernels(1000), Kernels(0)
 """Sequences are cut among programs, or each program folds its splits itself."""
 
@@ -189,11 +191,13 @@ SPECS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_attention_is_the_textbook_formula_however_it_is_cut(spec: AttentionSpec, dtype: torch.dtype) -> None:
-    sequence = SequenceKV.random(140, (6, 2, 16), 0, dtype, DEVICE)
+    sequence = SequenceKV.random(LENGTH, (6, 2, 16), 0, dtype, DEVICE)
     outputs = []
-    for seed, (kernels, sizes) in enumerate(zip((CUT, WHOLE, CUT), ([140], [140], [130, 9, 1]), strict=True)):
+    for seed, (kernels, sizes) in enumerate(
+        zip((CUT, WHOLE, CUT), ([LENGTH], [LENGTH], [LENGTH - 10, 9, 1]), strict=True)
+    ):
         paged = PagedSequences(kernels, [sequence], 16, seed, spec=spec)  # type: ignore[arg-type]
-        for start, n in chunks_of(140, sizes):
+        for start, n in chunks_of(LENGTH, sizes):
             paged.step([(0, start, n)])
         outputs.append(paged.out[0])
     expected = dense_attention(sequence, spec)
@@ -215,7 +219,7 @@ def test_attention_takes_any_grouping_of_heads(heads: tuple[int, int, int], dtyp
 def test_a_sequence_has_the_same_bits_alone_and_in_any_batch() -> None:
     rng = random.Random(0)
     spec = AttentionSpec(scale=0.3)
-    lengths = [1, 5, 70, 140]
+    lengths = [1, 5, 70, LENGTH]
     sequences = [SequenceKV.random(n, (6, 2, 16), i, torch.float32, DEVICE) for i, n in enumerate(lengths)]
     parts = [chunks_of(n, [max(1, n - rng.choice([1, 3])), 1]) for n in lengths]
     together = PagedSequences(CUT, sequences, 16, 1, spec=spec)  # type: ignore[arg-type]
