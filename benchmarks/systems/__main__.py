@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,13 +60,12 @@ class Run:
         self._loads = list(loads)
         self._only_missing = only_missing
 
-    def loads_of(self, system: str) -> list[str]:
-        if not self._only_missing:
-            return self._loads
-        return [load for load in self._loads if self._results.get(system, load) is None]
+    def loads_of(self, system: str, possible: Sequence[str]) -> list[str]:
+        wanted = [load for load in self._loads if load in possible]
+        return [load for load in wanted if not self._only_missing or self._results.get(system, load) is None]
 
     async def measure(self, system: System, folder: Path) -> None:
-        loads = self.loads_of(system.name)
+        loads = self.loads_of(system.name, system.loads)
         if not loads:
             return
         say(f"{system.title}: starting")
@@ -96,7 +95,7 @@ class Run:
 
     async def measure_transformers(self) -> None:
         """In a process of its own, under our own interpreter; it has no load c."""
-        loads = [load for load in self.loads_of(TRANSFORMERS) if load in ("a", "b")]
+        loads = self.loads_of(TRANSFORMERS, ("a", "b"))
         if not loads:
             return
         say("transformers: starting")

@@ -19,8 +19,10 @@ from disaggregated.cores import available_cores
 from disaggregated.model_files import resolve
 
 MODEL: Final = "smollm2-135m-instruct"
-KV_TOKENS: Final = 24_576
+KV_TOKENS: Final = 32_768
 """Room for load c: six chats of some thousand tokens, and long prompts."""
+KV_BYTES: Final = 3 << 30
+"""More than that many tokens take in float32."""
 START_TIMEOUT_S: Final = 120.0
 VLLM_START_TIMEOUT_S: Final = 600.0
 """It compiles at its very first start."""
@@ -47,6 +49,8 @@ class System:
     title: str
     start: Callable[[Path], contextlib.AbstractAsyncContextManager[Serving]]
     """Serves until the block ends; what it writes goes below the folder."""
+    loads: tuple[str, ...] = ("a", "b", "c")
+    """Those in which it differs from another entry."""
 
 
 def two_cores() -> tuple[int, int]:
@@ -60,8 +64,15 @@ def systems(peers: Peers) -> list[System]:
     found = [
         System(name="ours-fp32", title="ours, 1 + 1, fp32", start=split("float32")),
         System(name="ours-int8", title="ours, 1 + 1, int8", start=split("int8")),
-        System(name="balanced-fp32", title="ours, 1 + 1 balanced, fp32", start=split("float32", balances=True)),
-        System(name="balanced-int8", title="ours, 1 + 1 balanced, int8", start=split("int8", balances=True)),
+        System(
+            name="balanced-fp32",
+            title="ours, 1 + 1 balanced, fp32",
+            start=split("float32", balances=True),
+            loads=("b",),
+        ),
+        System(
+            name="balanced-int8", title="ours, 1 + 1 balanced, int8", start=split("int8", balances=True), loads=("b",)
+        ),
         System(name="mixed-fp32", title="ours, mixed, fp32", start=mixed("float32")),
         System(name="mixed-int8", title="ours, mixed, int8", start=mixed("int8")),
     ]
@@ -99,7 +110,8 @@ def split(dtype: str, *, balances: bool = False) -> Start:
 
 def split_document(dtype: str, port: int, *, balances: bool = False) -> dict[str, Any]:
     first, second = two_cores()
-    section = {"num_instances": 1, "num_threads": 1, "dtype": dtype, "kv_cache_config": {"max_tokens": KV_TOKENS}}
+    pool = {"max_tokens": KV_TOKENS, "cpu_memory_budget_bytes": KV_BYTES}
+    section = {"num_instances": 1, "num_threads": 1, "dtype": dtype, "kv_cache_config": pool}
     return {
         "hostname": "127.0.0.1",
         "port": port,
@@ -118,7 +130,7 @@ def mixed(dtype: str) -> Start:
         port, cores = free_port(), two_cores()
         url = f"http://127.0.0.1:{port}"
         flags = ["--host=127.0.0.1", f"--port={port}", f"--dtype={dtype}", f"--num_threads={len(set(cores))}"]
-        flags.append(f"--kv_cache_config.max_tokens={KV_TOKENS}")
+        flags += [f"--kv_cache_config.max_tokens={KV_TOKENS}", f"--kv_cache_config.cpu_memory_budget_bytes={KV_BYTES}"]
         words = [sys.executable, "-m", "orchestrator", "serve", "mixed", MODEL, *flags]
         command = Command(words=words, health_url=f"{url}/health", cores=cores, is_checked=False)
         async with running([command], folder, start_timeout_s=START_TIMEOUT_S) as remarks:
