@@ -29,6 +29,12 @@ class GrpcFront(control_pb2_grpc.ServerServicer, control_pb2_grpc.ContextService
     async def GetLedger(self, request: control_pb2.LedgerRequest, call: Any) -> control_pb2.Ledger:
         return control_pb2.Ledger(entries=await self._client.ledger(timeout_s=5.0))
 
+    async def WatchBlocks(
+        self, request: control_pb2.WatchBlocksRequest, call: Any
+    ) -> AsyncIterator[control_pb2.BlockEvents]:
+        """These servers keep no blocks: nothing can be found, and nothing changes."""
+        yield control_pb2.BlockEvents()
+
     async def Prefill(
         self, request: control_pb2.PrefillRequest, call: Any
     ) -> AsyncIterator[control_pb2.PrefillProgress]:

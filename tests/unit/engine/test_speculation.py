@@ -81,7 +81,8 @@ def test_the_place_found_is_that_of_the_longest_suffix_that_occurs_before(
 
 @given(st.lists(TEXTS, max_size=8))
 def test_the_text_so_far_is_the_sequences_tokens_however_they_came(parts: list[list[int]]) -> None:
-    text, known = TextSoFar(), []
+    text = TextSoFar()
+    known: list[int] = []
     for part in parts:
         known = [*known, *part]
         assert text.follow(known).tolist() == known
