@@ -36,6 +36,7 @@ bench-engine: $(VENV)/dev.stamp ## The engine beside transformers, llama.cpp and
 	@$(BIN)/python -m benchmarks.peers
 	@$(BIN)/python -m benchmarks.quality
 	@$(BIN)/python -m benchmarks.ops
+	@$(BIN)/python -m benchmarks.step_overhead
 	@$(BIN)/python -m benchmarks.engines --threads 1
 	@$(BIN)/python -m benchmarks.engines --threads 2
 	@$(BIN)/python -m benchmarks.systems
