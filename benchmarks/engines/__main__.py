@@ -17,15 +17,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import report
-from benchmarks.engines import roofline
+from benchmarks import report, roofline
+from benchmarks.engines import least_time
 from benchmarks.engines.measurement import BATCH_SIZES, PREFILL_LENGTHS, Measurement, told
 from benchmarks.peers import Peers
+from disaggregated.engine.ops.native_isa import best_isa
 from disaggregated.model_files import ModelConfig, resolve
 
 MODEL: Final = "SmolLM2-135M-Instruct"
 TIMEOUT_S: Final = 1500
-OUR_PRECISIONS: Final = ("float32", "int8")
+OUR_PRECISIONS: Final[tuple[roofline.Arithmetic, ...]] = ("float32", "int8")
+SHARES: Final = {1: 0.65, 8: 0.5}
+"""Of the roofline, which decode in float32 must reach."""
 
 
 def measured(name: str, command: Sequence[str], threads: int) -> Measurement | None:
@@ -88,16 +91,13 @@ def run(threads: int, only: Sequence[str], rounds: int) -> dict[str, Measurement
 
 def rows(results: dict[str, Measurement], threads: int) -> Iterator[report.Row]:
     model = ModelConfig.load(resolve(MODEL).path)
-    limit = roofline.measure(threads)
-    yield report.Row(
-        what="limits of the machine",
-        seen=f"DRAM {limit.bytes_per_s / 1e9:.1f} GB/s, fp32 product {limit.flops_per_s / 1e9:.0f} GFLOP/s",
-    )
+    limit = roofline.measure(best_isa(), threads)
+    yield report.Row(what="limits of the machine", seen=str(limit))
     for name, system in results.items():
         yield report.Row(what=f"{name}: tok/s", seen=speeds(system))
-    for ours, shares in (("ours float32", {1: 0.65, 8: 0.5}), ("ours int8", {})):
-        if ours in results:
-            yield from share_rows(results[ours], limit, model, shares)
+    for precision in OUR_PRECISIONS:
+        if ours := results.get(f"ours {precision}"):
+            yield from share_rows(ours, precision, limit, model)
     for bar in BARS:
         if bar.ours in results and bar.theirs in results:
             yield bar.row(results)
@@ -110,22 +110,20 @@ def speeds(system: Measurement) -> str:
 
 
 def share_rows(
-    system: Measurement, limit: roofline.Roofline, model: ModelConfig, bars: dict[int, float]
+    system: Measurement, precision: roofline.Arithmetic, limit: roofline.Roofline, model: ModelConfig
 ) -> Iterator[report.Row]:
-    weight_bytes = 1 if system.system.endswith("int8") else 4
     for batch_size in BATCH_SIZES:
-        share = limit.decode_s(model, batch_size, weight_bytes) / system.decode_s(batch_size)
-        bar = bars.get(batch_size)
+        share = least_time.decode_s(limit, model, batch_size, precision) / system.decode_s(batch_size)
+        bar = SHARES.get(batch_size) if precision == "float32" else None
         yield report.Row(
             what=f"{system.system}: decode, batch {batch_size}, share of the roofline",
             seen=f"{share:.2f}",
             bar=f"at least {bar}" if bar else "",
             holds=share >= bar if bar else None,
         )
-    if weight_bytes == 4:
-        for length in PREFILL_LENGTHS:
-            share = limit.prefill_s(model, length) / system.prefill_s(length)
-            yield report.Row(what=f"{system.system}: prefill {length}, share of the roofline", seen=f"{share:.2f}")
+    for length in PREFILL_LENGTHS:
+        share = least_time.prefill_s(limit, model, length, precision) / system.prefill_s(length)
+        yield report.Row(what=f"{system.system}: prefill {length}, share of the roofline", seen=f"{share:.2f}")
 
 
 class Bar:

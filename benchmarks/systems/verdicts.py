@@ -82,7 +82,8 @@ def rows(results: Results) -> list[Row]:
         _below_all(results, "ours-int8", "ttft_p50_ms", "TTFT p50"),
         _below_all(results, "ours-int8", "itl_p50_ms", "ITL p50"),
         *(_undisturbed(results, system) for system in ("ours-fp32", "ours-int8")),
-        *(_steadier(results, system) for system in ("ours-fp32", "ours-int8")),
+        *(_steadier(results, system, "itl_p99_ms", "ITL p99") for system in ("ours-fp32", "ours-int8")),
+        *(_steadier(results, system, "itl_max_ms", "longest gap") for system in ("ours-fp32", "ours-int8")),
     ]
     return [row for row in found if row is not None]
 
@@ -125,14 +126,15 @@ def _undisturbed(results: Results, ours: str) -> Row | None:
     )
 
 
-def _steadier(results: Results, ours: str) -> Row | None:
-    mine, best = results.get(ours, "c"), _best(results, AGGREGATED, "c", lambda part: part["itl_p99_ms"])
+def _steadier(results: Results, ours: str, field: str, words: str) -> Row | None:
+    """A stall that hits each stream once in 15 s is in less than one gap of a hundred: the longest gap shows it."""
+    mine, best = results.get(ours, "c"), _best(results, AGGREGATED, "c", lambda part: part[field])
     if mine is None or best is None:
         return None
-    ratio = best[1] / mine["itl_p99_ms"]
+    ratio = best[1] / mine[field]
     return Row(
-        what=f"load c, decode ITL p99: best aggregated peer ({_plain(best[0])}) ÷ {_plain(ours)}",
-        seen=f"{ratio:.1f} ({best[1]:.0f} ms ÷ {mine['itl_p99_ms']:.0f} ms)",
+        what=f"load c, decode, {words}: best aggregated peer ({_plain(best[0])}) ÷ {_plain(ours)}",
+        seen=f"{ratio:.1f} ({best[1]:.0f} ms ÷ {mine[field]:.0f} ms)",
         bar="at least 5",
         holds=ratio >= 5,
     )
