@@ -32,8 +32,8 @@ def write(path: Path, panels: Sequence[Panel]) -> None:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
         f'font-size="11" fill="{TEXT}">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="{LEFT}" y="18" font-size="13">Six running chats while prompts of 2,048 tokens arrive: '
-        "longest gap between two tokens in each half second</text>",
+        f'<text x="{LEFT}" y="18" font-size="13">Six chats while prompts of 2,048 tokens arrive: '
+        "longest gap between tokens in each half second</text>",
     ]
     for index, panel in enumerate(panels):
         shapes += _panel(panel, TOP + index * (PANEL_HEIGHT + GAP), end_s)
