@@ -97,3 +97,14 @@ def random_blocks(count: int, seed: int, taken: Sequence[int] = ()) -> list[int]
 def random_prompt(length: int, seed: int, vocab_size: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(3, vocab_size) for _ in range(length)]
+
+
+def last_logits(runner: TorchModelRunner, prompt: list[int], sizes: Sequence[int], seed: int) -> torch.Tensor:
+    """(V) after the prompt, computed in chunks of `sizes`, again and again, in blocks of their own."""
+    sequence = Driven(list(prompt), random_blocks(-(-len(prompt) // 16), seed))
+    while True:
+        for size in sizes:
+            chunk = sequence.take(size)
+            if chunk.sampling is not None:
+                return runner.logits([chunk])[0]
+            runner.execute([chunk])

@@ -18,11 +18,10 @@ from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.native import load as load_native
 from disaggregated.engine.ops.select import VARIABLE, select
 from disaggregated.engine.precision import precision_of
-from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import ModelConfig
 from disaggregated.sampling_params import SamplingParams
-from tests.unit.engine.runners import Driven, generate, make_runner, random_blocks, random_prompt
+from tests.unit.engine.runners import Driven, generate, last_logits, make_runner, random_blocks, random_prompt
 from tests.unit.engine.tiny_models import (
     FAMILIES,
     LLAMA3_SCALING,
@@ -56,17 +55,6 @@ def ops_for(
     config = ServerConfig(model=str(path), role="context", dtype=dtype, kv_cache_config=KVCacheConfig(dtype=kv_dtype))
     precision = precision_of(config, cpu)
     return select(cpu, precision, head_dim=kv.head_dim, num_planes=kv.num_planes, num_threads=1)
-
-
-def last_logits(runner: TorchModelRunner, prompt: list[int], sizes: Sequence[int], seed: int) -> torch.Tensor:
-    """(V) after the prompt, computed in chunks of `sizes`, again and again, in blocks of their own."""
-    sequence = Driven(list(prompt), random_blocks(-(-len(prompt) // 16), seed))
-    while True:
-        for size in sizes:
-            chunk = sequence.take(size)
-            if chunk.sampling is not None:
-                return runner.logits([chunk])[0]
-            runner.execute([chunk])
 
 
 def test_logits_are_those_of_transformers_for_any_chunking(tiny: TinyModel, ops: Ops) -> None:

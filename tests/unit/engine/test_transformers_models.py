@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.errors import ConfigError, ModelUnavailable
 from disaggregated.kv_layout import KVLayout
 from disaggregated.model_files import ModelConfig
-from tests.unit.engine.runners import NUM_BLOCKS, Driven, generate, random_blocks, random_prompt
+from tests.unit.engine.runners import NUM_BLOCKS, Driven, generate, last_logits, random_blocks, random_prompt
 from tests.unit.engine.tiny_models import OTHERS, VOCAB_SIZE, TinyModel, write_model
 
 CPU = torch.device("cpu")
@@ -56,22 +55,10 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return WithTorchAttention(native)
 
 
-def logits_after(runner: TorchModelRunner, prompt: list[int], sizes: Sequence[int], seed: int) -> torch.Tensor:
-    sequence = Driven(list(prompt), random_blocks(-(-len(prompt) // 16), seed))
-    while True:
-        for size in sizes:
-            chunk = sequence.take(size)
-            if chunk.sampling is not None:
-                return runner.logits([chunk])[0]
-            runner.execute([chunk])
-
-
 def test_logits_are_the_librarys_for_any_chunking(tiny: TinyModel, ops: Ops) -> None:
     prompt = random_prompt(260, 1, VOCAB_SIZE)
     runner = runner_of(tiny.path, ops)
-    whole, *others = (
-        logits_after(runner, prompt, sizes, seed) for seed, sizes in enumerate(([400], [64], [1, 100, 7]))
-    )
+    whole, *others = (last_logits(runner, prompt, sizes, seed) for seed, sizes in enumerate(([400], [64], [1, 100, 7])))
     torch.testing.assert_close(whole, tiny.logits(prompt)[-1], rtol=1e-4, atol=1e-4)
     assert all(torch.equal(other, whole) for other in others), "chunking changed bits"
 
@@ -89,7 +76,7 @@ def test_greedy_tokens_are_the_librarys_alone_and_in_a_batch(tiny: TinyModel, op
 
 def test_a_native_family_can_be_left_to_the_library_too(tmp_path: Path) -> None:
     tiny, prompt = write_model("gemma2", tmp_path), random_prompt(150, 1, VOCAB_SIZE)
-    logits = logits_after(runner_of(tmp_path, ReferenceOps()), prompt, [64], 1)
+    logits = last_logits(runner_of(tmp_path, ReferenceOps()), prompt, [64], 1)
     torch.testing.assert_close(logits, tiny.logits(prompt)[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -98,7 +85,7 @@ def test_dummy_weights_are_the_same_in_every_process(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     first, second = (runner_of(tmp_path, ReferenceOps(), is_dummy=True) for _ in range(2))
     prompt = random_prompt(20, 1, VOCAB_SIZE)
-    assert torch.equal(*(logits_after(runner, prompt, [20], 1) for runner in (first, second)))
+    assert torch.equal(*(last_logits(runner, prompt, [20], 1) for runner in (first, second)))
 
 
 def test_the_config_tells_the_pools_shape_and_the_number_of_parameters(tiny: TinyModel) -> None:
@@ -183,7 +170,7 @@ def test_a_model_whose_attention_is_of_another_kind_is_refused_in_words(
 
     def load_and_run() -> None:
         runner = runner_of(tmp_path, ReferenceOps(), is_dummy=True, max_seq_len=64)
-        logits_after(runner, [5, 6, 7], [3], 1)
+        last_logits(runner, [5, 6, 7], [3], 1)
 
     with pytest.raises(ModelUnavailable, match=complaint):
         load_and_run()
