@@ -28,9 +28,9 @@ from kvtransfer.checksum import block_checksums
 from kvtransfer.deadline import Deadline
 from kvtransfer.region import copy_bytes
 from kvtransfer.runs import run_pairs
-from kvtransfer.shm import ShmTransport, host_key
-from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import BlockRead, DestinationTransport, Offer, OurEnd, PeerLink, ReadStop, SourceIdentity
+from kvtransfer.transports.shm import ShmTransport, host_key
+from kvtransfer.transports.tcp import TcpTransport
 from tests.support.kv_pools import FINGERPRINT, destination
 from tests.support.kv_source import RemoteSource, remote_source
 

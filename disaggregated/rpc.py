@@ -47,6 +47,7 @@ SERVER_OPTIONS: Final = [
     *_KEEPALIVE,
     ("grpc.so_reuseport", 0),  # with it a second server on the same port would quietly take half of the calls
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),  # or an idle channel is hung up on as one that pings too much
 ]
 CHANNEL_OPTIONS: Final = [
     *_SIZES,

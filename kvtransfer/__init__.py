@@ -7,13 +7,13 @@ Read in this order: region, transport, frames, listener, link, shm, tcp; machine
 destination; staging, staged_source for pools in a device's memory.
 """
 
-from kvtransfer.destination import TransferDestination
+from kvtransfer.destination.peer import PeerStatistics, Ticket
+from kvtransfer.destination.pull import Landed
+from kvtransfer.destination.transfer_destination import TransferDestination
 from kvtransfer.negotiate import check_backend
-from kvtransfer.peer import PeerStatistics, Ticket
-from kvtransfer.pull import Landed
 from kvtransfer.region import Region
-from kvtransfer.source import TransferSource
-from kvtransfer.staged_source import StagedSource
+from kvtransfer.source.staged_source import StagedSource
+from kvtransfer.source.transfer_source import TransferSource
 from kvtransfer.staging import DeviceCopier
 
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from disaggregated.errors import ConfigError, TransferError
-from kvtransfer import shm, tcp
 from kvtransfer.transport import Offer
+from kvtransfer.transports import shm, tcp
 
 DEFAULT: Final = "DEFAULT"
 BEST_FIRST: Final = (shm.NAME, tcp.NAME)

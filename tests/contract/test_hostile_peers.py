@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from disaggregated.errors import PeerLost, TransferError
-from kvtransfer import frames, listener
 from kvtransfer.deadline import Deadline
-from kvtransfer.frames import HEADER, Hello, Kind, ReadRequest, Welcome
 from kvtransfer.runs import Run
-from kvtransfer.shm import host_key
 from kvtransfer.transport import Offer
+from kvtransfer.transports import frames, listener
+from kvtransfer.transports.frames import HEADER, Hello, Kind, ReadRequest, Welcome
+from kvtransfer.transports.shm import host_key
 from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, Pair, connected_pair
 from tests.support.kv_pools import EPOCH, SMALL, blocks_of
 

@@ -15,8 +15,8 @@ import pytest
 from disaggregated.errors import ChecksumMismatch, PeerLost, StaleEpoch, TransferError, TransferTimeout
 from disaggregated.v1 import kv_pb2
 from kvtransfer import Region, TransferDestination
-from kvtransfer.pull import Landed
-from kvtransfer.source_service import KVSourceService
+from kvtransfer.destination.pull import Landed
+from kvtransfer.source.service import KVSourceService
 from tests.support.fault_proxy import Fault, proxied
 from tests.support.kv_endpoints import GatedEndpoint, make_endpoint
 from tests.support.kv_pools import (

@@ -22,8 +22,8 @@ from disaggregated.errors import (
 )
 from disaggregated.kv_layout import KVLayout
 from kvtransfer import Region, TransferDestination
-from kvtransfer.tcp import TcpEndpoint
 from kvtransfer.transport import Offer
+from kvtransfer.transports.tcp import TcpEndpoint
 from tests.support.kv_endpoints import GatedEndpoint, make_endpoint
 from tests.support.kv_pools import (
     EPOCH,

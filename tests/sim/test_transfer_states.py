@@ -16,9 +16,9 @@ import random
 import pytest
 
 from disaggregated.errors import LeaseExpired, TransferError
-from kvtransfer.lease import Chunk, Ending, LeaseBook, Outcome, Progress
 from kvtransfer.machine import CancelResult, DestinationPhase, DestinationTransfer, SourcePhase
 from kvtransfer.runs import Run
+from kvtransfer.source.lease import Chunk, Ending, LeaseBook, Outcome, Progress
 
 NUM_BLOCKS = 2
 LEASE_S = 2.0

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.deadline import Deadline
-from kvtransfer.lease import Chunk, LeaseBook, Progress
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
-from kvtransfer.shm import ShmEndpoint, ShmTransport
-from kvtransfer.tcp import TcpEndpoint, TcpTransport
+from kvtransfer.source.lease import Chunk, LeaseBook, Progress
 from kvtransfer.transport import (
     BlockRead,
     DestinationTransport,
@@ -26,6 +24,8 @@ from kvtransfer.transport import (
     SourceEndpoint,
     SourceIdentity,
 )
+from kvtransfer.transports.shm import ShmEndpoint, ShmTransport
+from kvtransfer.transports.tcp import TcpEndpoint, TcpTransport
 from tests.support.kv_pools import EPOCH, SMALL, regions
 
 PROGRESS_TIMEOUT_S = 0.3

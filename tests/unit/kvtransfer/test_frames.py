@@ -4,9 +4,9 @@ import struct
 import pytest
 
 from disaggregated.errors import LeaseExpired, StaleEpoch, TransferError
-from kvtransfer import frames
-from kvtransfer.frames import HEADER, Hello, Kind, MalformedFrame, ReadRequest, Welcome
 from kvtransfer.runs import Run
+from kvtransfer.transports import frames
+from kvtransfer.transports.frames import HEADER, Hello, Kind, MalformedFrame, ReadRequest, Welcome
 
 READ = ReadRequest(lease_key=b"k" * 16, epoch=2**63, layers=range(1, 3), blocks=(Run(3, 2), Run(0, 1)))
 

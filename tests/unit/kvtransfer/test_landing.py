@@ -6,7 +6,7 @@ from disaggregated.errors import ChecksumMismatch, TransferError
 from disaggregated.v1 import kv_pb2
 from kvtransfer.checksum import block_checksums
 from kvtransfer.deadline import Deadline
-from kvtransfer.landing import BlockBatch, Lander, PublishedBlocks
+from kvtransfer.destination.landing import BlockBatch, Lander, PublishedBlocks
 from kvtransfer.region import Region
 from kvtransfer.transport import BlockRead, LinkCounters, ReadStop, ReadStopped
 from tests.support.kv_pools import SMALL, blocks_of, flip_bit, regions

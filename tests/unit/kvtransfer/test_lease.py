@@ -3,9 +3,9 @@ import random
 import pytest
 
 from disaggregated.errors import LeaseExpired, StaleEpoch, TransferError
-from kvtransfer.lease import ENDED_REMEMBERED, Chunk, Ending, LeaseBook, Outcome, Progress
 from kvtransfer.machine import SourcePhase
 from kvtransfer.runs import Run
+from kvtransfer.source.lease import ENDED_REMEMBERED, Chunk, Ending, LeaseBook, Outcome, Progress
 
 
 def book(lease_s: float = 10.0) -> LeaseBook:

@@ -11,10 +11,10 @@ from disaggregated.errors import LeaseExpired
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
-from kvtransfer.landing import Lander, PublishedBlocks
+from kvtransfer.destination.landing import Lander, PublishedBlocks
+from kvtransfer.destination.peer import PeerStatistics, SourcePeer
+from kvtransfer.destination.pull import Pull
 from kvtransfer.machine import DestinationPhase, DestinationTransfer
-from kvtransfer.peer import PeerStatistics, SourcePeer
-from kvtransfer.pull import Pull
 from kvtransfer.transport import SourceIdentity
 from tests.support.virtual_time import run_in_virtual_time
 

@@ -12,9 +12,9 @@ from disaggregated.errors import DisaggregatedError, LeaseExpired, PeerLost, Que
 from disaggregated.kv_layout import KVLayout
 from kvtransfer import Region
 from kvtransfer.deadline import Deadline
-from kvtransfer.peer import source_errors
-from kvtransfer.tcp import TcpEndpoint, TcpTransport
+from kvtransfer.destination.peer import source_errors
 from kvtransfer.transport import Offer, OurEnd, SourceIdentity
+from kvtransfer.transports.tcp import TcpEndpoint, TcpTransport
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", num_blocks=2)
 SOURCE = SourceIdentity(instance_id="source", epoch=1, layout=LAYOUT)

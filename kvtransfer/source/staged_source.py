@@ -21,7 +21,7 @@ import grpc
 from disaggregated.errors import TransferError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.region import Region
-from kvtransfer.source import TransferSource
+from kvtransfer.source.transfer_source import TransferSource
 from kvtransfer.staging import DeviceCopier, StagingBlocks
 from kvtransfer.transport import EndpointStatistics
 

@@ -24,10 +24,11 @@ from disaggregated.errors import (
 )
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
-from kvtransfer import negotiate, shm
+from kvtransfer import negotiate
 from kvtransfer.deadline import Deadline
 from kvtransfer.off_loop import run_to_end
 from kvtransfer.transport import DestinationTransport, Offer, PeerLink, SourceIdentity
+from kvtransfer.transports import shm
 
 log = logs.get(__name__)
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from disaggregated.errors import PeerLost
-from kvtransfer import frames
 from kvtransfer.deadline import Deadline
-from kvtransfer.frames import Kind, MalformedFrame
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, ReadStop
+from kvtransfer.transports import frames
+from kvtransfer.transports.frames import Kind, MalformedFrame
 
 _NEVER: Final = Deadline(math.inf)
 _VECTORS_MAX: Final = 64

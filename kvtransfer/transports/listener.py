@@ -16,11 +16,11 @@ from typing import Final, Protocol
 from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import frames
 from kvtransfer.deadline import Deadline
-from kvtransfer.frame_socket import FrameSocket
-from kvtransfer.frames import Hello, Kind, ReadRequest
 from kvtransfer.transport import EndpointStatistics, ReadGate
+from kvtransfer.transports import frames
+from kvtransfer.transports.frame_socket import FrameSocket
+from kvtransfer.transports.frames import Hello, Kind, ReadRequest
 
 log = logs.get(__name__)
 

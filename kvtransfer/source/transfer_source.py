@@ -17,17 +17,18 @@ import grpc
 from disaggregated import logs
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2_grpc
-from kvtransfer import negotiate, shm
+from kvtransfer import negotiate
 from kvtransfer.checksum import block_checksums
 from kvtransfer.deadline import Deadline
-from kvtransfer.lease import Chunk, LeaseBook, Outcome
 from kvtransfer.machine import SourcePhase
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
-from kvtransfer.shm import ShmEndpoint
-from kvtransfer.source_service import KVSourceService
-from kvtransfer.tcp import TcpEndpoint
+from kvtransfer.source.lease import Chunk, LeaseBook, Outcome
+from kvtransfer.source.service import KVSourceService
 from kvtransfer.transport import EndpointStatistics, SourceEndpoint
+from kvtransfer.transports import shm
+from kvtransfer.transports.shm import ShmEndpoint
+from kvtransfer.transports.tcp import TcpEndpoint
 
 log = logs.get(__name__)
 

@@ -15,16 +15,16 @@ from disaggregated.errors import TransferTimeout
 from disaggregated.kv_layout import KVLayout
 from kvtransfer import negotiate
 from kvtransfer.deadline import Deadline
-from kvtransfer.landing import Lander, PublishedBlocks
+from kvtransfer.destination.landing import Lander, PublishedBlocks
+from kvtransfer.destination.peer import Destination, PeerStatistics, SourcePeer, Ticket
+from kvtransfer.destination.peers import SourcePeers
+from kvtransfer.destination.pull import Landed, Pull
 from kvtransfer.machine import DestinationTransfer
-from kvtransfer.peer import Destination, PeerStatistics, SourcePeer, Ticket
-from kvtransfer.peers import SourcePeers
-from kvtransfer.pull import Landed, Pull
 from kvtransfer.region import Region
-from kvtransfer.shm import ShmTransport
 from kvtransfer.staging import DeviceCopier, InPlace, Staged, StagingBlocks
-from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd
+from kvtransfer.transports.shm import ShmTransport
+from kvtransfer.transports.tcp import TcpTransport
 
 PART_BYTES: Final = 16 << 20
 """In flight of one transfer, unless `max_tokens_in_buffer` says otherwise."""

@@ -14,7 +14,7 @@ import grpc
 from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
 from kvtransfer.deadline import Deadline
-from kvtransfer.peer import Destination, PeerStatistics, SourcePeer, Ticket, close_peer, connect
+from kvtransfer.destination.peer import Destination, PeerStatistics, SourcePeer, Ticket, close_peer, connect
 from kvtransfer.transport import DestinationTransport
 
 log = logs.get(__name__)

@@ -11,9 +11,9 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2
 from kvtransfer.checksum import block_checksum
 from kvtransfer.deadline import Deadline
-from kvtransfer.frames import RUNS_MAX
 from kvtransfer.staging import InPlace, LandingPlace
 from kvtransfer.transport import BlockRead, PeerLink, ReadStop
+from kvtransfer.transports.frames import RUNS_MAX
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

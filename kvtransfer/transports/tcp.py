@@ -11,12 +11,7 @@ from typing import Final
 
 from disaggregated.errors import PeerLost, TransferError
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import frames
 from kvtransfer.deadline import Deadline
-from kvtransfer.frame_socket import FrameSocket
-from kvtransfer.frames import Hello, Kind, ReadRequest, Welcome
-from kvtransfer.link import FramedLink
-from kvtransfer.listener import EndpointSecret, FrameServer
 from kvtransfer.region import Region
 from kvtransfer.runs import runs, views
 from kvtransfer.transport import (
@@ -29,6 +24,11 @@ from kvtransfer.transport import (
     ReadStop,
     SourceIdentity,
 )
+from kvtransfer.transports import frames
+from kvtransfer.transports.frame_socket import FrameSocket
+from kvtransfer.transports.frames import Hello, Kind, ReadRequest, Welcome
+from kvtransfer.transports.link import FramedLink
+from kvtransfer.transports.listener import EndpointSecret, FrameServer
 
 NAME: Final = "TCP"
 EVERY_ADDRESS: Final = ("", "0.0.0.0", "::")

@@ -23,10 +23,10 @@ import grpc
 from disaggregated.errors import ChecksumMismatch, LeaseExpired, PeerLost, SourceFailed, TransferError
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
-from kvtransfer.landing import BlockBatch, Lander, PublishedBlocks
+from kvtransfer.destination.landing import BlockBatch, Lander, PublishedBlocks
+from kvtransfer.destination.peer import SourcePeer, source_errors
 from kvtransfer.machine import DestinationPhase, DestinationTransfer
 from kvtransfer.off_loop import run_to_end
-from kvtransfer.peer import SourcePeer, source_errors
 from kvtransfer.transport import ReadStop
 
 _PUBLICATIONS_MAX: Final = 256

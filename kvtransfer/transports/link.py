@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from disaggregated.errors import PeerLost, TransferError
-from kvtransfer import frames
 from kvtransfer.deadline import Deadline
-from kvtransfer.frame_socket import FrameSocket
-from kvtransfer.frames import Kind, MalformedFrame, ReadRequest
 from kvtransfer.runs import runs
 from kvtransfer.transport import BlockRead, LinkCounters, ReadStop
+from kvtransfer.transports import frames
+from kvtransfer.transports.frame_socket import FrameSocket
+from kvtransfer.transports.frames import Kind, MalformedFrame, ReadRequest
 
 
 class Dialler(Protocol):

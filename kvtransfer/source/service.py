@@ -12,8 +12,8 @@ from typing import Any, Final, Protocol
 from disaggregated.errors import FingerprintMismatch, LayoutMismatch, LeaseExpired, QueueFull, StaleEpoch, TransferError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
-from kvtransfer.lease import Ending, LeaseBook, Progress
 from kvtransfer.machine import SourcePhase
+from kvtransfer.source.lease import Ending, LeaseBook, Progress
 from kvtransfer.transport import SourceEndpoint
 
 FOLLOWERS_MAX: Final = 4096

@@ -16,12 +16,7 @@ from typing import Final
 
 from disaggregated.errors import PeerLost, TransferError
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import frames
 from kvtransfer.deadline import Deadline
-from kvtransfer.frame_socket import FrameSocket
-from kvtransfer.frames import Hello, ReadRequest, Welcome
-from kvtransfer.link import FramedLink
-from kvtransfer.listener import EndpointSecret, FrameServer
 from kvtransfer.region import MappedRegion, Region, copy_bytes
 from kvtransfer.runs import RunPair, run_pairs
 from kvtransfer.transport import (
@@ -34,6 +29,11 @@ from kvtransfer.transport import (
     ReadStop,
     SourceIdentity,
 )
+from kvtransfer.transports import frames
+from kvtransfer.transports.frame_socket import FrameSocket
+from kvtransfer.transports.frames import Hello, ReadRequest, Welcome
+from kvtransfer.transports.link import FramedLink
+from kvtransfer.transports.listener import EndpointSecret, FrameServer
 
 NAME: Final = "SHM"
 COPY_BYTES_MAX: Final = 4 << 20
