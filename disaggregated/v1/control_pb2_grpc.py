@@ -290,6 +290,11 @@ class ContextStub:
                 request_serializer=disaggregated_dot_v1_dot_control__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=disaggregated_dot_v1_dot_control__pb2.PrefillProgress.FromString,
                 _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/disaggregated.v1.Context/Abort',
+                request_serializer=disaggregated_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
+                response_deserializer=disaggregated_dot_v1_dot_control__pb2.AbortReply.FromString,
+                _registered_method=True)
 
 
 class ContextServicer:
@@ -302,6 +307,14 @@ class ContextServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Abort(self, request, context):
+        """Nobody will pull the blocks of these transfers. A prefill that still runs is stopped, blocks that wait for a reader
+        go back at once; a transfer that is over is left alone, and one that has not begun never will.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ContextServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -309,6 +322,11 @@ def add_ContextServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=disaggregated_dot_v1_dot_control__pb2.PrefillRequest.FromString,
                     response_serializer=disaggregated_dot_v1_dot_control__pb2.PrefillProgress.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=disaggregated_dot_v1_dot_control__pb2.AbortRequest.FromString,
+                    response_serializer=disaggregated_dot_v1_dot_control__pb2.AbortReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -338,6 +356,33 @@ class Context:
             '/disaggregated.v1.Context/Prefill',
             disaggregated_dot_v1_dot_control__pb2.PrefillRequest.SerializeToString,
             disaggregated_dot_v1_dot_control__pb2.PrefillProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/disaggregated.v1.Context/Abort',
+            disaggregated_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
+            disaggregated_dot_v1_dot_control__pb2.AbortReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -109,12 +109,20 @@ class ContextStub:
     def __new__(cls, channel: _aio.Channel) -> ContextAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_control_pb2.PrefillRequest, _control_pb2.PrefillProgress]
     """Prefills a prompt and samples its first token. Cancelling the call cancels the work within one chunk."""
+    Abort: _grpc.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortReply]
+    """Nobody will pull the blocks of these transfers. A prefill that still runs is stopped, blocks that wait for a reader
+    go back at once; a transfer that is over is left alone, and one that has not begun never will.
+    """
 
 @_typing.type_check_only
 class ContextAsyncStub(ContextStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_control_pb2.PrefillRequest, _control_pb2.PrefillProgress]  # type: ignore[assignment]
     """Prefills a prompt and samples its first token. Cancelling the call cancels the work within one chunk."""
+    Abort: _aio.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortReply]  # type: ignore[assignment]
+    """Nobody will pull the blocks of these transfers. A prefill that still runs is stopped, blocks that wait for a reader
+    go back at once; a transfer that is over is left alone, and one that has not begun never will.
+    """
 
 class ContextServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -124,6 +132,16 @@ class ContextServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.PrefillProgress], _abc.AsyncIterator[_control_pb2.PrefillProgress]]:
         """Prefills a prompt and samples its first token. Cancelling the call cancels the work within one chunk."""
+
+    @_abc_1.abstractmethod
+    def Abort(
+        self,
+        request: _control_pb2.AbortRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.AbortReply, _abc.Awaitable[_control_pb2.AbortReply]]:
+        """Nobody will pull the blocks of these transfers. A prefill that still runs is stopped, blocks that wait for a reader
+        go back at once; a transfer that is over is left alone, and one that has not begun never will.
+        """
 
 def add_ContextServicer_to_server(servicer: ContextServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

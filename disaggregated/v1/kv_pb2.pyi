@@ -282,20 +282,24 @@ class ReleaseRequest(_message.Message):
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     LANDED_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     epoch: _builtins.int
     landed: _builtins.bool
-    """false: given up"""
+    """false: given up, or never wanted; also from a destination that Connect refused"""
+    peer_id: _builtins.str
+    """whoever follows a transfer does not lose it to another's giving up"""
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         landed: _builtins.bool = ...,
+        peer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "landed", b"landed", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "landed", b"landed", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
