@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 
+from disaggregated.block_hash import BlockHash
 from disaggregated.engine.api import (
     PLACEHOLDER,
     ChunkComputed,
@@ -27,6 +28,7 @@ from disaggregated.engine.block_events import BlockEventBatch, BlockSnapshot
 from disaggregated.engine.block_pool import BlockPool, LedgerEntry
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.launched_step import ExecutedStep, LaunchedRow, LaunchedStep, launched, scheduled
+from disaggregated.engine.prefix_holdings import PrefixHoldings, PrefixReservation
 from disaggregated.engine.request_check import check_request
 from disaggregated.engine.scheduler import Scheduler
 from disaggregated.engine.scheduler_limits import SchedulerLimits
@@ -47,7 +49,8 @@ class LLMEngine:
     which works on its own never waits for the host. The tokens are the same. What is not known yet when a step is
     launched can only cost a row in vain: when a token ends its sequence, the row after it is dropped.
 
-    Invariant: every block that is held belongs to a request known here, and the ledger names it.
+    Invariant: every block that is held belongs to a request known here, or to a prefix that is lent or reserved, and
+    the ledger names it.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class LLMEngine:
         self._cache = TieredCache(num_host_slots=num_host_slots, event_buffer_max_size=event_buffer_max_size)
         self._pool = BlockPool(num_blocks, self._cache)
         self._scheduler = Scheduler(self._pool, self._limits, speculation)
+        self._prefixes = PrefixHoldings(self._pool)
         self._launched: LaunchedStep | None = None
         self._sequences: dict[str, Sequence] = {}
         self._unsent: list[EngineEvent] = []
@@ -202,13 +206,48 @@ class LLMEngine:
             self._end(sequence)
         return True
 
+    def lend(self, owner: str, hashes: AnySequence[BlockHash]) -> tuple[int, ...]:
+        """Hold what is found here of `hashes`, from the first on, until release(owner): another server reads it.
+
+        Fewer blocks, or none, when there is no room to hold them all.
+        """
+        num_free = self._scheduler.num_blocks_unpromised
+        block_ids = self._prefixes.lend(owner, hashes, num_free=num_free, now_s=self._clock())
+        self._copy_blocks(before_others=True)
+        return block_ids
+
+    def reserve_prefix(
+        self, owner: str, hashes: AnySequence[BlockHash], num_wanted: Callable[[int], int]
+    ) -> PrefixReservation:
+        """Take blocks for what follows the longest run of `hashes` found here, to be filled by a transfer.
+
+        num_wanted: how many, given how many are here; called once, on this thread. They are the caller's until
+        land_prefix() or release(). Fewer, or none, when there is no room.
+        """
+        if not self._limits.enable_block_reuse:
+            return PrefixReservation(num_cached_blocks=0, block_ids=())
+        num_free = self._scheduler.num_blocks_unpromised
+        reservation = self._prefixes.reserve(owner, hashes, num_wanted, num_free=num_free, now_s=self._clock())
+        self._copy_blocks(before_others=True)
+        return reservation
+
+    def land_prefix(self, owner: str, num_blocks: int) -> bool:
+        """The first `num_blocks` of a prefix reservation are filled and verified: they are found from here on.
+
+        False when it was cancelled meanwhile. Either way nothing is held afterwards.
+        """
+        self._note_progress_if_idle()
+        return self._prefixes.land(owner, num_blocks)
+
     def release(self, request_id: str) -> None:
         """No transfer reads or writes the request's blocks any more: they go back, whatever was left to do.
 
-        For a PREFILL_ONLY in any phase, a reservation that failed and a cancelled one. Anything else, also an id that
-        has ended, is left alone: a late release is not a mistake.
+        For a PREFILL_ONLY in any phase, a reservation that failed and a cancelled one, and what was lent. Anything
+        else, also an id that has ended, is left alone: a late release is not a mistake.
         """
         self._note_progress_if_idle()
+        if self._prefixes.release(request_id):
+            return
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is Phase.ENDING:
             return
@@ -223,6 +262,7 @@ class LLMEngine:
         chunk was told stay leased.
         """
         self._note_progress_if_idle()
+        self._prefixes.cancel(request_id, now_s=self._clock())
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
@@ -292,7 +332,9 @@ class LLMEngine:
     def check_integrity(self) -> None:
         self._scheduler.check_integrity(self._sequences.values())
         for entry in self.ledger():
-            assert entry.owner in self._sequences, f"{entry} belongs to no request"
+            is_known = entry.owner in self._sequences or entry.owner in self._prefixes.owners
+            assert is_known, f"{entry} belongs to no request"
+        self._prefixes.check_integrity()
 
     # Parts of the above.
 

@@ -33,7 +33,7 @@ _HOLDING_NO_MORE: Final = frozenset({Phase.WAITING, Phase.QUARANTINED, Phase.END
 
 
 class Scheduler:
-    """Moves sequences between phases and decides on blocks; the only one to touch the block pool.
+    """Moves sequences between phases and decides on blocks; only prefixes for other servers are held beside it.
 
     Invariant: a sequence is in the queue of its phase and in no other; RUNNING, RESERVED, LANDED, LEASED and
     QUARANTINED and ENDING ones hold blocks, WAITING ones hold none; at most `max_rows` are RUNNING. No block goes back
@@ -70,6 +70,11 @@ class Scheduler:
         return self._num_waiting_tokens + sum(s.num_to_compute for s in self._running if s.num_to_compute > 1)
 
     @property
+    def num_blocks_unpromised(self) -> int:
+        """Free blocks that neither a growing sequence nor the first in the queue is counting on."""
+        return max(0, self.pool.num_free - max(self._num_growing, self._head_wants))
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would compute anything. Not so when all who wait need blocks that are held for transfers."""
         return bool(self._running or self._landed or (self._waiting and not self._head_is_refused))
@@ -102,9 +107,9 @@ class Scheduler:
         cached = self._find_cached(sequence, num_tokens // self.limits.block_size)
         num_new = self.limits.num_blocks_for(num_tokens) - len(cached)
         wanted = self.pool.num_wanted(cached, num_new)
-        free = self.pool.num_free - max(self._num_growing, self._head_wants)
+        free = self.num_blocks_unpromised
         if wanted > free:
-            raise PoolExhausted.of(wanted=wanted, free=max(0, free))
+            raise PoolExhausted.of(wanted=wanted, free=free)
         self._hold(sequence, HoldingKind.RESERVED, cached, num_new, now_s)
         sequence.advance(Phase.RESERVED, now_s=now_s)
 

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from disaggregated.block_hash import BlockHash
 from disaggregated.engine.api import EngineEvent, EngineRequest, EngineStatistics, RequestFailed, Reservation
 from disaggregated.engine.block_events import BlockSnapshot
 from disaggregated.engine.block_feed import BlockFeed
 from disaggregated.engine.block_pool import LedgerEntry
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.prefix_holdings import PrefixReservation
 from disaggregated.errors import AdmissionError, DisaggregatedError, Draining, InvalidRequest, QueueFull, ServerLost
 
 Answer = TypeVar("Answer")
@@ -93,6 +95,22 @@ class EngineThread:
 
     def admit(self, request_id: str, first_token: int) -> None:
         self._put(lambda: self._engine.admit(request_id, first_token))
+
+    def lend(self, owner: str, hashes: Sequence[BlockHash]) -> Future[tuple[int, ...]]:
+        """Answered between two steps, as of `LLMEngine.lend`. Who stops waiting calls release(), as after reserve().
+
+        Raises as reserve() does.
+        """
+        return self._ask(lambda: self._engine.lend(owner, hashes))
+
+    def reserve_prefix(
+        self, owner: str, hashes: Sequence[BlockHash], num_wanted: Callable[[int], int]
+    ) -> Future[PrefixReservation]:
+        """As of `LLMEngine.reserve_prefix`; the same holds as for lend()."""
+        return self._ask(lambda: self._engine.reserve_prefix(owner, hashes, num_wanted))
+
+    def land_prefix(self, owner: str, num_blocks: int) -> None:
+        self._put(lambda: self._engine.land_prefix(owner, num_blocks))
 
     def release(self, request_id: str) -> None:
         self._put(lambda: self._engine.release(request_id))

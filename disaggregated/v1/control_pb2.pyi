@@ -529,6 +529,7 @@ class PrefillRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    REUSE_FROM_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     transfer_id: _builtins.str
     """empty: nobody will pull these blocks"""
@@ -540,6 +541,10 @@ class PrefillRequest(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def reuse_from(self) -> Global___PrefixHint:
+        """absent: nobody is known to hold more of this prompt"""
+
     def __init__(
         self,
         *,
@@ -549,14 +554,91 @@ class PrefillRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         deadline_s: _builtins.float = ...,
         priority: _builtins.int = ...,
+        reuse_from: Global___PrefixHint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reuse_from", b"reuse_from", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "priority", b"priority", "request_id", b"request_id", "reuse_from", b"reuse_from", "sampling", b"sampling", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
+
+@_typing.final
+class PrefixHint(_message.Message):
+    """Who probably holds the beginning of a prompt. A hint that is wrong costs a little time and nothing else."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of the KVSource"""
+    instance_id: _builtins.str
+    epoch: _builtins.int
+    num_tokens: _builtins.int
+    """of the prompt, that it is believed to hold"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "instance_id", b"instance_id", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixHint: _TypeAlias = PrefixHint  # noqa: Y015
+
+@_typing.final
+class PrefixReuse(_message.Message):
+    """What became of a PrefixHint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    SPENT_S_FIELD_NUMBER: _builtins.int
+    PULL_ESTIMATE_S_FIELD_NUMBER: _builtins.int
+    COMPUTE_ESTIMATE_S_FIELD_NUMBER: _builtins.int
+    NUM_CONSIDERED_TOKENS_FIELD_NUMBER: _builtins.int
+    verdict: _builtins.str
+    """"pulled", or why nothing came; few values, fit for a metric's label"""
+    num_tokens: _builtins.int
+    """that came, and need not be computed"""
+    num_bytes: _builtins.int
+    spent_s: _builtins.float
+    """arrival to decision and, if blocks were pulled, to the last one verified"""
+    pull_estimate_s: _builtins.float
+    """what the cost model thought of num_considered_tokens"""
+    compute_estimate_s: _builtins.float
+    num_considered_tokens: _builtins.int
+    """offered by the hint, and not here already"""
+    def __init__(
+        self,
+        *,
+        verdict: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        spent_s: _builtins.float = ...,
+        pull_estimate_s: _builtins.float = ...,
+        compute_estimate_s: _builtins.float = ...,
+        num_considered_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_estimate_s", b"compute_estimate_s", "num_bytes", b"num_bytes", "num_considered_tokens", b"num_considered_tokens", "num_tokens", b"num_tokens", "pull_estimate_s", b"pull_estimate_s", "spent_s", b"spent_s", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixReuse: _TypeAlias = PrefixReuse  # noqa: Y015
 
 @_typing.final
 class PrefillProgress(_message.Message):
@@ -595,6 +677,7 @@ class PrefillOutcome(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
+    REUSE_FIELD_NUMBER: _builtins.int
     first_token: _builtins.int
     finish_reason: _builtins.str
     """"": goes on; "stop" or "length": the first token ended it"""
@@ -602,6 +685,10 @@ class PrefillOutcome(_message.Message):
     """arrival to first chunk started"""
     compute_s: _builtins.float
     """first chunk started to first token"""
+    @_builtins.property
+    def reuse(self) -> Global___PrefixReuse:
+        """absent: there was no hint"""
+
     def __init__(
         self,
         *,
@@ -609,10 +696,11 @@ class PrefillOutcome(_message.Message):
         finish_reason: _builtins.str = ...,
         queue_s: _builtins.float = ...,
         compute_s: _builtins.float = ...,
+        reuse: Global___PrefixReuse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reuse", b"reuse"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "finish_reason", b"finish_reason", "first_token", b"first_token", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "finish_reason", b"finish_reason", "first_token", b"first_token", "queue_s", b"queue_s", "reuse", b"reuse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -886,6 +974,7 @@ class AdmissionTimes(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
+    SAVED_BYTES_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """local prefill: waiting for its first chunk"""
     transfer_s: _builtins.float
@@ -899,6 +988,8 @@ class AdmissionTimes(_message.Message):
     num_cached_tokens: _builtins.int
     compute_s: _builtins.float
     """local prefill"""
+    saved_bytes: _builtins.int
+    """of the prompt's KV, that did not travel because it was here"""
     def __init__(
         self,
         *,
@@ -910,10 +1001,11 @@ class AdmissionTimes(_message.Message):
         transport: _builtins.str = ...,
         num_cached_tokens: _builtins.int = ...,
         compute_s: _builtins.float = ...,
+        saved_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "exposed_s", b"exposed_s", "landed_to_step_s", b"landed_to_step_s", "num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s", "transfer_bytes", b"transfer_bytes", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "exposed_s", b"exposed_s", "landed_to_step_s", b"landed_to_step_s", "num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s", "saved_bytes", b"saved_bytes", "transfer_bytes", b"transfer_bytes", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

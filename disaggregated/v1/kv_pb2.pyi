@@ -193,7 +193,10 @@ Global___FollowRequest: _TypeAlias = FollowRequest  # noqa: Y015
 
 @_typing.final
 class Publication(_message.Message):
-    """One chunk that is ready to be read. Blocks come in prompt order and never twice."""
+    """Blocks that are ready to be read, in all layers or in some. Blocks come in prompt order and never twice; where layers
+    come by and by, the same blocks are named again with the next layers, until they are there in all, and only then do
+    the next blocks come. A block's later layers may still be written: they must not be read.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -205,26 +208,32 @@ class Publication(_message.Message):
     LANDING_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     LEASE_KEY_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     first_block: _builtins.int
     """index into the prompt's blocks of the first one here"""
     num_tokens: _builtins.int
-    """tokens of the prompt that are covered up to here"""
+    """tokens of the prompt that are covered up to here, in these layers"""
     failure: _builtins.str
     """set alone: the prefill failed or was cancelled"""
     lease_key: _builtins.bytes
     """names the lease in reads; in the first publication"""
+    first_layer: _builtins.int
+    """of the source's pool"""
+    num_layers: _builtins.int
+    """0, with first_layer 0: all of them"""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """in the source's pool"""
 
     @_builtins.property
     def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """one a block: xxh3_64 over that block of every layer, in layer order"""
+        """one a block: xxh3_64 over that block of these layers, in layer order"""
 
     @_builtins.property
     def landing(self) -> Global___Landing:
-        """set in the last publication only"""
+        """set in the last publication only; it may come without blocks"""
 
     def __init__(
         self,
@@ -237,10 +246,12 @@ class Publication(_message.Message):
         landing: Global___Landing | None = ...,
         failure: _builtins.str = ...,
         lease_key: _builtins.bytes = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["landing", b"landing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "checksums", b"checksums", "epoch", b"epoch", "failure", b"failure", "first_block", b"first_block", "landing", b"landing", "lease_key", b"lease_key", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "checksums", b"checksums", "epoch", b"epoch", "failure", b"failure", "first_block", b"first_block", "first_layer", b"first_layer", "landing", b"landing", "lease_key", b"lease_key", "num_layers", b"num_layers", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
