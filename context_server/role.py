@@ -29,8 +29,7 @@ from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import LeaseExpired
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
-from kvtransfer import Region, StagedSource, TransferSource
-from kvtransfer.negotiate import speakable
+from kvtransfer import Preference, Region, StagedSource, TransferSource
 
 
 class ContextRole(control_pb2_grpc.ContextServicer):
@@ -54,7 +53,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             "instance_id": server.identity.instance_id,
             "epoch": server.identity.epoch,
             "lease_s": transceiver.lease_s,
-            "transports": speakable(transceiver.backend),
+            "preference": Preference(transceiver.backend, transceiver.fallback),
             "host": "127.0.0.1" if server.config.host == "localhost" else server.config.host,
             "on_released": self._transfer_over,
         }
@@ -144,6 +143,11 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             self._source.fail(prefill.transfer_id, "the prefill was stopped")
         else:
             self._give_back(prefill.engine_id)
+
+    async def Abort(self, request: control_pb2.AbortRequest, call: Any) -> control_pb2.AbortReply:
+        reason = request.reason or "nobody wants these blocks"
+        ended = [self._source.fail(transfer_id, reason) for transfer_id in request.transfer_ids]
+        return control_pb2.AbortReply(num_ended=sum(ended))
 
     # Events of the engine.
 

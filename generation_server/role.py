@@ -42,8 +42,7 @@ from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 from generation_server.admission import Admission, Caller
 from generation_server.step_stream import StepStream
-from kvtransfer import Region, TransferDestination
-from kvtransfer.negotiate import speakable
+from kvtransfer import Preference, Region, TransferDestination
 
 log = logs.get(__name__)
 
@@ -68,14 +67,13 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         """By engine id."""
         self._overlap = os.environ.get(NO_OVERLAP_VARIABLE) != "1"
         transceiver = server.config.cache_transceiver_config
-        self._backend = transceiver.backend
         self._destination = TransferDestination(
             server.memory,
             server.memory_layout,
             fingerprint=server.loaded.fingerprint,
             instance_id=server.identity.instance_id,
             epoch=server.identity.epoch,
-            backend=transceiver.backend,
+            preference=Preference(transceiver.backend, transceiver.fallback),
             max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
             copier=server.copier,
         )
@@ -104,7 +102,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
 
     @property
     def transports(self) -> Sequence[str]:
-        return speakable(self._backend)
+        return self._destination.transports
 
     def links(self) -> Sequence[control_pb2.LinkStatistics]:
         return [
@@ -161,6 +159,14 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
     # Admission.
 
     async def Admit(self, request: control_pb2.AdmitRequest, call: Any) -> control_pb2.AdmitReply:
+        try:
+            return await self._admit(request)
+        except BaseException:
+            if request.HasField("source"):
+                self._destination.decline(request.source)
+            raise
+
+    async def _admit(self, request: control_pb2.AdmitRequest) -> control_pb2.AdmitReply:
         caller = self._callers.get(request.orchestrator_id)
         if caller is None:
             raise AdmissionError(f"orchestrator {request.orchestrator_id!r} has no Generate stream open here")

@@ -10,7 +10,7 @@ destination; staging, staged_source for pools in a device's memory.
 from kvtransfer.destination.peer import PeerStatistics, Ticket
 from kvtransfer.destination.pull import Landed
 from kvtransfer.destination.transfer_destination import TransferDestination
-from kvtransfer.negotiate import check_backend
+from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
 from kvtransfer.source.staged_source import StagedSource
 from kvtransfer.source.transfer_source import TransferSource
@@ -20,10 +20,10 @@ __all__ = [
     "DeviceCopier",
     "Landed",
     "PeerStatistics",
+    "Preference",
     "Region",
     "StagedSource",
     "Ticket",
     "TransferDestination",
     "TransferSource",
-    "check_backend",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.deployment_keys import SECTION_KEYS, TOP_KEYS
-from disaggregated.config.environment import KNOWN_NAMES, OTHER_NAMES
+from disaggregated.config.environment import KNOWN_NAMES, OTHER_NAMES, SWITCHES
 from disaggregated.config.fields import dotted
 from disaggregated.config.key_table import Key, Outcome
 from disaggregated.config.server import ServerConfig
@@ -129,6 +129,8 @@ def _aliases() -> str:
 def _environment_lines() -> Iterator[str]:
     for name, path in KNOWN_NAMES.items():
         yield f"- `{name}`: as `DISAGG__{path.upper().replace('.', '__')}`"
+    for name, (path, value) in SWITCHES.items():
+        yield f"- `{name}=1`: as `DISAGG__{path.upper().replace('.', '__')}={value}`"
     for name, says in OTHER_NAMES.items():
         yield f"- `{name}`: {says}"
 

@@ -29,12 +29,13 @@ KNOWN_NAMES: Final[Mapping[str, str]] = {
 }
 """Taken as the `DISAGG__` variable of that key; where both are set, the `DISAGG__` one counts."""
 
+SWITCHES: Final[Mapping[str, tuple[str, str]]] = {
+    f"TRTLLM_USE_{name}_KVCACHE": ("cache_transceiver_config.backend", name) for name in ("UCX", "NIXL", "MPI")
+}
+"""Set to 1, taken as the `DISAGG__` variable of that key with that value."""
+
 OTHER_NAMES: Final[Mapping[str, str]] = {
-    "TRTLLM_NIXL_KVCACHE_BACKEND": "no effect: NIXL is not built in; see cache_transceiver_config.backend",
-    "TRTLLM_USE_UCX_KVCACHE": "no effect: UCX is not built in; see cache_transceiver_config.backend",
-    "TRTLLM_USE_NIXL_KVCACHE": "no effect: NIXL is not built in; see cache_transceiver_config.backend",
-    "TRTLLM_USE_MPI_KVCACHE": "no effect: MPI is not built in; see cache_transceiver_config.backend",
-    "TLLM_DISABLE_MPI": "no effect: MPI is never used",
+    "TLLM_DISABLE_MPI": "no effect: MPI is used where cache_transceiver_config.backend says MPI, and nowhere else",
 }
 
 
@@ -44,6 +45,9 @@ def overrides(environ: Mapping[str, str]) -> dict[str, tuple[str, object]]:
     for name, path in KNOWN_NAMES.items():
         if environ.get(name):
             found[path] = (name, _value(name, environ[name]))
+    for name, (path, value) in SWITCHES.items():
+        if environ.get(name) == "1":
+            found[path] = (name, value)
     for name in sorted(environ):
         path = ".".join(part.lower() for part in name.removeprefix(PREFIX).split("__"))
         if name.startswith(PREFIX):

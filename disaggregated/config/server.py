@@ -30,7 +30,9 @@ class KVCacheConfig:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CacheTransceiverConfig:
     backend: str = "DEFAULT"
-    """DEFAULT negotiates the best common one: SHM on one host, else TCP."""
+    """DEFAULT negotiates the best that both ends have; any other is used, or is an error that says what is missing."""
+    fallback: bool = False
+    """With a named backend that cannot be used: take the next best instead, and say so."""
     max_tokens_in_buffer: int | None = None
     """Bounds the blocks in flight of one transfer; None: a chunk of up to 16 MiB."""
     kv_transfer_timeout_ms: int = 60_000

@@ -44,7 +44,6 @@ _QUANTISATION: Final = choice(
 )
 _QUANTISED_LINEARS: Final = "every linear is quantised, but a router of experts; embeddings and norms never are"
 _ONE_WAY: Final = "weights are quantised to INT8 or FP8, with a scale a row, and activations with a scale a token"
-_INSTEAD: Final = ("DEFAULT", "it is not built yet; DEFAULT is used: shared memory on one host, else TCP")
 _ONE_RANK: Final = "a server has one rank for now, so only 1 starts"
 _EXPERTS: Final = "experts are computed one after the other, by the kernels of the dense layers"
 _ALL_TOKENS: Final = "every layer attends to as many tokens as the model says"
@@ -131,8 +130,14 @@ _HONOURED: Final = (
     honoured(
         "cache_transceiver_config.backend",
         choice("DEFAULT", "SHM", "TCP", "UCX", "NIXL", "MPI", "NCCL", "MOONCAKE"),
-        "How KV travels. DEFAULT negotiates the best that both ends have; SHM and TCP are then the only one allowed.",
-        substitutes=dict.fromkeys(("UCX", "NIXL", "MPI", "NCCL", "MOONCAKE"), _INSTEAD),
+        "How KV travels. DEFAULT negotiates the best that both ends have; a named one is the only one allowed, and a "
+        "server that cannot use it says what is missing.",
+        not_built_values={"MOONCAKE": "NIXL or UCX use the same networks"},
+    ),
+    honoured(
+        "cache_transceiver_config.fallback",
+        BOOLEAN,
+        "Where the named backend cannot be used, take the next best that both ends have, and say so.",
     ),
     honoured(
         "cache_transceiver_config.max_tokens_in_buffer",

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 import grpc
@@ -26,6 +26,7 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer import negotiate
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.off_loop import run_to_end
 from kvtransfer.transport import DestinationTransport, Offer, PeerLink, SourceIdentity
 from kvtransfer.transports import shm
@@ -78,7 +79,6 @@ class Destination:
     epoch: int
     fingerprint: str
     layout: KVLayout
-    backend: str
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -86,6 +86,8 @@ class SourcePeer:
     """Owns the channel and the link. Closed by `TransferDestination`, once nobody pulls through it."""
 
     address: str
+    our_id: str
+    """What the source calls us."""
     identity: SourceIdentity
     lease_s: float
     channel: grpc.aio.Channel
@@ -119,7 +121,7 @@ def source_errors(address: str) -> Iterator[None]:
 async def connect(
     ticket: Ticket,
     us: Destination,
-    transports: Mapping[str, DestinationTransport],
+    transports: OurTransports,
     executor: concurrent.futures.Executor,
     *,
     deadline: Deadline,
@@ -135,17 +137,18 @@ async def connect(
     channel = rpc.open_channel(ticket.address)
     try:
         stub = kv_pb2_grpc.KVSourceStub(channel)
-        reply = await _introduce(stub, ticket, us, tuple(transports), deadline)
+        reply = await _introduce(stub, ticket, us, transports.names, deadline)
         identity = SourceIdentity(
             instance_id=reply.instance_id, epoch=reply.epoch, layout=KVLayout.from_proto(reply.layout)
         )
         _check(identity, ticket, us.layout)
         offers = [_to_offer(offer, ticket.address) for offer in reply.offers]
-        ways = negotiate.candidates(us.backend, offers, our_host_key=shm.host_key())
+        ways = negotiate.candidates(transports.preference, offers, our_host_key=shm.host_key())
         link, statistics = await _first_that_connects(ways, identity, transports, executor, deadline)
         log.info("kv_source_connected", source=reply.instance_id, transport=statistics.transport, why=statistics.why)
         return SourcePeer(
             address=ticket.address,
+            our_id=us.instance_id,
             identity=identity,
             lease_s=reply.lease_s,
             channel=channel,
@@ -196,7 +199,7 @@ def _to_offer(offer: kv_pb2.TransportOffer, reached_by: str) -> Offer:
 async def _first_that_connects(
     ways: Sequence[negotiate.Candidate],
     identity: SourceIdentity,
-    transports: Mapping[str, DestinationTransport],
+    transports: OurTransports,
     executor: concurrent.futures.Executor,
     deadline: Deadline,
 ) -> tuple[PeerLink, PeerStatistics]:
@@ -205,7 +208,7 @@ async def _first_that_connects(
     for number, way in enumerate(ways):
         name = way.offer.name
         try:
-            link = await _open_link(transports[name], way.offer, identity, executor, deadline)
+            link = await _open_link(transports.get(name), way.offer, identity, executor, deadline)
         except TransferError as error:
             failed.append(f"{name} failed: {error}")
             if number + 1 == len(ways):

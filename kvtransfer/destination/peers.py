@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Final
 
 import grpc
@@ -14,8 +14,8 @@ import grpc
 from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.destination.peer import Destination, PeerStatistics, SourcePeer, Ticket, close_peer, connect
-from kvtransfer.transport import DestinationTransport
 
 log = logs.get(__name__)
 
@@ -37,7 +37,7 @@ class SourcePeers:
     def __init__(
         self,
         us: Destination,
-        transports: Mapping[str, DestinationTransport],
+        transports: OurTransports,
         executor: concurrent.futures.Executor,
     ) -> None:
         self._us = us
@@ -48,6 +48,10 @@ class SourcePeers:
         self._lost: dict[str, PeerStatistics] = {}
         self._connecting: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._watchers: set[asyncio.Task[None]] = set()
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        return self._transports.names
 
     def statistics(self) -> list[PeerStatistics]:
         return [peer.statistics for peer in self._current.values()]

@@ -91,6 +91,7 @@ class Pull:
         request = kv_pb2.FollowRequest(
             transfer_id=self._transfer.transfer_id,
             epoch=self._peer.identity.epoch,
+            peer_id=self._peer.our_id,
         )
         self._advance(DestinationPhase.FOLLOWING)
         follow = self._peer.stub.Follow(request, timeout=self._deadline.left_s())
@@ -184,7 +185,10 @@ class Pull:
     async def _release(self, *, landed: bool) -> bool:
         """True when the lease held until now."""
         request = kv_pb2.ReleaseRequest(
-            transfer_id=self._transfer.transfer_id, epoch=self._peer.identity.epoch, landed=landed
+            transfer_id=self._transfer.transfer_id,
+            epoch=self._peer.identity.epoch,
+            landed=landed,
+            peer_id=self._peer.our_id,
         )
         with source_errors(self._peer.address):
             reply = await self._peer.stub.Release(request, timeout=self._answer_s())

@@ -11,23 +11,25 @@ import concurrent.futures
 from collections.abc import Sequence
 from typing import Final
 
-from disaggregated.errors import TransferTimeout
+from disaggregated.errors import LeaseExpired, PeerLost, SourceFailed, StaleEpoch, TransferTimeout
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import negotiate
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.farewell import Farewells
 from kvtransfer.destination.landing import Lander, PublishedBlocks
+from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.destination.peer import Destination, PeerStatistics, SourcePeer, Ticket
 from kvtransfer.destination.peers import SourcePeers
 from kvtransfer.destination.pull import Landed, Pull
 from kvtransfer.machine import DestinationTransfer
+from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
 from kvtransfer.staging import DeviceCopier, InPlace, Staged, StagingBlocks
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd
-from kvtransfer.transports.shm import ShmTransport
-from kvtransfer.transports.tcp import TcpTransport
 
 PART_BYTES: Final = 16 << 20
 """In flight of one transfer, unless `max_tokens_in_buffer` says otherwise."""
+SOURCE_KNOWS: Final = (PeerLost, StaleEpoch, LeaseExpired, SourceFailed)
+"""Errors after which there is nobody to tell that we gave up, or who told us so."""
 READERS_MAX: Final = 16
 """Threads. A read beyond waits for one, within its deadline; a dead source holds one for the progress timeout."""
 
@@ -43,7 +45,7 @@ class TransferDestination:
         fingerprint: str,
         instance_id: str,
         epoch: int,
-        backend: str = negotiate.DEFAULT,
+        preference: Preference = Preference(),
         max_tokens_in_buffer: int | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         transports: Sequence[DestinationTransport] | None = None,
@@ -53,21 +55,19 @@ class TransferDestination:
 
         With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
 
-        Raises ConfigError when `backend` cannot be honoured.
+        Raises ConfigError when `preference` cannot be honoured.
         """
-        negotiate.check_backend(backend)
         self._pool = region.buffer
         self._layout = layout
-        us = Destination(instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, layout=layout, backend=backend)
+        us = Destination(instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, layout=layout)
         ours = OurEnd(region=region, layout=layout, peer_id=instance_id, progress_timeout_s=progress_timeout_s)
-        built_in: Sequence[DestinationTransport] = (ShmTransport(ours), TcpTransport(ours))
-        usable = negotiate.speakable(backend)
-        chosen = {each.name: each for each in transports or built_in if each.name in usable}
+        ours_by_name = OurTransports(ours, preference, given=transports or ())
         self._progress_timeout_s = progress_timeout_s
         self._part_bytes = PART_BYTES if max_tokens_in_buffer is None else max_tokens_in_buffer * layout.token_bytes
         self._executor = concurrent.futures.ThreadPoolExecutor(READERS_MAX, thread_name_prefix="kv-pull")
-        self._peers = SourcePeers(us, chosen, self._executor)
+        self._peers = SourcePeers(us, ours_by_name, self._executor)
         self._place = InPlace() if copier is None else Staged(StagingBlocks(layout.num_blocks), copier)
+        self._farewells = Farewells(instance_id)
         self._closed = False
 
     async def pull(
@@ -92,6 +92,22 @@ class TransferDestination:
             TransferTimeout: it did not land within `deadline_s`.
         """
         assert not self._closed, "a pull after close"
+        try:
+            return await self._pull(ticket, into, deadline_s=deadline_s, skip_blocks=skip_blocks, overlap=overlap)
+        except SOURCE_KNOWS:
+            raise
+        except BaseException:
+            self.decline(ticket)
+            raise
+
+    def decline(self, ticket: Ticket) -> None:
+        """We shall not pull this one: its source is told, soon, and need not wait for its lease to run out."""
+        if not self._closed:
+            self._farewells.say(ticket)
+
+    async def _pull(
+        self, ticket: Ticket, into: Sequence[int], *, deadline_s: float, skip_blocks: int, overlap: bool
+    ) -> Landed:
         assert len(set(into)) == len(into), "a block is to be filled twice"
         assert 0 <= skip_blocks <= len(into), f"{skip_blocks} blocks of {len(into)} are here"
         deadline = Deadline.after(deadline_s)
@@ -114,6 +130,11 @@ class TransferDestination:
             self._count(peer, landed)
             return landed
 
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """That this process can read with, best first."""
+        return self._peers.transports
+
     def statistics(self) -> list[PeerStatistics]:
         """One for each source that we are connected to, with the transport that is really in use, and why."""
         return self._peers.statistics()
@@ -123,6 +144,7 @@ class TransferDestination:
         if self._closed:
             return
         self._closed = True
+        await self._farewells.close()
         await self._peers.close()
         await asyncio.to_thread(self._executor.shutdown)
 

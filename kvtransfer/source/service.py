@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final, Protocol
 
 from disaggregated.errors import FingerprintMismatch, LayoutMismatch, LeaseExpired, QueueFull, StaleEpoch, TransferError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.machine import SourcePhase
+from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.source.lease import Ending, LeaseBook, Progress
-from kvtransfer.transport import SourceEndpoint
 
 FOLLOWERS_MAX: Final = 4096
 """Follow calls at once; one more is refused as QueueFull."""
@@ -24,6 +24,12 @@ class EndTransfer(Protocol):
     def __call__(self, transfer_id: str, phase: SourcePhase, reason: str) -> bool: ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Follower:
+    peer_id: str
+    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+
 class KVSourceService(kv_pb2_grpc.KVSourceServicer):
     """Errors leave as exceptions; the gRPC server of `disaggregated.rpc` carries them to the caller."""
 
@@ -31,7 +37,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         self,
         book: LeaseBook,
         layout: KVLayout,
-        endpoints: Sequence[SourceEndpoint],
+        endpoints: SourceEndpoints,
         *,
         fingerprint: str,
         instance_id: str,
@@ -43,7 +49,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         self._fingerprint = fingerprint
         self._instance_id = instance_id
         self._end = end
-        self._followers: dict[str, asyncio.Event] = {}
+        self._followers: dict[str, _Follower] = {}
 
     @property
     def num_followers(self) -> int:
@@ -52,7 +58,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
     def changed(self, transfer_id: str) -> None:
         """Wake the follower of this transfer, if there is one. On the event loop."""
         if follower := self._followers.get(transfer_id):
-            follower.set()
+            follower.changed.set()
 
     async def Connect(self, request: kv_pb2.ConnectRequest, call: Any) -> kv_pb2.ConnectReply:
         if request.fingerprint != self._fingerprint:
@@ -62,7 +68,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         theirs = KVLayout.from_proto(request.layout)
         if difference := self._layout.difference(theirs):
             raise LayoutMismatch(f"source {self._instance_id}, destination {request.peer_id}: {difference}")
-        offers = [endpoint.describe() for endpoint in self._endpoints if endpoint.name in request.transports]
+        offers = await asyncio.to_thread(self._endpoints.offers, tuple(request.transports))
         return kv_pb2.ConnectReply(
             instance_id=self._instance_id,
             epoch=self._book.epoch,
@@ -75,7 +81,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         """Ends when the lease does. A stream that breaks before that is a destination that gave up, or has gone."""
         self._check_epoch(request.epoch)
         transfer_id = request.transfer_id
-        with self._following(transfer_id) as changed:
+        with self._following(transfer_id, request.peer_id) as changed:
             self._book.renew(transfer_id, now_s=time.monotonic())
             sent = 0
             told_outcome = False
@@ -97,8 +103,10 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         self._check_epoch(request.epoch)
         if request.landed:
             held = self._end(request.transfer_id, SourcePhase.RELEASED, "landed")
+        elif self._is_followed_by_another(request):
+            held = False
         else:
-            held = self._end(request.transfer_id, SourcePhase.GIVEN_UP, "the destination gave up")
+            held = self._end(request.transfer_id, SourcePhase.GIVEN_UP, f"{request.peer_id} does not want it")
         return kv_pb2.ReleaseReply(lease_was_valid=held)
 
     async def Renew(self, request: kv_pb2.RenewRequest, call: Any) -> kv_pb2.RenewReply:
@@ -107,15 +115,19 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             raise LeaseExpired(f"transfer {request.transfer_id} is over")
         return kv_pb2.RenewReply(lease_s=self._book.lease_s)
 
+    def _is_followed_by_another(self, request: kv_pb2.ReleaseRequest) -> bool:
+        follower = self._followers.get(request.transfer_id)
+        return follower is not None and follower.peer_id != request.peer_id
+
     @contextlib.contextmanager
-    def _following(self, transfer_id: str) -> Iterator[asyncio.Event]:
+    def _following(self, transfer_id: str, peer_id: str) -> Iterator[asyncio.Event]:
         if transfer_id in self._followers:
             raise TransferError(f"transfer {transfer_id} is followed by another destination")
         if len(self._followers) >= FOLLOWERS_MAX:
             raise QueueFull(f"{FOLLOWERS_MAX} transfers are followed already")
-        changed = self._followers[transfer_id] = asyncio.Event()
+        follower = self._followers[transfer_id] = _Follower(peer_id)
         try:
-            yield changed
+            yield follower.changed
         finally:
             del self._followers[transfer_id]
             if self._book.num_published_blocks(transfer_id) is not None:

@@ -110,8 +110,8 @@ class StagedSource:
         """As TransferSource.finish, soon."""
         return self._leave(transfer_id, _News(tuple(block_ids), num_tokens, first_token))
 
-    def fail(self, transfer_id: str, reason: str) -> None:
-        self._inner.fail(transfer_id, reason)
+    def fail(self, transfer_id: str, reason: str) -> bool:
+        return self._inner.fail(transfer_id, reason)
 
     def ledger(self) -> list[tuple[str, int, float]]:
         return self._inner.ledger()

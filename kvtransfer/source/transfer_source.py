@@ -17,18 +17,17 @@ import grpc
 from disaggregated import logs
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2_grpc
-from kvtransfer import negotiate
+from kvtransfer import registry
 from kvtransfer.checksum import block_checksums
 from kvtransfer.deadline import Deadline
 from kvtransfer.machine import SourcePhase
+from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
+from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.source.lease import Chunk, LeaseBook, Outcome
 from kvtransfer.source.service import KVSourceService
 from kvtransfer.transport import EndpointStatistics, SourceEndpoint
-from kvtransfer.transports import shm
-from kvtransfer.transports.shm import ShmEndpoint
-from kvtransfer.transports.tcp import TcpEndpoint
 
 log = logs.get(__name__)
 
@@ -51,18 +50,23 @@ class TransferSource:
         on_released: Callable[[str], None],
         lease_s: float = 30.0,
         host: str = "127.0.0.1",
-        transports: Sequence[str] = negotiate.BEST_FIRST,
+        preference: Preference = Preference(),
         endpoints: Sequence[SourceEndpoint] | None = None,
     ) -> None:
-        """`host` is what the TCP endpoint binds; `endpoints`, when given, replaces those named by `transports`."""
+        """`host` is what our sockets bind; `endpoints`, when given, replaces those that `preference` asks for."""
         self._pool = region.buffer
         self._layout = layout
         self._on_released = on_released
         self._book = LeaseBook(epoch=epoch, lease_s=lease_s)
-        self._endpoints = tuple(
-            [_make_endpoint(name, region, layout, epoch=epoch, host=host) for name in transports]
-            if endpoints is None
-            else endpoints
+
+        def listen_on(name: str) -> SourceEndpoint:
+            return registry.load(name).make_endpoint(region, layout, epoch=epoch, host=host)
+
+        preference.check()
+        self._endpoints = SourceEndpoints(
+            [listen_on(name) for name in preference.offered()] if endpoints is None else endpoints,
+            gate=self,
+            make=lambda name: listen_on(name) if endpoints is None and preference.may_add(name) else None,
         )
         self._service = KVSourceService(
             self._book, layout, self._endpoints, fingerprint=fingerprint, instance_id=instance_id, end=self._end
@@ -80,8 +84,7 @@ class TransferSource:
         """Listen. Raises TransferError when an endpoint cannot."""
         self._loop = asyncio.get_running_loop()
         try:
-            for endpoint in self._endpoints:
-                endpoint.start(self)
+            self._endpoints.start()
         except BaseException:
             await self.close()
             raise
@@ -101,9 +104,7 @@ class TransferSource:
             self._reaper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reaper
-        deadline = Deadline.after(deadline_s)
-        for endpoint in self._endpoints:
-            await asyncio.to_thread(endpoint.close, deadline=deadline)
+        await asyncio.to_thread(self._endpoints.close, deadline=Deadline.after(deadline_s))
 
     # Called by the server, from any thread.
 
@@ -131,9 +132,12 @@ class TransferSource:
         outcome = Outcome(num_tokens=num_tokens, num_blocks=num_blocks, first_token=first_token)
         return self._publish(transfer_id, block_ids, num_tokens, outcome=outcome)
 
-    def fail(self, transfer_id: str, reason: str) -> None:
-        """The prefill failed or was cancelled. Harmless when the transfer is over; final when it was never opened."""
-        self._end(transfer_id, SourcePhase.FAILED, reason)
+    def fail(self, transfer_id: str, reason: str) -> bool:
+        """The prefill failed or was cancelled, or nobody will pull it. Final, also when it was never opened.
+
+        False when there was nothing to end.
+        """
+        return self._end(transfer_id, SourcePhase.FAILED, reason)
 
     def ledger(self) -> list[tuple[str, int, float]]:
         """Each live transfer: its id, the blocks published so far, its age in seconds."""
@@ -146,7 +150,7 @@ class TransferSource:
         return self._service.num_followers
 
     def statistics(self) -> dict[str, EndpointStatistics]:
-        return {endpoint.name: endpoint.statistics() for endpoint in self._endpoints}
+        return self._endpoints.statistics()
 
     def check_integrity(self) -> None:
         self._book.check_integrity()
@@ -199,10 +203,3 @@ class TransferSource:
             for transfer_id in self._book.due(now_s=time.monotonic()):
                 log.warning("kv_lease_expired", transfer_id=transfer_id, lease_s=self._book.lease_s)
                 self._end(transfer_id, SourcePhase.EXPIRED, f"no sign of life for {self._book.lease_s} s")
-
-
-def _make_endpoint(name: str, region: Region, layout: KVLayout, *, epoch: int, host: str) -> SourceEndpoint:
-    negotiate.check_backend(name)
-    if name == shm.NAME:
-        return ShmEndpoint(region, layout, epoch=epoch)
-    return TcpEndpoint(region, layout, epoch=epoch, host=host)

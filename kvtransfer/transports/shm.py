@@ -21,12 +21,14 @@ from kvtransfer.region import MappedRegion, Region, copy_bytes
 from kvtransfer.runs import RunPair, run_pairs
 from kvtransfer.transport import (
     BlockRead,
+    DestinationTransport,
     EndpointStatistics,
     Offer,
     OurEnd,
     PeerLink,
     ReadGate,
     ReadStop,
+    SourceEndpoint,
     SourceIdentity,
 )
 from kvtransfer.transports import frames
@@ -179,6 +181,19 @@ class _ShmDialler:
         os.close(fd)
         if welcome.region_bytes != expected:
             raise TransferError(f"the source's region is {welcome.region_bytes} bytes, its layout {expected}")
+
+
+def missing() -> str | None:
+    """Memory of another process needs a system that seals it."""
+    return None if hasattr(os, "memfd_create") and host_key() else "needs Linux's sealed memory (memfd)"
+
+
+def make_endpoint(region: Region, layout: KVLayout, *, epoch: int, host: str) -> SourceEndpoint:
+    return ShmEndpoint(region, layout, epoch=epoch)
+
+
+def make_transport(us: OurEnd) -> DestinationTransport:
+    return ShmTransport(us)
 
 
 def peer_uid(sock: socket.socket) -> int:

@@ -16,12 +16,14 @@ from kvtransfer.region import Region
 from kvtransfer.runs import runs, views
 from kvtransfer.transport import (
     BlockRead,
+    DestinationTransport,
     EndpointStatistics,
     Offer,
     OurEnd,
     PeerLink,
     ReadGate,
     ReadStop,
+    SourceEndpoint,
     SourceIdentity,
 )
 from kvtransfer.transports import frames
@@ -143,3 +145,15 @@ class _TcpDialler:
     def _check(self, welcome: Welcome) -> None:
         if welcome.region_bytes != (expected := self._source.layout.pool_bytes):
             raise TransferError(f"the source's region is {welcome.region_bytes} bytes, its layout {expected}")
+
+
+def missing() -> str | None:
+    return None
+
+
+def make_endpoint(region: Region, layout: KVLayout, *, epoch: int, host: str) -> SourceEndpoint:
+    return TcpEndpoint(region, layout, epoch=epoch, host=host)
+
+
+def make_transport(us: OurEnd) -> DestinationTransport:
+    return TcpTransport(us)

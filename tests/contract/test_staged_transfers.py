@@ -13,7 +13,7 @@ import torch
 from disaggregated import rpc
 from disaggregated.engine.cuda.staging import DeviceBlockCopier
 from disaggregated.errors import SourceFailed, TransferError
-from kvtransfer import Region, StagedSource, TransferDestination
+from kvtransfer import Preference, Region, StagedSource, TransferDestination
 from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket
 
 STAGING = dataclasses.replace(SMALL, num_blocks=8)
@@ -70,7 +70,6 @@ async def staged_pair(*, backend: str = "DEFAULT", max_tokens_in_buffer: int | N
             fingerprint=FINGERPRINT,
             instance_id="context-0",
             epoch=EPOCH,
-            transports=("SHM", "TCP"),
         )
         server = rpc.make_server()
         source.add_to(server)
@@ -83,7 +82,7 @@ async def staged_pair(*, backend: str = "DEFAULT", max_tokens_in_buffer: int | N
             fingerprint=FINGERPRINT,
             instance_id="generation-0",
             epoch=1,
-            backend=backend,
+            preference=Preference(backend),
             max_tokens_in_buffer=max_tokens_in_buffer,
             copier=generation.copier,
         )

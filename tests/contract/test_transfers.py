@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -21,7 +21,10 @@ from disaggregated.errors import (
     TransferTimeout,
 )
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import Region, TransferDestination
+from kvtransfer import Preference, Region, TransferDestination, registry
+from kvtransfer.deadline import Deadline
+from kvtransfer.runs import Run
+from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.transport import Offer
 from kvtransfer.transports.tcp import TcpEndpoint
 from tests.support.kv_endpoints import GatedEndpoint, make_endpoint
@@ -189,6 +192,7 @@ async def test_another_model_is_refused_in_words(transport_name: str) -> None:
         ):
             with pytest.raises(FingerprintMismatch, match="generation-0 serves b-model, context-0 serves a-model"):
                 await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=5)
+            await source.wait_released("t")  # Long before its lease runs out: whoever is refused says so.
 
 
 @pytest.mark.parametrize(
@@ -208,6 +212,7 @@ async def test_another_layout_is_refused_with_the_field_that_differs(
         async with served_source(pool, SMALL) as source, destination(into, ours, backend=transport_name) as landing:
             with pytest.raises(LayoutMismatch, match=f"{field} is"):
                 await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=5)
+            await source.wait_released("t")
 
 
 async def test_pools_of_different_sizes_exchange_blocks(transport_name: str) -> None:
@@ -249,6 +254,50 @@ class ServedTicket:
     transfer_id: str = "t"
     instance_id: str = "context-0"
     epoch: int = EPOCH
+
+
+# Declined: nobody pulls, and the source need not wait for its lease to run out.
+
+
+async def test_a_declined_transfer_gives_its_blocks_back_at_once(both: Both) -> None:
+    both.destination.decline(both.source.offer("t", TABLE, 24))
+    await both.source.wait_released("t")
+    with pytest.raises(TransferError):
+        await both.destination.pull(both.source.ticket("t"), INTO, deadline_s=0.2)
+
+
+async def test_a_transfer_that_is_declined_before_it_begins_never_does(both: Both) -> None:
+    both.destination.decline(both.source.ticket("t"))
+
+    def is_refused() -> bool:
+        try:
+            both.source.source.open("t")
+        except TransferError:
+            return True
+        both.source.source.fail("t", "opened too early")
+        return False
+
+    await asyncio.sleep(0.2)
+    assert is_refused()
+
+
+async def test_declining_does_not_disturb_another_that_follows(both: Both) -> None:
+    both.source.source.open("t")
+    pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
+    await eventually(lambda: both.source.source.num_followers)
+    async with destination(both.into, SMALL, instance_id="generation-1") as second:
+        second.decline(both.source.ticket("t"))  # Said before it closes.
+    both.source.source.finish("t", TABLE, 24, 1)
+    await pulling
+    both.check_landed(6)
+
+
+async def test_declining_a_source_that_is_gone_is_harmless_and_ends_soon(both: Both) -> None:
+    both.destination.decline(ServedTicket("127.0.0.1:1"))
+    for number in range(200):  # More than are said at once.
+        both.destination.decline(both.source.ticket(str(number)))
+    async with asyncio.timeout(5):
+        await both.destination.close()
 
 
 # Failures of the prefill, of time, and of bytes.
@@ -334,7 +383,7 @@ async def test_blocks_that_went_back_while_they_were_read_are_an_expired_lease(t
 
 async def test_two_destinations_cannot_follow_one_transfer(both: Both) -> None:
     both.source.source.open("t")
-    async with destination(both.into, SMALL) as second:
+    async with destination(both.into, SMALL, instance_id="generation-1") as second:
         first = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
         await eventually(lambda: both.source.source.num_followers)
         with pytest.raises(TransferError, match="followed by another"):
@@ -383,17 +432,39 @@ async def test_default_falls_to_tcp_with_a_warning_when_shared_memory_breaks(cap
 async def test_a_configured_transport_never_falls_to_another(backend: str, offered: str) -> None:
     with regions(SMALL) as (pool, into):
         async with (
-            served_source(pool, SMALL, transports=[offered]) as source,
+            served_source(pool, SMALL, preference=Preference(offered)) as source,
             destination(into, SMALL, backend=backend) as landing,
         ):
             with pytest.raises(TransferError, match=f"backend {backend}: {backend} is not offered"):
                 await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=5)
 
 
-async def test_a_transport_that_is_not_built_is_refused_at_start() -> None:
-    with regions(SMALL, 1) as (into,), pytest.raises(ConfigError, match="NIXL is not part of this version"):
-        async with destination(into, SMALL, backend="NIXL"):
+async def test_a_transport_that_is_none_of_ours_is_refused_at_start() -> None:
+    with regions(SMALL, 1) as (into,), pytest.raises(ConfigError, match="MOONCAKE is not part of this product"):
+        async with destination(into, SMALL, backend="MOONCAKE"):
             pass
+
+
+async def test_a_source_left_to_decide_listens_on_what_a_configured_destination_asks_for() -> None:
+    with regions(SMALL) as (pool, into):
+        only_shared_memory = [registry.load("SHM").make_endpoint(pool, SMALL, epoch=EPOCH, host="127.0.0.1")]
+        endpoints = SourceEndpoints(
+            only_shared_memory,
+            gate=NobodyReads(),
+            make=lambda name: registry.load(name).make_endpoint(pool, SMALL, epoch=EPOCH, host="127.0.0.1"),
+        )
+        endpoints.start()
+        assert [offer.name for offer in endpoints.offers(["SHM", "TCP"])] == ["SHM"]
+        assert [offer.name for offer in endpoints.offers(["TCP"])] == ["TCP"]
+        assert [offer.name for offer in endpoints.offers(["SHM", "TCP"])] == ["SHM", "TCP"]
+        assert endpoints.statistics().keys() == {"SHM", "TCP"}
+        endpoints.close(deadline=Deadline.after(5))
+        assert endpoints.offers([]) == []
+
+
+class NobodyReads:
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run]) -> None:
+        raise AssertionError("nobody reads")
 
 
 class WithoutHost(TcpEndpoint):

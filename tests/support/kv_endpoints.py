@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from disaggregated.kv_layout import KVLayout
+from kvtransfer import registry
 from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
@@ -24,8 +25,6 @@ from kvtransfer.transport import (
     SourceEndpoint,
     SourceIdentity,
 )
-from kvtransfer.transports.shm import ShmEndpoint, ShmTransport
-from kvtransfer.transports.tcp import TcpEndpoint, TcpTransport
 from tests.support.kv_pools import EPOCH, SMALL, regions
 
 PROGRESS_TIMEOUT_S = 0.3
@@ -89,14 +88,14 @@ class GatedEndpoint:
 
 
 def make_endpoint(name: str, region: Region, layout: KVLayout, *, epoch: int = EPOCH) -> SourceEndpoint:
-    return ShmEndpoint(region, layout, epoch=epoch) if name == "SHM" else TcpEndpoint(region, layout, epoch=epoch)
+    return registry.load(name).make_endpoint(region, layout, epoch=epoch, host="127.0.0.1")
 
 
 def make_transport(
     name: str, region: Region, layout: KVLayout, *, progress_timeout_s: float = PROGRESS_TIMEOUT_S
 ) -> DestinationTransport:
     us = OurEnd(region=region, layout=layout, peer_id="generation-0", progress_timeout_s=progress_timeout_s)
-    return ShmTransport(us) if name == "SHM" else TcpTransport(us)
+    return registry.load(name).make_transport(us)
 
 
 @dataclasses.dataclass(slots=True)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from disaggregated import rpc
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import Region, TransferDestination, TransferSource
+from kvtransfer import Preference, Region, TransferDestination, TransferSource
 from kvtransfer.transport import SourceEndpoint
 
 SMALL = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32", num_blocks=32)
@@ -117,7 +117,7 @@ async def served_source(
     epoch: int = EPOCH,
     port: int = 0,
     fingerprint: str = FINGERPRINT,
-    transports: Sequence[str] = ("SHM", "TCP"),
+    preference: Preference = Preference(),
     endpoints: Sequence[SourceEndpoint] | None = None,
 ) -> AsyncIterator[ServedSource]:
     released: asyncio.Queue[str] = asyncio.Queue()
@@ -129,7 +129,7 @@ async def served_source(
         epoch=epoch,
         on_released=released.put_nowait,
         lease_s=lease_s,
-        transports=transports,
+        preference=preference,
         endpoints=endpoints,
     )
     server = rpc.make_server()
@@ -152,6 +152,7 @@ async def destination(
     *,
     backend: str = "DEFAULT",
     fingerprint: str = FINGERPRINT,
+    instance_id: str = "generation-0",
     progress_timeout_s: float = 0.5,
     max_tokens_in_buffer: int | None = None,
 ) -> AsyncIterator[TransferDestination]:
@@ -159,9 +160,9 @@ async def destination(
         region,
         layout,
         fingerprint=fingerprint,
-        instance_id="generation-0",
+        instance_id=instance_id,
         epoch=1,
-        backend=backend,
+        preference=Preference(backend),
         progress_timeout_s=progress_timeout_s,
         max_tokens_in_buffer=max_tokens_in_buffer,
     )

@@ -51,7 +51,7 @@ def test_the_superset_without_urls_loads_but_does_not_start(tmp_path: Path) -> N
     assert config.context.server.max_num_tokens == 3000
     assert config.context.server.kv_cache_config.free_gpu_memory_fraction == 0.2
     assert config.generation.server.kv_cache_config.free_gpu_memory_fraction == 0.25
-    assert config.context.server.cache_transceiver_config.backend == "DEFAULT"
+    assert config.context.server.cache_transceiver_config.backend == "UCX"
     with pytest.raises(ConfigError, match=r"^context_servers\.tensor_parallel_size: 2 is not built yet: "):
         check_can_start(config)
 
@@ -128,11 +128,6 @@ def test_a_key_that_asks_for_what_is_done_anyway_loads_in_silence(load: Load, sp
         (
             "cache_transceiver_config: {max_num_tokens: 77}",
             "cache_transceiver_config.max_num_tokens: old name, taken as max_tokens_in_buffer",
-        ),
-        (
-            "cache_transceiver_config: {backend: UCX}",
-            "cache_transceiver_config.backend: 'UCX': it is not built yet; "
-            "DEFAULT is used: shared memory on one host, else TCP",
         ),
         (
             "pytorch_backend_config: {use_cuda_graph: true, max_batch_size: 8}",
@@ -392,8 +387,24 @@ def test_variables_of_other_servers_scripts_count_and_yield_to_ours(load: Load) 
 
 
 def test_a_variable_without_effect_is_told(load: Load) -> None:
-    config = load("model: m\n", {"TRTLLM_NIXL_KVCACHE_BACKEND": "UCX"})
-    assert config.notes[0].startswith("TRTLLM_NIXL_KVCACHE_BACKEND: no effect")
+    config = load("model: m\n", {"TLLM_DISABLE_MPI": "1"})
+    assert config.notes[0].startswith("TLLM_DISABLE_MPI: no effect")
+
+
+@pytest.mark.parametrize("name", ["UCX", "NIXL", "MPI"])
+def test_a_variable_that_users_of_tensorrt_llm_set_chooses_the_backend(load: Load, name: str) -> None:
+    environ = {f"TRTLLM_USE_{name}_KVCACHE": "1"}
+    assert load("model: m\n", environ).context.server.cache_transceiver_config.backend == name
+    ours = {**environ, "DISAGG__CACHE_TRANSCEIVER_CONFIG__BACKEND": "TCP"}
+    assert load("model: m\n", ours).generation.server.cache_transceiver_config.backend == "TCP"
+    assert load("model: m\n", {f"TRTLLM_USE_{name}_KVCACHE": "0"}).notes == ()
+
+
+def test_a_backend_of_another_system_is_told_with_what_does_its_work_here(load: Load) -> None:
+    config = load("model: m\ncache_transceiver_config: {backend: Mooncake}\n")
+    assert config.not_built == (
+        "cache_transceiver_config.backend: 'MOONCAKE' is not built yet: NIXL or UCX use the same networks",
+    )
 
 
 @pytest.mark.parametrize(
