@@ -64,6 +64,52 @@ class KVLayout(_message.Message):
 Global___KVLayout: _TypeAlias = KVLayout  # noqa: Y015
 
 @_typing.final
+class KVShard(_message.Message):
+    """Which part of a whole model's KV one rank's pool holds. Unset: all of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_MODEL_LAYERS_FIELD_NUMBER: _builtins.int
+    NUM_MODEL_HEADS_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    FIRST_HEAD_FIELD_NUMBER: _builtins.int
+    HEAD_REPLICA_FIELD_NUMBER: _builtins.int
+    TOKEN_RANK_FIELD_NUMBER: _builtins.int
+    NUM_TOKEN_RANKS_FIELD_NUMBER: _builtins.int
+    STRIPE_TOKENS_FIELD_NUMBER: _builtins.int
+    num_model_layers: _builtins.int
+    num_model_heads: _builtins.int
+    first_layer: _builtins.int
+    """the layout counts how many of them"""
+    first_head: _builtins.int
+    head_replica: _builtins.int
+    """which of the ranks that hold these very heads"""
+    token_rank: _builtins.int
+    """it holds each stripe whose number is token_rank modulo num_token_ranks"""
+    num_token_ranks: _builtins.int
+    stripe_tokens: _builtins.int
+    """0: a prompt is cut into one stripe for each rank"""
+    def __init__(
+        self,
+        *,
+        num_model_layers: _builtins.int = ...,
+        num_model_heads: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        first_head: _builtins.int = ...,
+        head_replica: _builtins.int = ...,
+        token_rank: _builtins.int = ...,
+        num_token_ranks: _builtins.int = ...,
+        stripe_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_head", b"first_head", "first_layer", b"first_layer", "head_replica", b"head_replica", "num_model_heads", b"num_model_heads", "num_model_layers", b"num_model_layers", "num_token_ranks", b"num_token_ranks", "stripe_tokens", b"stripe_tokens", "token_rank", b"token_rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KVShard: _TypeAlias = KVShard  # noqa: Y015
+
+@_typing.final
 class TransportOffer(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -101,6 +147,7 @@ class ConnectRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     HOST_KEY_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     """the destination's instance id"""
     peer_epoch: _builtins.int
@@ -113,6 +160,8 @@ class ConnectRequest(_message.Message):
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """what the destination can speak, best first"""
 
+    @_builtins.property
+    def shard(self) -> Global___KVShard: ...
     def __init__(
         self,
         *,
@@ -122,10 +171,11 @@ class ConnectRequest(_message.Message):
         layout: Global___KVLayout | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         host_key: _builtins.str = ...,
+        shard: Global___KVShard | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "host_key", b"host_key", "layout", b"layout", "peer_epoch", b"peer_epoch", "peer_id", b"peer_id", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "host_key", b"host_key", "layout", b"layout", "peer_epoch", b"peer_epoch", "peer_id", b"peer_id", "shard", b"shard", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -140,6 +190,7 @@ class ConnectReply(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     OFFERS_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     epoch: _builtins.int
     lease_s: _builtins.float
@@ -148,6 +199,8 @@ class ConnectReply(_message.Message):
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
     def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportOffer]: ...
+    @_builtins.property
+    def shard(self) -> Global___KVShard: ...
     def __init__(
         self,
         *,
@@ -156,10 +209,11 @@ class ConnectReply(_message.Message):
         layout: Global___KVLayout | None = ...,
         offers: _abc.Iterable[Global___TransportOffer] | None = ...,
         lease_s: _builtins.float = ...,
+        shard: Global___KVShard | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance_id", b"instance_id", "layout", b"layout", "lease_s", b"lease_s", "offers", b"offers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance_id", b"instance_id", "layout", b"layout", "lease_s", b"lease_s", "offers", b"offers", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,17 +396,21 @@ class RenewRequest(_message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     epoch: _builtins.int
+    peer_id: _builtins.str
+    """which of several readers of one lease"""
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        peer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
