@@ -281,12 +281,24 @@ class LinkStatistics(_message.Message):
     SECONDS_TOTAL_FIELD_NUMBER: _builtins.int
     TRANSFERS_TOTAL_FIELD_NUMBER: _builtins.int
     FAILURES_TOTAL_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    RECENT_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     transport: _builtins.str
     bytes_total: _builtins.int
     seconds_total: _builtins.float
     transfers_total: _builtins.int
     failures_total: _builtins.int
+    why: _builtins.str
+    """why this transport, in words; names every better one that failed"""
+    fallbacks: _builtins.int
+    """better transports that failed when the link was made"""
+    devices: _builtins.str
+    """where the bytes come from and go to: "cpu -> cuda:0" """
+    recent_bytes_per_s: _builtins.float
+    """of the transfers that landed last"""
     def __init__(
         self,
         *,
@@ -296,10 +308,14 @@ class LinkStatistics(_message.Message):
         seconds_total: _builtins.float = ...,
         transfers_total: _builtins.int = ...,
         failures_total: _builtins.int = ...,
+        why: _builtins.str = ...,
+        fallbacks: _builtins.int = ...,
+        devices: _builtins.str = ...,
+        recent_bytes_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_total", b"bytes_total", "failures_total", b"failures_total", "peer_id", b"peer_id", "seconds_total", b"seconds_total", "transfers_total", b"transfers_total", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_total", b"bytes_total", "devices", b"devices", "failures_total", b"failures_total", "fallbacks", b"fallbacks", "peer_id", b"peer_id", "recent_bytes_per_s", b"recent_bytes_per_s", "seconds_total", b"seconds_total", "transfers_total", b"transfers_total", "transport", b"transport", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

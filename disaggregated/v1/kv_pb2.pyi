@@ -191,10 +191,13 @@ class ConnectReply(_message.Message):
     OFFERS_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     epoch: _builtins.int
     lease_s: _builtins.float
     """how long a transfer lives here without a sign of life from its destination"""
+    device: _builtins.str
+    """that holds the blocks: "cpu", "cuda:0" """
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
@@ -210,10 +213,11 @@ class ConnectReply(_message.Message):
         offers: _abc.Iterable[Global___TransportOffer] | None = ...,
         lease_s: _builtins.float = ...,
         shard: Global___KVShard | None = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance_id", b"instance_id", "layout", b"layout", "lease_s", b"lease_s", "offers", b"offers", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "instance_id", b"instance_id", "layout", b"layout", "lease_s", b"lease_s", "offers", b"offers", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -226,20 +230,27 @@ class FollowRequest(_message.Message):
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     PEER_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     epoch: _builtins.int
     """of the source, as its description told; a restarted source refuses"""
     peer_id: _builtins.str
+    block_hashes: _builtins.bytes
+    """Not empty: this call opens the transfer, of what the source holds of these blocks, from the first on: maybe fewer,
+    maybe none. 16 bytes a block, big-endian: the content hashes that WatchBlocks tells. All comes in one publication,
+    whose landing has no first token.
+    """
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         peer_id: _builtins.str = ...,
+        block_hashes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "epoch", b"epoch", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
