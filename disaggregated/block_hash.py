@@ -5,8 +5,8 @@ Used by the engine's prefix cache, by delta transfer and by prefix-aware routing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NewType
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NewType
 
 import numpy as np
 import xxhash
@@ -28,3 +28,19 @@ def block_hashes(
     for end in range(block_size, len(token_ids) + 1, block_size):
         digest = xxhash.xxh3_128_digest(digest + tokens[end - block_size : end].tobytes())
         yield BlockHash(int.from_bytes(digest, "big"))
+
+
+HASH_BYTES: Final = 16
+
+
+def to_bytes(hashes: Iterable[BlockHash]) -> bytes:
+    """As they travel: 16 bytes each, big-endian, one after the other."""
+    return b"".join(each.to_bytes(HASH_BYTES, "big") for each in hashes)
+
+
+def from_bytes(packed: bytes) -> list[BlockHash]:
+    """Raises ValueError when `packed` is not a whole number of hashes."""
+    if len(packed) % HASH_BYTES:
+        raise ValueError(f"{len(packed)} bytes are not a whole number of block hashes")
+    starts = range(0, len(packed), HASH_BYTES)
+    return [BlockHash(int.from_bytes(packed[begin : begin + HASH_BYTES], "big")) for begin in starts]

@@ -72,8 +72,12 @@ class Pull:
         deadline: Deadline,
         progress_timeout_s: float,
         overlap: bool,
+        block_hashes: bytes = b"",
     ) -> None:
-        """`overlap=False` reads nothing before the last publication: only for measuring what overlap hides."""
+        """`overlap=False` reads nothing before the last publication: only for measuring what overlap hides.
+
+        `block_hashes`: of a transfer that the source opens for us, of what it holds of these blocks.
+        """
         self._peer = peer
         self._transfer = transfer
         self._published = published
@@ -82,6 +86,7 @@ class Pull:
         self._deadline = deadline
         self._progress_timeout_s = progress_timeout_s
         self._overlap = overlap
+        self._block_hashes = block_hashes
         self._arrived: asyncio.Queue[kv_pb2.Publication] = asyncio.Queue(_PUBLICATIONS_MAX)
         self._times = _Times()
         self._num_bytes = 0
@@ -92,6 +97,7 @@ class Pull:
             transfer_id=self._transfer.transfer_id,
             epoch=self._peer.identity.epoch,
             peer_id=self._peer.our_id,
+            block_hashes=self._block_hashes,
         )
         self._advance(DestinationPhase.FOLLOWING)
         follow = self._peer.stub.Follow(request, timeout=self._deadline.left_s())

@@ -78,12 +78,16 @@ class TransferDestination:
         deadline_s: float,
         skip_blocks: int = 0,
         overlap: bool = True,
+        block_hashes: bytes = b"",
     ) -> Landed:
         """Bring the KV of a prompt here, chunk by chunk while it is computed there.
 
         `into` is our whole block table: block i of the prompt lands in `into[i]`, for i from `skip_blocks` on; the ones
         before are here already and are not touched. `into` may be longer than the prompt. The blocks must be the
         caller's alone until this returns or raises, and can be used or given back at once then.
+
+        `block_hashes` asks for content instead of a prompt that is computed there: what the source holds of these
+        blocks, from the first on, lands in `into`; how many that are, `num_tokens` of the result tells, maybe 0.
 
         Raises:
             LayoutMismatch, FingerprintMismatch: refused; nothing was read.
@@ -93,7 +97,14 @@ class TransferDestination:
         """
         assert not self._closed, "a pull after close"
         try:
-            return await self._pull(ticket, into, deadline_s=deadline_s, skip_blocks=skip_blocks, overlap=overlap)
+            return await self._pull(
+                ticket,
+                into,
+                deadline_s=deadline_s,
+                skip_blocks=skip_blocks,
+                overlap=overlap,
+                block_hashes=block_hashes,
+            )
         except SOURCE_KNOWS:
             raise
         except BaseException:
@@ -106,7 +117,14 @@ class TransferDestination:
             self._farewells.say(ticket)
 
     async def _pull(
-        self, ticket: Ticket, into: Sequence[int], *, deadline_s: float, skip_blocks: int, overlap: bool
+        self,
+        ticket: Ticket,
+        into: Sequence[int],
+        *,
+        deadline_s: float,
+        skip_blocks: int,
+        overlap: bool,
+        block_hashes: bytes,
     ) -> Landed:
         assert len(set(into)) == len(into), "a block is to be filled twice"
         assert 0 <= skip_blocks <= len(into), f"{skip_blocks} blocks of {len(into)} are here"
@@ -121,9 +139,10 @@ class TransferDestination:
                 epoch=ticket.epoch, source_layout=peer.identity.layout, into=into, skip_blocks=skip_blocks
             )
             transfer = DestinationTransfer(ticket.transfer_id)
+            pull = self._make_pull(peer, transfer, published, deadline, overlap=overlap, block_hashes=block_hashes)
             try:
                 async with asyncio.timeout(deadline.left_s()):
-                    landed = await self._make_pull(peer, transfer, published, deadline, overlap=overlap).run()
+                    landed = await pull.run()
             except TimeoutError as error:
                 late = f"{ticket.transfer_id} from {ticket.instance_id} did not land within {deadline_s} s"
                 raise TransferTimeout(f"{late}; story={transfer.story}") from error
@@ -156,6 +175,7 @@ class TransferDestination:
         deadline: Deadline,
         *,
         overlap: bool,
+        block_hashes: bytes,
     ) -> Pull:
         lander = Lander(
             link=peer.link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes, place=self._place
@@ -169,6 +189,7 @@ class TransferDestination:
             deadline=deadline,
             progress_timeout_s=self._progress_timeout_s,
             overlap=overlap,
+            block_hashes=block_hashes,
         )
 
     def _count(self, peer: SourcePeer, landed: Landed) -> None:

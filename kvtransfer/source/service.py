@@ -6,15 +6,19 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
+from disaggregated.block_hash import BlockHash, from_bytes
 from disaggregated.errors import FingerprintMismatch, LayoutMismatch, LeaseExpired, QueueFull, StaleEpoch, TransferError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.machine import SourcePhase
 from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.source.lease import Ending, LeaseBook, Progress
+
+Lend = Callable[[str, Sequence[BlockHash]], Awaitable[None]]
+"""Opens and finishes the transfer of that id: of what is found of these blocks, from the first on."""
 
 FOLLOWERS_MAX: Final = 4096
 """Follow calls at once; one more is refused as QueueFull."""
@@ -42,13 +46,16 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         fingerprint: str,
         instance_id: str,
         end: EndTransfer,
+        lend: Lend | None = None,
     ) -> None:
+        """lend: None: transfers are opened by the server alone, none by the hashes of its blocks."""
         self._book = book
         self._layout = layout
         self._endpoints = endpoints
         self._fingerprint = fingerprint
         self._instance_id = instance_id
         self._end = end
+        self._lend = lend
         self._followers: dict[str, _Follower] = {}
 
     @property
@@ -82,6 +89,8 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         self._check_epoch(request.epoch)
         transfer_id = request.transfer_id
         with self._following(transfer_id, request.peer_id) as changed:
+            if request.block_hashes:
+                await self._open_by_content(request)
             self._book.renew(transfer_id, now_s=time.monotonic())
             sent = 0
             told_outcome = False
@@ -98,6 +107,15 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
                     sent += len(progress.chunks)
                     told_outcome = progress.outcome is not None
                 await changed.wait()
+
+    async def _open_by_content(self, request: kv_pb2.FollowRequest) -> None:
+        if self._lend is None:
+            raise TransferError(f"{self._instance_id} lends no blocks by their hashes")
+        try:
+            hashes = from_bytes(request.block_hashes)
+        except ValueError as error:
+            raise TransferError(str(error)) from error
+        await self._lend(request.transfer_id, hashes)
 
     async def Release(self, request: kv_pb2.ReleaseRequest, call: Any) -> kv_pb2.ReleaseReply:
         self._check_epoch(request.epoch)

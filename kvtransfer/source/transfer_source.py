@@ -26,7 +26,7 @@ from kvtransfer.region import Region
 from kvtransfer.runs import Run
 from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.source.lease import Chunk, LeaseBook, Outcome
-from kvtransfer.source.service import KVSourceService
+from kvtransfer.source.service import KVSourceService, Lend
 from kvtransfer.transport import EndpointStatistics, SourceEndpoint
 
 log = logs.get(__name__)
@@ -52,8 +52,12 @@ class TransferSource:
         host: str = "127.0.0.1",
         preference: Preference = Preference(),
         endpoints: Sequence[SourceEndpoint] | None = None,
+        lend: Lend | None = None,
     ) -> None:
-        """`host` is what our sockets bind; `endpoints`, when given, replaces those that `preference` asks for."""
+        """`host` is what our sockets bind; `endpoints`, when given, replaces those that `preference` asks for.
+
+        `lend` is awaited when a destination asks for blocks by their hashes; it opens and finishes that transfer.
+        """
         self._pool = region.buffer
         self._layout = layout
         self._on_released = on_released
@@ -69,7 +73,13 @@ class TransferSource:
             make=lambda name: listen_on(name) if endpoints is None and preference.may_add(name) else None,
         )
         self._service = KVSourceService(
-            self._book, layout, self._endpoints, fingerprint=fingerprint, instance_id=instance_id, end=self._end
+            self._book,
+            layout,
+            self._endpoints,
+            fingerprint=fingerprint,
+            instance_id=instance_id,
+            end=self._end,
+            lend=lend,
         )
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
