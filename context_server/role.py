@@ -55,6 +55,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             "lease_s": transceiver.lease_s,
             "preference": Preference(transceiver.backend, transceiver.fallback),
             "host": "127.0.0.1" if server.config.host == "localhost" else server.config.host,
+            "device": server.loaded.device,
             "on_released": self._transfer_over,
         }
         region, layout = server.memory, server.memory_layout

@@ -41,6 +41,7 @@ from disaggregated.errors import (
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 from generation_server.admission import Admission, Caller
+from generation_server.prefix_lender import PrefixLender
 from generation_server.step_stream import StepStream
 from kvtransfer import Preference, Region, TransferDestination
 
@@ -60,6 +61,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         self.live_requests = LiveRequests(num_requests_max=server.num_requests_max)
         self.engine = EngineThread(server.loaded.engine, on_events=self._on_step, on_crash=server.on_crash)
         self._block_size = server.loaded.layout.block_size
+        self._token_bytes = server.loaded.layout.token_bytes
         self._loop = asyncio.get_running_loop()
         self._callers: dict[str, Caller] = {}
         """By orchestrator id."""
@@ -73,20 +75,28 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             fingerprint=server.loaded.fingerprint,
             instance_id=server.identity.instance_id,
             epoch=server.identity.epoch,
+            device=server.loaded.device,
             preference=Preference(transceiver.backend, transceiver.fallback),
             max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
             copier=server.copier,
         )
+        lends = transceiver.pull_back and server.copier is None
+        self._lender = PrefixLender(server, self.engine) if lends else None
         self._pulls = asyncio.TaskGroup()
         self._parts = contextlib.AsyncExitStack()
 
     def add_services(self, server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_GenerationServicer_to_server(self, server)
+        if self._lender is not None:
+            self._lender.add_to(server)
 
     async def __aenter__(self) -> Self:
         self.engine.start()
         self._parts.push_async_callback(asyncio.to_thread, self.engine.stop, ENGINE_STOP_S)
         self._parts.push_async_callback(self._destination.close)
+        if self._lender is not None:
+            self._parts.push_async_callback(self._lender.close)
+            await self._lender.start()
         await self._parts.enter_async_context(self._pulls)
         self._parts.callback(self._cancel_all)
         return self
@@ -99,6 +109,8 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
     async def end_streams(self) -> None:
         for caller in self._callers.values():
             caller.stream.end()
+        if self._lender is not None:
+            await self._lender.close()
 
     @property
     def transports(self) -> Sequence[str]:
@@ -113,12 +125,17 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
                 seconds_total=peer.seconds_total,
                 transfers_total=peer.transfers_total,
                 failures_total=peer.failures_total,
+                why=peer.why,
+                fallbacks=peer.fallbacks,
+                devices=peer.devices,
+                recent_bytes_per_s=peer.recent_bytes_per_s,
             )
             for peer in self._destination.statistics()
         ]
 
     def transfers(self) -> Sequence[control_pb2.LedgerEntry]:
-        return [
+        lent = self._lender.ledger() if self._lender is not None else []
+        landing = [
             control_pb2.LedgerEntry(
                 kind="transfer",
                 owner=request_id_of(admission.engine_id),
@@ -128,6 +145,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             for admission in self._admissions.values()
             if admission.pull is not None
         ]
+        return [*landing, *lent]
 
     # The Generate stream.
 
@@ -212,7 +230,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
     def _pull_in_background(
         self, admission: Admission, request: control_pb2.AdmitRequest, reservation: Reservation
     ) -> None:
-        admission.reserved(reservation.num_cached_blocks * self._block_size)
+        admission.reserved(reservation.num_cached_blocks * self._block_size, token_bytes=self._token_bytes)
         admission.pull = self._pulls.create_task(self._pull(admission, request, reservation), name=admission.engine_id)
         # Not a `finally` in the task: one that is cancelled before its first step never gets to it.
         admission.pull.add_done_callback(lambda _: self._pull_ended(admission))

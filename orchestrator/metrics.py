@@ -189,6 +189,17 @@ _SERVER_COUNTERS: Final = (
 """As the server counts them: from 0 again when it starts again, which Prometheus knows how to read."""
 
 
+_LINK_FAMILIES: Final[tuple[tuple[type[Family], str, str, str], ...]] = (
+    (CounterMetricFamily, "disagg_link_bytes", "KV that this server read or was read from it.", "bytes_total"),
+    (CounterMetricFamily, "disagg_link_seconds", "Spent reading; several reads at once count each.", "seconds_total"),
+    (CounterMetricFamily, "disagg_link_transfers", "Transfers that landed.", "transfers_total"),
+    (CounterMetricFamily, "disagg_link_failures", "Transfers that did not.", "failures_total"),
+    (CounterMetricFamily, "disagg_link_fallbacks", "Better transports that failed when a link was made.", "fallbacks"),
+    (GaugeMetricFamily, "disagg_link_bytes_per_second", "Of the transfers that landed last.", "recent_bytes_per_s"),
+)
+"""One row a pair of servers that have exchanged blocks; a source counts by transport alone and names no peer."""
+
+
 class _LiveNumbers(Collector):
     """Read from the books at each scrape: nothing to keep up to date, nothing to forget when a server goes."""
 
@@ -222,11 +233,25 @@ class _LiveNumbers(Collector):
                 self._of_each_server(kind(name, text, labels=["role", "instance"]), field) for name, text, field in rows
             )
 
+        yield from link_families(server for server in self._servers if server.client is not None)
+
     def _of_each_server(self, family: Family, field: str) -> Family:
         for server in self._servers:
             if server.client is not None:
                 family.add_metric([server.role.value, server.instance_id], getattr(server.heartbeat, field))
         return family
+
+
+def link_families(servers: Iterable[Server]) -> Iterator[Family]:
+    """What moved between each two servers, by transport and by whose memory it came from and went to."""
+    labels = ["role", "instance", "peer", "transport", "devices"]
+    families = [(kind(name, text, labels=labels), field) for kind, name, text, field in _LINK_FAMILIES]
+    for server in servers:
+        for link in server.heartbeat.links:
+            values = [server.role.value, server.instance_id, link.peer_id, link.transport, link.devices]
+            for family, field in families:
+                family.add_metric(values, getattr(link, field))
+    return (family for family, _ in families)
 
 
 def _num_leaked(server: Server) -> int:

@@ -33,6 +33,8 @@ def status(url: str) -> tuple[list[str], bool]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         lines.append("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    for workers in info["current_workers"].values():
+        lines += [link_line(worker, link) for worker in workers for link in worker.get("links", ()) if link.get("peer")]
     return lines, code == 200
 
 
@@ -41,6 +43,15 @@ def _worker_row(worker: Mapping[str, Any]) -> list[str]:
     reason = worker.get("reason") or f"{worker.get('requests', 0)} requests"
     address = f"{worker['host']}:{worker['port']}"
     return [worker["role"], address, worker.get("standing", ""), reason, room]
+
+
+def link_line(worker: Mapping[str, Any], link: Mapping[str, Any]) -> str:
+    """Who reads KV from whom, over what, how fast, and why so."""
+    speed = f", {link['bytes_per_s'] / 1e9:.1f} GB/s" if link["bytes_per_s"] else ""
+    failed = f", {link['failures']} failed" if link["failures"] else ""
+    done = f"{link['transfers']} transfers, {link['bytes'] / 2**20:.1f} MiB{speed}{failed}"
+    ends = f"{link['peer']} -> {worker['worker_id']}"
+    return f"KV {ends}  {link['transport']} ({link['devices']}): {done}; {link['why']}"
 
 
 def _process_row(local: Mapping[str, Any]) -> list[str]:

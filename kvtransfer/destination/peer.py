@@ -28,13 +28,18 @@ from kvtransfer import negotiate
 from kvtransfer.deadline import Deadline
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.off_loop import run_to_end
-from kvtransfer.transport import DestinationTransport, Offer, PeerLink, SourceIdentity
+from kvtransfer.transport import DestinationTransport, LinkCounters, Offer, PeerLink, SourceIdentity
 from kvtransfer.transports import shm
 
 log = logs.get(__name__)
 
 CONNECT_TIMEOUT_S: Final = 5.0
 """For the source's answer; the other pulls from the same address wait meanwhile."""
+
+
+_TELLING_BYTES: Final = 1 << 16
+"""A smaller transfer says more of latency than of the link."""
+_NEWEST_COUNTS: Final = 0.25
 
 
 class Ticket(Protocol):
@@ -60,14 +65,32 @@ class PeerStatistics:
     """Why this transport, in words; names every better one that failed."""
     fallbacks: int = 0
     """Better transports that failed at connect time."""
+    devices: str = ""
+    """Whose memory the bytes come from and go to: `cpu -> cuda:0`."""
+    recent_bytes_per_s: float = 0.0
+    """While bytes moved, in the last transfers, the last one counting most; 0 until enough have moved to tell."""
     bytes_total: int = 0
     seconds_total: float = 0.0
     transfers_total: int = 0
     failures_total: int = 0
+    _bytes_seen: int = 0
+    _seconds_seen: float = 0.0
+
+    def landed(self, *, num_bytes: int, seconds: float, read: LinkCounters) -> None:
+        """`read` counts what the link has read so far: a transfer's own time is mostly waiting for the prefill."""
+        self.transfers_total += 1
+        self.bytes_total += num_bytes
+        self.seconds_total += seconds
+        if (moved := read.bytes_total - self._bytes_seen) >= _TELLING_BYTES:
+            rate = moved / max(read.seconds_total - self._seconds_seen, 1e-9)
+            before = self.recent_bytes_per_s or rate
+            self.recent_bytes_per_s = before + _NEWEST_COUNTS * (rate - before)
+            self._bytes_seen, self._seconds_seen = read.bytes_total, read.seconds_total
 
     def reconnected(self, fresh: PeerStatistics) -> None:
         """The same source, by a new connection: totals go on, and the transport may be another."""
-        self.transport, self.why = fresh.transport, fresh.why
+        self.transport, self.why, self.devices = fresh.transport, fresh.why, fresh.devices
+        self._bytes_seen, self._seconds_seen = 0, 0.0  # A new link counts from the start.
         self.fallbacks += fresh.fallbacks
 
 
@@ -79,6 +102,7 @@ class Destination:
     epoch: int
     fingerprint: str
     layout: KVLayout
+    device: str = "cpu"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -145,7 +169,14 @@ async def connect(
         offers = [_to_offer(offer, ticket.address) for offer in reply.offers]
         ways = negotiate.candidates(transports.preference, offers, our_host_key=shm.host_key())
         link, statistics = await _first_that_connects(ways, identity, transports, executor, deadline)
-        log.info("kv_source_connected", source=reply.instance_id, transport=statistics.transport, why=statistics.why)
+        statistics.devices = f"{reply.device or 'cpu'} -> {us.device}"
+        log.info(
+            "kv_source_connected",
+            source=reply.instance_id,
+            transport=statistics.transport,
+            devices=statistics.devices,
+            why=statistics.why,
+        )
         return SourcePeer(
             address=ticket.address,
             our_id=us.instance_id,

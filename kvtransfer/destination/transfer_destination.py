@@ -15,10 +15,11 @@ from disaggregated.errors import LeaseExpired, PeerLost, SourceFailed, StaleEpoc
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.deadline import Deadline
 from kvtransfer.destination.farewell import Farewells
-from kvtransfer.destination.landing import Lander, PublishedBlocks
+from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.destination.peer import Destination, PeerStatistics, SourcePeer, Ticket
 from kvtransfer.destination.peers import SourcePeers
+from kvtransfer.destination.published import PublishedBlocks
 from kvtransfer.destination.pull import Landed, Pull
 from kvtransfer.machine import DestinationTransfer
 from kvtransfer.negotiate import Preference
@@ -45,6 +46,7 @@ class TransferDestination:
         fingerprint: str,
         instance_id: str,
         epoch: int,
+        device: str = "cpu",
         preference: Preference = Preference(),
         max_tokens_in_buffer: int | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
@@ -59,7 +61,7 @@ class TransferDestination:
         """
         self._pool = region.buffer
         self._layout = layout
-        us = Destination(instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, layout=layout)
+        us = Destination(instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, layout=layout, device=device)
         ours = OurEnd(region=region, layout=layout, peer_id=instance_id, progress_timeout_s=progress_timeout_s)
         ours_by_name = OurTransports(ours, preference, given=transports or ())
         self._progress_timeout_s = progress_timeout_s
@@ -193,7 +195,6 @@ class TransferDestination:
         )
 
     def _count(self, peer: SourcePeer, landed: Landed) -> None:
-        counters = peer.statistics
-        counters.transfers_total += 1
-        counters.bytes_total += landed.num_bytes
-        counters.seconds_total += landed.transfer_s
+        peer.statistics.landed(
+            num_bytes=landed.num_bytes, seconds=landed.transfer_s, read=peer.link.statistics()
+        )

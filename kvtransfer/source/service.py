@@ -46,6 +46,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         fingerprint: str,
         instance_id: str,
         end: EndTransfer,
+        device: str = "cpu",
         lend: Lend | None = None,
     ) -> None:
         """lend: None: transfers are opened by the server alone, none by the hashes of its blocks."""
@@ -55,6 +56,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         self._fingerprint = fingerprint
         self._instance_id = instance_id
         self._end = end
+        self._device = device
         self._lend = lend
         self._followers: dict[str, _Follower] = {}
 
@@ -82,6 +84,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             layout=self._layout.to_proto(),
             offers=[kv_pb2.TransportOffer(**dataclasses.asdict(offer)) for offer in offers],
             lease_s=self._book.lease_s,
+            device=self._device,
         )
 
     async def Follow(self, request: kv_pb2.FollowRequest, call: Any) -> AsyncIterator[kv_pb2.Publication]:
@@ -96,7 +99,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             told_outcome = False
             while True:
                 changed.clear()
-                progress = self._book.progress(transfer_id, after=sent)
+                progress = self._book.progress(transfer_id, after=sent, reader=request.peer_id)
                 if isinstance(progress, Ending):
                     if failure := _failure(progress):
                         yield kv_pb2.Publication(epoch=self._book.epoch, failure=failure)
@@ -148,7 +151,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             yield follower.changed
         finally:
             del self._followers[transfer_id]
-            if self._book.num_published_blocks(transfer_id) is not None:
+            if self._book.published(transfer_id) is not None:
                 self._end(transfer_id, SourcePhase.GIVEN_UP, "the destination stopped following")
 
     def _check_epoch(self, epoch: int) -> None:

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from disaggregated import __version__
 from disaggregated.errors import DisaggregatedError, InvalidRequest, NoServerAvailable
+from disaggregated.v1 import control_pb2
 from orchestrator.api.error_body import error_response, json_response, plain_error_response
 from orchestrator.api.fields import Fields
 from orchestrator.front_door import FrontDoor
@@ -50,7 +51,7 @@ async def cluster_info(door: FrontDoor, http: web.Request) -> web.Response:
     answer: dict[str, Any] = {
         "is_ready": door.why_not_serving() is None,
         "current_workers": {
-            f"{role.value}_servers": [_worker(server) for server in door.pools.of(role)] for role in Role
+            f"{role.value}_servers": [describe_worker(server) for server in door.pools.of(role)] for role in Role
         },
         "queue_depth": len(door.dispatcher.queue),
     }
@@ -59,7 +60,7 @@ async def cluster_info(door: FrontDoor, http: web.Request) -> web.Response:
     return json_response(answer)
 
 
-def _worker(server: Server) -> dict[str, Any]:
+def describe_worker(server: Server) -> dict[str, Any]:
     host, _, port = server.address.rpartition(":")
     known: dict[str, Any] = {
         "worker_id": server.instance_id,
@@ -80,8 +81,24 @@ def _worker(server: Server) -> dict[str, Any]:
             "blocks": server.heartbeat.num_blocks,
             "blocks_free": server.heartbeat.num_blocks_free,
             "transports": list(server.description.transports),
+            "links": [_link(link) for link in server.heartbeat.links],
         }
     return known
+
+
+def _link(link: control_pb2.LinkStatistics) -> dict[str, Any]:
+    """`peer` is empty where blocks were read from this server: a source counts its readers together."""
+    return {
+        "peer": link.peer_id,
+        "transport": link.transport,
+        "devices": link.devices,
+        "why": link.why,
+        "fallbacks": link.fallbacks,
+        "transfers": link.transfers_total,
+        "failures": link.failures_total,
+        "bytes": link.bytes_total,
+        "bytes_per_s": link.recent_bytes_per_s,
+    }
 
 
 async def scale(door: FrontDoor, http: web.Request) -> web.Response:
