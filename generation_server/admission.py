@@ -62,9 +62,11 @@ class Admission:
         """Blocks are reserved, or may be, for a transfer that has not ended."""
         return self.is_reserving or self.pull is not None
 
-    def reserved(self, num_cached_tokens: int) -> None:
+    def reserved(self, num_cached_tokens: int, *, token_bytes: int) -> None:
+        """token_bytes: the KV of one token. What is here already does not travel."""
         assert self._times is not None, f"{self.engine_id}: reserved after its first delta"
         self._times.num_cached_tokens = num_cached_tokens
+        self._times.saved_bytes = num_cached_tokens * token_bytes
 
     def landed(self, landed: Landed) -> None:
         assert self._times is not None, f"{self.engine_id}: landed after its first delta"

@@ -35,6 +35,9 @@ class CacheTransceiverConfig:
     """With a named backend that cannot be used: take the next best instead, and say so."""
     max_tokens_in_buffer: int | None = None
     """Bounds the blocks in flight of one transfer; None: a chunk of up to 16 MiB."""
+    pull_back: bool = True
+    """Of a context server: have blocks of a prompt brought from a generation server that holds them, where that is
+    quicker than to compute them. Of a generation server: lend them."""
     kv_transfer_timeout_ms: int = 60_000
     lease_s: float = 30.0
     """Relative; renewed by progress. A context server gives the blocks back after that long without a sign of life."""

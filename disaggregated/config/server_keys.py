@@ -144,6 +144,12 @@ _HONOURED: Final = (
         AT_LEAST_1,
         "Tokens of one transfer under way at once; any value works, a long prompt goes in several parts.",
     ),
+    honoured(
+        "cache_transceiver_config.pull_back",
+        BOOLEAN,
+        "Blocks of a prompt's beginning that a generation server holds are brought back from there where that is "
+        "quicker than to compute them; docs/delta-transfer.md tells how that is decided.",
+    ),
     honoured("cache_transceiver_config.kv_transfer_timeout_ms", AT_LEAST_1, "A transfer without progress ends then."),
     honoured(
         "cache_transceiver_config.lease_s",

@@ -61,8 +61,11 @@ class ChunkComputed:
     num_computed_tokens: int
     num_cached_tokens: int
     block_ids: tuple[int, ...]
+    num_chunk_tokens: int = 0
+    """Computed in this step; the ones before them were there."""
     started_s: float = 0.0
     """When the step that computed it began, on the engine's clock."""
+    finished_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -431,7 +431,9 @@ class LLMEngine:
             num_computed_tokens=row.num_computed,
             num_cached_tokens=sequence.num_cached_prompt_tokens,
             block_ids=tuple(sequence.block_table[:num_blocks]),
+            num_chunk_tokens=row.num_tokens,
             started_s=started_s,
+            finished_s=self._last_progress_s,
         )
 
     def _take_tokens(self, row: LaunchedRow, token_ids: AnySequence[int]) -> TokensSampled:
