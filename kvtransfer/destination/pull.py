@@ -15,7 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import grpc
@@ -23,8 +23,9 @@ import grpc
 from disaggregated.errors import ChecksumMismatch, LeaseExpired, PeerLost, SourceFailed, TransferError
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
-from kvtransfer.destination.landing import BlockBatch, Lander, PublishedBlocks
+from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.peer import SourcePeer, source_errors
+from kvtransfer.destination.published import BlockBatch, PublishedBlocks
 from kvtransfer.machine import DestinationPhase, DestinationTransfer
 from kvtransfer.off_loop import run_to_end
 from kvtransfer.transport import ReadStop
@@ -150,15 +151,16 @@ class Pull:
                 await self._land(self._published.take())
         self._times.verified_s = time.monotonic()
 
-    async def _land(self, batch: BlockBatch | None) -> None:
-        if batch is None:
+    async def _land(self, batches: Sequence[BlockBatch]) -> None:
+        if not batches:
             return
         if self._times.first_read_s is None:
             self._times.first_read_s = time.monotonic()
         stop = ReadStop()
 
         def job() -> None:
-            self._lander.land(batch, stop=stop, deadline=self._deadline)
+            for batch in batches:
+                self._lander.land(batch, stop=stop, deadline=self._deadline)
 
         def decide_and_stop() -> None:
             self._transfer.cancel(now_s=time.monotonic())
@@ -175,8 +177,7 @@ class Pull:
             self._transfer.read_ended(now_s=time.monotonic())
             raise
         self._transfer.read_ended(now_s=time.monotonic())
-        layout = self._lander.layout
-        self._num_bytes += len(batch.into) * layout.block_bytes * layout.num_layers
+        self._num_bytes += sum(batch.num_block_layers for batch in batches) * self._lander.layout.block_bytes
 
     async def _explain(self, mismatch: ChecksumMismatch) -> None:
         """Blocks that were given back while we read are no damage: raises LeaseExpired when that is what happened."""

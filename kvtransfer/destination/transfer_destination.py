@@ -195,6 +195,4 @@ class TransferDestination:
         )
 
     def _count(self, peer: SourcePeer, landed: Landed) -> None:
-        peer.statistics.landed(
-            num_bytes=landed.num_bytes, seconds=landed.transfer_s, read=peer.link.statistics()
-        )
+        peer.statistics.landed(num_bytes=landed.num_bytes, seconds=landed.transfer_s, read=peer.link.statistics())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import secrets
 import threading
 from collections.abc import Sequence
@@ -31,6 +32,19 @@ class Chunk:
     checksums: tuple[int, ...]
     num_tokens: int
     """Of the prompt, covered up to the end of this chunk."""
+    layers: range | None = None
+    """That became readable; None: all."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """How far the publications of a transfer have come."""
+
+    num_blocks: int
+    """In every layer."""
+    begun: tuple[int, ...] = ()
+    """The blocks behind these, of which the first `num_layers_begun` layers are published and the others are not."""
+    num_layers_begun: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +68,16 @@ class Lease:
 
     transfer: SourceTransfer
     key: bytes
+    num_tokens: int
+    """Of the whole prompt; 0 when the server did not say."""
     opened_at_s: float
     expires_at_s: float
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
-    readable: set[int] = dataclasses.field(default_factory=set)
-    num_blocks: int = 0
+    readers: set[str] = dataclasses.field(default_factory=set)
+    """The peers that follow it. The key is for them alone: who learns it otherwise reads nothing."""
+    readable: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Block id to the number of its layers, from the first on, that may be read."""
+    published: Published = Published(num_blocks=0)
     outcome: Outcome | None = None
 
 
@@ -77,29 +96,43 @@ class LeaseBook:
     Invariants: a transfer is live or ended, never both; keys are unique; `readable` is what was published.
     """
 
-    def __init__(self, *, epoch: int, lease_s: float) -> None:
+    def __init__(self, *, epoch: int, lease_s: float, num_layers: int) -> None:
+        """`num_layers`: of the pool, each block of which is readable in its first so many layers."""
         self.epoch = epoch
         self.lease_s = lease_s
+        self._num_layers = num_layers
         self._lock = threading.Lock()
         self._live: dict[str, Lease] = {}
         self._by_key: dict[bytes, Lease] = {}
         self._ended: collections.OrderedDict[str, Ending] = collections.OrderedDict()
 
-    def open(self, transfer_id: str, *, now_s: float) -> None:
+    def open(self, transfer_id: str, *, num_tokens: int = 0, now_s: float) -> None:
         """Raises TransferError when that id is live, or was used before."""
         with self._lock:
             if transfer_id in self._live or transfer_id in self._ended:
                 raise TransferError(f"transfer {transfer_id} exists already; an id is used once")
             key = secrets.token_bytes(LEASE_KEY_BYTES)
             transfer = SourceTransfer(transfer_id)
-            lease = Lease(transfer=transfer, key=key, opened_at_s=now_s, expires_at_s=now_s + self.lease_s)
+            lease = Lease(
+                transfer=transfer,
+                key=key,
+                num_tokens=num_tokens,
+                opened_at_s=now_s,
+                expires_at_s=now_s + self.lease_s,
+            )
             self._live[transfer_id] = self._by_key[key] = lease
 
-    def num_published_blocks(self, transfer_id: str) -> int | None:
+    def published(self, transfer_id: str) -> Published | None:
         """None when it is not live: there is nobody to publish for."""
         with self._lock:
             lease = self._live.get(transfer_id)
-            return lease.num_blocks if lease else None
+            return lease.published if lease else None
+
+    def num_tokens(self, transfer_id: str) -> int:
+        """Of the whole prompt; 0 when it is not known, or nobody wants it any more."""
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            return lease.num_tokens if lease else 0
 
     def publish(self, transfer_id: str, chunk: Chunk, outcome: Outcome | None, *, now_s: float) -> bool:
         """Make a chunk readable. False when the transfer has ended meanwhile; nothing is revived."""
@@ -107,20 +140,26 @@ class LeaseBook:
             lease = self._live.get(transfer_id)
             if lease is None:
                 return False
-            assert chunk.first_block == lease.num_blocks, f"{transfer_id}: {chunk} after {lease.num_blocks} blocks"
+            published = self._after(chunk, lease.published)
+            assert not (outcome and published.begun), f"{transfer_id}: finished within the layers of {chunk}"
             lease.transfer.advance(SourcePhase.FINISHED if outcome else SourcePhase.PUBLISHING, now_s=now_s)
             lease.chunks.append(chunk)
-            lease.readable.update(chunk.block_ids)
-            lease.num_blocks += len(chunk.block_ids)
+            lease.readable.update(dict.fromkeys(chunk.block_ids, self._layers_of(chunk).stop))
+            lease.published = published
             lease.outcome = outcome
             return True
 
-    def progress(self, transfer_id: str, *, after: int) -> Progress | Ending | None:
-        """All chunks from number `after` on; how it ended; None when it has not been opened (as far as is known)."""
+    def progress(self, transfer_id: str, *, after: int, reader: str = "") -> Progress | Ending | None:
+        """All chunks from number `after` on; how it ended; None when it has not been opened (as far as is known).
+
+        From here on the lease is for `reader`, if it has a name, and for the others that asked so.
+        """
         with self._lock:
             lease = self._live.get(transfer_id)
             if lease is None:
                 return self._ended.get(transfer_id)
+            if reader:
+                lease.readers.add(reader)
             return Progress(chunks=tuple(lease.chunks[after:]), key=lease.key, outcome=lease.outcome)
 
     def renew(self, transfer_id: str, *, now_s: float) -> bool:
@@ -163,9 +202,11 @@ class LeaseBook:
     def live(self) -> list[tuple[str, int, float]]:
         """Transfer id, blocks published so far, when it was opened."""
         with self._lock:
-            return [(name, lease.num_blocks, lease.opened_at_s) for name, lease in self._live.items()]
+            return [(name, lease.published.num_blocks, lease.opened_at_s) for name, lease in self._live.items()]
 
-    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], now_s: float) -> None:
+    def check_read(
+        self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str, now_s: float
+    ) -> None:
         """See `ReadGate`. A read that passes is a sign of life."""
         if epoch != self.epoch:
             raise StaleEpoch(f"this source is epoch {self.epoch}, the read is for {epoch}")
@@ -173,10 +214,12 @@ class LeaseBook:
             lease = self._by_key.get(lease_key)
             if lease is None or lease.expires_at_s <= now_s:
                 raise LeaseExpired("no lease has this key (any more)")
+            if lease.readers and peer_id not in lease.readers:
+                raise LeaseExpired(f"this lease is not for {peer_id}, which does not follow it")
             for run in blocks:
-                if not lease.readable.issuperset(range(run.first, run.end)):
-                    name = lease.transfer.transfer_id
-                    raise TransferError(f"blocks {run.first} to {run.end - 1} are not published by {name}")
+                if min(map(lease.readable.get, range(run.first, run.end), itertools.repeat(0))) < layers.stop:
+                    what = f"blocks {run.first} to {run.end - 1} in layers {layers.start} to {layers.stop - 1}"
+                    raise TransferError(f"{what} are not published by {lease.transfer.transfer_id}")
             lease.expires_at_s = now_s + self.lease_s
 
     def check_integrity(self) -> None:
@@ -184,8 +227,26 @@ class LeaseBook:
             assert self._live.keys().isdisjoint(self._ended), "a transfer is live and over"
             assert len(self._live) == len(self._by_key), f"{len(self._live)} leases, {len(self._by_key)} keys"
             for lease in self._live.values():
-                published = [block_id for chunk in lease.chunks for block_id in chunk.block_ids]
-                assert lease.readable == set(published), f"{lease.transfer.transfer_id}: readable is not published"
+                name, readable, published = lease.transfer.transfer_id, {}, Published(num_blocks=0)
+                for chunk in lease.chunks:
+                    published = self._after(chunk, published)
+                    readable.update(dict.fromkeys(chunk.block_ids, self._layers_of(chunk).stop))
+                assert (lease.readable, lease.published) == (readable, published), f"{name}: readable is not published"
+
+    def _layers_of(self, chunk: Chunk) -> range:
+        return range(self._num_layers) if chunk.layers is None else chunk.layers
+
+    def _after(self, chunk: Chunk, before: Published) -> Published:
+        """`before` and this chunk, which continues it."""
+        layers = self._layers_of(chunk)
+        follows = chunk.first_block == before.num_blocks and layers.start == before.num_layers_begun
+        same = not before.begun or chunk.block_ids == before.begun
+        assert follows, f"{chunk} after {before}"
+        assert same, f"{chunk} after {before}"
+        assert 0 < len(layers) <= self._num_layers - layers.start, f"{chunk}, {self._num_layers} layers"
+        if layers.stop == self._num_layers:
+            return Published(num_blocks=before.num_blocks + len(chunk.block_ids))
+        return Published(num_blocks=before.num_blocks, begun=chunk.block_ids, num_layers_begun=layers.stop)
 
     def _remember(self, transfer_id: str, ending: Ending) -> None:
         """The first ending stands."""

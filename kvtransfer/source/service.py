@@ -170,6 +170,8 @@ def _publications(progress: Progress, epoch: int) -> Iterator[kv_pb2.Publication
             block_ids=chunk.block_ids,
             checksums=chunk.checksums,
             num_tokens=chunk.num_tokens,
+            first_layer=chunk.layers.start if chunk.layers else 0,
+            num_layers=len(chunk.layers) if chunk.layers else 0,
             lease_key=progress.key,
             landing=kv_pb2.Landing(**dataclasses.asdict(outcome)) if outcome else None,
         )

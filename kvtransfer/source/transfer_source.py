@@ -25,8 +25,9 @@ from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
 from kvtransfer.source.endpoints import SourceEndpoints
-from kvtransfer.source.lease import Chunk, LeaseBook, Outcome
+from kvtransfer.source.lease import Chunk, LeaseBook, Outcome, Published
 from kvtransfer.source.service import KVSourceService, Lend
+from kvtransfer.source.unpublished import Span, unpublished
 from kvtransfer.transport import EndpointStatistics, SourceEndpoint
 
 log = logs.get(__name__)
@@ -50,6 +51,7 @@ class TransferSource:
         on_released: Callable[[str], None],
         lease_s: float = 30.0,
         host: str = "127.0.0.1",
+        device: str = "cpu",
         preference: Preference = Preference(),
         endpoints: Sequence[SourceEndpoint] | None = None,
         lend: Lend | None = None,
@@ -61,7 +63,7 @@ class TransferSource:
         self._pool = region.buffer
         self._layout = layout
         self._on_released = on_released
-        self._book = LeaseBook(epoch=epoch, lease_s=lease_s)
+        self._book = LeaseBook(epoch=epoch, lease_s=lease_s, num_layers=layout.num_layers)
 
         def listen_on(name: str) -> SourceEndpoint:
             return registry.load(name).make_endpoint(region, layout, epoch=epoch, host=host)
@@ -79,6 +81,7 @@ class TransferSource:
             fingerprint=fingerprint,
             instance_id=instance_id,
             end=self._end,
+            device=device,
             lend=lend,
         )
         self._closing = False
@@ -121,26 +124,45 @@ class TransferSource:
     def open(self, transfer_id: str, *, num_tokens: int = 0) -> None:
         """Begin a lease, before the first publication. A destination may be waiting already.
 
-        `num_tokens` of the whole prompt is what a `StagedSource` needs to know.
+        `num_tokens` of the whole prompt is what a `StagedSource` needs to know; with it, a last block that is not full
+        is published with its last token, and not with `finish` alone.
         Raises TransferError when the id was used before.
         """
-        self._book.open(transfer_id, now_s=time.monotonic())
+        self._book.open(transfer_id, num_tokens=num_tokens, now_s=time.monotonic())
         self._call_soon(self._opened.set)
         self._tell(transfer_id)
 
-    def publish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int) -> bool:
+    def publish(
+        self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, *, num_layers: int | None = None
+    ) -> bool:
         """`block_ids` is the whole table so far, with the KV of the first `num_tokens` written.
 
-        Only full blocks are published; a partial one waits for `finish`. False: nobody wants this transfer any more
-        (released, failed, expired, or never opened), and the prefill behind it can be cancelled.
+        It is written in the first `num_layers` layers only, unless that is None; all tokens before the chunk that is
+        being computed were published in every layer then. Only full blocks are published, and the prompt's last one.
+        False: nobody wants this transfer any more (released, failed, expired, or never opened), and the prefill behind
+        it can be cancelled.
         """
-        return self._publish(transfer_id, block_ids, num_tokens, outcome=None)
+        if (published := self._book.published(transfer_id)) is None:
+            return False
+        num_blocks = num_tokens // self._layout.block_size
+        if num_tokens == self._book.num_tokens(transfer_id):
+            num_blocks = self._layout.num_blocks_for(num_tokens)
+        assert num_blocks <= len(block_ids), f"{transfer_id}: {num_tokens} tokens need {num_blocks} blocks: {block_ids}"
+        spans = self._spans(published, num_blocks, num_layers)
+        return all(self._make_readable(transfer_id, self._chunk(span, block_ids, num_tokens)) for span in spans)
 
     def finish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, first_token: int) -> bool:
         """The prompt is computed: publish what is left and the outcome. The blocks stay leased until `on_released`."""
+        if (published := self._book.published(transfer_id)) is None:
+            return False
         num_blocks = self._layout.num_blocks_for(num_tokens)
+        assert num_blocks <= len(block_ids), f"{transfer_id}: {num_tokens} tokens need {num_blocks} blocks: {block_ids}"
         outcome = Outcome(num_tokens=num_tokens, num_blocks=num_blocks, first_token=first_token)
-        return self._publish(transfer_id, block_ids, num_tokens, outcome=outcome)
+        nothing = Span(num_blocks, num_blocks, range(self._layout.num_layers))
+        *earlier, last = self._spans(published, num_blocks, None) or [nothing]
+        for span in earlier:
+            self._make_readable(transfer_id, self._chunk(span, block_ids, num_tokens))
+        return self._make_readable(transfer_id, self._chunk(last, block_ids, num_tokens), outcome)
 
     def fail(self, transfer_id: str, reason: str) -> bool:
         """The prefill failed or was cancelled, or nobody will pull it. Final, also when it was never opened.
@@ -165,22 +187,28 @@ class TransferSource:
     def check_integrity(self) -> None:
         self._book.check_integrity()
 
-    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run]) -> None:
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str) -> None:
         """The gate of our endpoints; see `ReadGate`."""
-        self._book.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks, now_s=time.monotonic())
+        self._book.check_read(
+            lease_key=lease_key, epoch=epoch, blocks=blocks, layers=layers, peer_id=peer_id, now_s=time.monotonic()
+        )
 
-    def _publish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, *, outcome: Outcome | None) -> bool:
-        begin = self._book.num_published_blocks(transfer_id)
-        if begin is None:
-            return False
-        end = outcome.num_blocks if outcome else num_tokens // self._layout.block_size
-        assert end <= len(block_ids), f"{transfer_id}: {num_tokens} tokens need {end} blocks, {len(block_ids)} given"
-        if begin >= end and outcome is None:
-            return True
-        fresh = tuple(block_ids[begin:end])
-        checksums = block_checksums(self._pool, self._layout, fresh)
-        covered = outcome.num_tokens if outcome else end * self._layout.block_size
-        chunk = Chunk(first_block=begin, block_ids=fresh, checksums=checksums, num_tokens=covered)
+    def _spans(self, published: Published, num_blocks: int, num_layers: int | None) -> list[Span]:
+        every = self._layout.num_layers
+        written = every if num_layers is None else num_layers
+        return unpublished(published, num_blocks=num_blocks, num_layers=written, of_layers=every)
+
+    def _chunk(self, span: Span, block_ids: Sequence[int], num_tokens: int) -> Chunk:
+        fresh = tuple(block_ids[span.begin : span.end])
+        return Chunk(
+            first_block=span.begin,
+            block_ids=fresh,
+            checksums=block_checksums(self._pool, self._layout, fresh, span.layers),
+            num_tokens=min(num_tokens, span.end * self._layout.block_size),
+            layers=span.layers,
+        )
+
+    def _make_readable(self, transfer_id: str, chunk: Chunk, outcome: Outcome | None = None) -> bool:
         published = self._book.publish(transfer_id, chunk, outcome, now_s=time.monotonic())
         self._tell(transfer_id)
         return published

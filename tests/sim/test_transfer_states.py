@@ -39,7 +39,7 @@ class World:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.book = LeaseBook(epoch=1, lease_s=LEASE_S)
+        self.book = LeaseBook(epoch=1, lease_s=LEASE_S, num_layers=1)
         self.book.open("t", now_s=0.0)
         self.source = ["prompt"] * NUM_BLOCKS
         self.releases = 0
@@ -55,10 +55,11 @@ class World:
     # What the source does.
 
     def publish(self) -> None:
-        count = self.book.num_published_blocks("t")
+        published = self.book.published("t")
         progress = self.book.progress("t", after=0)
-        if count is None or not isinstance(progress, Progress) or progress.outcome is not None:
+        if published is None or not isinstance(progress, Progress) or progress.outcome is not None:
             return
+        count = published.num_blocks
         block_ids = (count,) if count < NUM_BLOCKS else ()
         last = count + 1 >= NUM_BLOCKS
         outcome = Outcome(num_tokens=NUM_BLOCKS, num_blocks=NUM_BLOCKS, first_token=0) if last else None
@@ -98,7 +99,9 @@ class World:
         self.read = Read(wanted)
         try:
             blocks = [Run(block, 1) for block in wanted]
-            self.book.check_read(lease_key=progress.key, epoch=1, blocks=blocks, now_s=self.now_s)
+            self.book.check_read(
+                lease_key=progress.key, epoch=1, blocks=blocks, layers=range(1), peer_id="g", now_s=self.now_s
+            )
         except LeaseExpired:
             self.read.failed = True
             self.read.pending.clear()

@@ -2,83 +2,14 @@ import dataclasses
 
 import pytest
 
-from disaggregated.errors import ChecksumMismatch, TransferError
-from disaggregated.v1 import kv_pb2
+from disaggregated.errors import ChecksumMismatch
 from kvtransfer.checksum import block_checksums
 from kvtransfer.deadline import Deadline
-from kvtransfer.destination.landing import BlockBatch, Lander, PublishedBlocks
+from kvtransfer.destination.landing import Lander
+from kvtransfer.destination.published import BlockBatch
 from kvtransfer.region import Region
 from kvtransfer.transport import BlockRead, LinkCounters, ReadStop, ReadStopped
 from tests.support.kv_pools import SMALL, blocks_of, flip_bit, regions
-
-INTO = list(range(20, 28))
-
-
-def published(skip_blocks: int = 0) -> PublishedBlocks:
-    return PublishedBlocks(epoch=7, source_layout=SMALL, into=INTO, skip_blocks=skip_blocks)
-
-
-def publication(
-    first: int, *block_ids: int, landing: tuple[int, int] | None = None, **fields: int
-) -> kv_pb2.Publication:
-    message = kv_pb2.Publication(
-        epoch=fields.get("epoch", 7), first_block=first, block_ids=block_ids, checksums=block_ids, lease_key=b"k"
-    )
-    if landing:
-        message.landing.CopyFrom(kv_pb2.Landing(num_tokens=landing[0], num_blocks=landing[1], first_token=1))
-    return message
-
-
-def test_what_was_published_is_taken_once_and_in_order() -> None:
-    blocks = published()
-    assert blocks.take() is None
-    blocks.add(publication(0, 3, 4))
-    blocks.add(publication(2, 9))
-    batch = blocks.take()
-    assert batch is not None
-    assert (batch.source, batch.into, batch.checksums) == ((3, 4, 9), (20, 21, 22), (3, 4, 9))
-    assert blocks.take() is None
-    blocks.add(publication(3, 1, landing=(14, 4)))
-    batch = blocks.take()
-    assert batch is not None
-    assert (batch.source, batch.into) == ((1,), (23,))
-
-
-@pytest.mark.parametrize(("skip", "expected"), [(0, (3, 4, 9)), (1, (4, 9)), (2, (9,)), (3, None)])
-def test_blocks_that_are_here_already_are_left_out(skip: int, expected: tuple[int, ...] | None) -> None:
-    blocks = published(skip_blocks=skip)
-    blocks.add(publication(0, 3, 4, 9, landing=(12, 3)))
-    batch = blocks.take()
-    assert (batch.source if batch else None) == expected
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        (publication(1, 5), "after 0 blocks"),
-        (publication(0, 5, epoch=6), "epoch 6"),
-        (publication(0, 32), "not in a pool of 32"),
-        (publication(0, *range(9)), "9 blocks were published, 8 are reserved"),
-        (publication(0, 5, landing=(5, 1)), "5 tokens are 2 blocks"),
-        (publication(0, 5, landing=(4, 2)), "source counts 2"),
-        (kv_pb2.Publication(epoch=7, block_ids=[1, 2], checksums=[1]), "2 ids and 1 checksums"),
-    ],
-)
-def test_a_source_that_contradicts_itself_is_refused(wrong: kv_pb2.Publication, sentence: str) -> None:
-    with pytest.raises(TransferError, match=sentence):
-        published().add(wrong)
-
-
-def test_nothing_comes_after_the_last_publication() -> None:
-    blocks = published()
-    blocks.add(publication(0, 5, landing=(4, 1)))
-    with pytest.raises(TransferError, match="after the last one"):
-        blocks.add(publication(1, 6))
-
-
-def test_more_blocks_than_the_prompt_has_cannot_be_here_already() -> None:
-    with pytest.raises(TransferError, match="3 blocks are said to be here"):
-        published(skip_blocks=3).add(publication(0, 5, landing=(4, 1)))
 
 
 @dataclasses.dataclass
@@ -111,9 +42,9 @@ WANTED = (5, 6, 7, 1, 30)
 LANDS_IN = (2, 3, 9, 8, 31)
 
 
-def batch_of(source: Region) -> BlockBatch:
-    checksums = block_checksums(source.buffer, SMALL, WANTED)
-    return BlockBatch(lease_key=b"k", epoch=7, source=WANTED, into=LANDS_IN, checksums=checksums)
+def batch_of(source: Region, layers: range = range(SMALL.num_layers)) -> BlockBatch:
+    checksums = block_checksums(source.buffer, SMALL, WANTED, layers)
+    return BlockBatch(lease_key=b"k", epoch=7, source=WANTED, into=LANDS_IN, checksums=checksums, layers=layers)
 
 
 def land(batch: BlockBatch, link: CopyingLink, *, part_bytes: int = 1 << 20, stop: ReadStop | None = None) -> None:
@@ -147,3 +78,23 @@ def test_a_stop_is_heeded_before_the_first_byte() -> None:
         with pytest.raises(ReadStopped):
             land(batch_of(source), CopyingLink(source, into), stop=stop)
         assert not blocks_of(into, SMALL, LANDS_IN).any()
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1024, 1 << 20])
+def test_only_the_layers_of_a_batch_are_read_and_verified(part_bytes: int) -> None:
+    with regions(SMALL) as (source, into):
+        batch = batch_of(source, range(1, 3))
+        flip_bit(source, SMALL, layer=0, block_id=WANTED[0])  # Its source may still write what it did not publish.
+        link = CopyingLink(source, into)
+        land(batch, link, part_bytes=part_bytes)
+        assert (blocks_of(into, SMALL, LANDS_IN)[1:] == blocks_of(source, SMALL, WANTED)[1:]).all()
+        assert not blocks_of(into, SMALL, LANDS_IN)[0].any()
+        assert {layer for read in link.reads for layer in read.layers} == {1, 2}
+
+
+def test_a_change_in_the_last_layer_of_a_batch_is_seen() -> None:
+    with regions(SMALL) as (source, into):
+        batch = batch_of(source, range(1, 3))
+        flip_bit(source, SMALL, layer=2, block_id=WANTED[-1])
+        with pytest.raises(ChecksumMismatch, match=f"block {WANTED[-1]} of COPY source"):
+            land(batch, CopyingLink(source, into))

@@ -11,8 +11,9 @@ from disaggregated.errors import LeaseExpired
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
-from kvtransfer.destination.landing import Lander, PublishedBlocks
+from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.peer import PeerStatistics, SourcePeer
+from kvtransfer.destination.published import PublishedBlocks
 from kvtransfer.destination.pull import Pull
 from kvtransfer.machine import DestinationPhase, DestinationTransfer
 from kvtransfer.transport import SourceIdentity
@@ -53,6 +54,7 @@ def test_a_release_is_not_undone_by_a_renewal_that_comes_after_it() -> None:
     async def play() -> None:
         peer = SourcePeer(
             address="host:1",
+            our_id="destination",
             identity=SourceIdentity(instance_id="source", epoch=1, layout=LAYOUT),
             lease_s=30.0,
             channel=cast(Any, None),
