@@ -359,12 +359,17 @@ class ReleaseRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     LANDED_FIELD_NUMBER: _builtins.int
     PEER_ID_FIELD_NUMBER: _builtins.int
+    ERROR_KIND_FIELD_NUMBER: _builtins.int
+    ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     epoch: _builtins.int
     landed: _builtins.bool
     """false: given up, or never wanted; also from a destination that Connect refused"""
     peer_id: _builtins.str
     """whoever follows a transfer does not lose it to another's giving up"""
+    error_kind: _builtins.str
+    """when given up for an error: its class name in the error tree, for whoever prefills"""
+    error_message: _builtins.str
     def __init__(
         self,
         *,
@@ -372,10 +377,12 @@ class ReleaseRequest(_message.Message):
         epoch: _builtins.int = ...,
         landed: _builtins.bool = ...,
         peer_id: _builtins.str = ...,
+        error_kind: _builtins.str = ...,
+        error_message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "landed", b"landed", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error_kind", b"error_kind", "error_message", b"error_message", "landed", b"landed", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
