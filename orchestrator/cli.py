@@ -71,6 +71,7 @@ def disaggregated() -> None:
     Start one server of a pool:            disaggregated serve context MODEL --port 8001
     Serve from one process, not split:     disaggregated serve mixed MODEL
     Change a running deployment:           disaggregated scale generation=2
+    See what this machine can do:          disaggregated doctor
     """
 
 
@@ -193,6 +194,15 @@ def status_verb(url: str) -> None:
     lines, is_serving = status(url)
     click.echo("\n".join(lines))
     sys.exit(0 if is_serving else 1)
+
+
+@disaggregated.command("doctor", context_settings=SETTINGS)
+@click.option("--measure/--no-measure", default=True, help="Move bytes over each transport between two processes.")
+def doctor_verb(measure: bool) -> None:
+    """Say what this machine has and what each transport does on it. Exits with 1 when something is broken."""
+    from orchestrator.doctor import doctor
+
+    sys.exit(0 if doctor(with_measurements=measure) else 1)
 
 
 @disaggregated.command("demo", context_settings=SETTINGS)
