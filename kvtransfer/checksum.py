@@ -1,27 +1,214 @@
 """One checksum a block: xxh3_64 over that block of every layer, in layer order.
 
-The source computes it where the block was written, the destination over its own memory after the copy. What
-matched is therefore what will be attended to, whatever happened on the way.
+    source        block_checksums() of its own memory, when it publishes
+    destination   `BlockSums`, fed by the transport with the bytes as they pass: a copy out of shared memory sums up the
+                  very registers that it stores, TCP sums up our memory right behind the kernel
+                  block_checksums() of our memory, after a transport that fed nothing
+
+What a running checksum covers: the source's memory at the moment of the copy, the way, and the order of the blocks. It
+does not cover our memory after the store, as a second pass over it would until that pass is over. Measured: the first
+costs nothing, the second a third of the time (docs/decisions/0011).
 """
 
 from __future__ import annotations
 
+import array
+import ctypes
+import dataclasses
 from collections.abc import Sequence
+from typing import Final, Protocol, Self
 
 import xxhash
 
 from disaggregated.kv_layout import KVLayout
+from kvtransfer.native.library import CHECKSUM_BYTES, Blocks, Order, library
+from kvtransfer.region import address_of, copy_bytes
+from kvtransfer.runs import run_pairs
+from kvtransfer.transport import ReadStop
+
+PAST_CACHE_BYTES: Final = 4 << 20
+"""A copy of at least that much goes past the caches, which it would only sweep: a third more of DRAM is free then."""
+_COPY_BYTES_MAX: Final = 4 << 20
+"""Between two looks at the stop, without native code: under a millisecond of memcpy."""
+_SHORT_BYTES_MAX: Final = 240
+"""XXH3 has another algorithm for inputs up to this; no model's blocks are so small."""
+_NATIVE_STOPPED: Final = 1
+_NATIVE_UNSOUND: Final = 2
+_CACHE_LINE: Final = 64
 
 
-def block_checksum(pool: memoryview, layout: KVLayout, block_id: int) -> int:
-    """64 bits over `num_layers * block_bytes` bytes."""
-    hasher = xxhash.xxh3_64()
-    size = layout.block_bytes
-    for layer in range(layout.num_layers):
-        begin = layout.offset(layer, block_id)
-        hasher.update(pool[begin : begin + size])
-    return hasher.intdigest()
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolBlocks:
+    """Blocks of a pool at `address` in this process, which whoever made this keeps mapped."""
+
+    address: int
+    layout: KVLayout
+    ids: Sequence[int]
 
 
-def block_checksums(pool: memoryview, layout: KVLayout, block_ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(block_checksum(pool, layout, block_id) for block_id in block_ids)
+class BlockSums(Protocol):
+    """Running checksums of some blocks. Used by one thread at a time.
+
+    Invariant: the layers of a block come in order, each once; they may come in several calls.
+    """
+
+    @property
+    def is_untouched(self) -> bool:
+        """Nothing was taken yet: a transport that leaves it so has the destination verify its memory instead."""
+
+    def part(self, begin: int, end: int) -> Self:
+        """The same running checksums, of blocks `begin` to `end` only: several threads may feed parts."""
+
+    def copy(self, source: PoolBlocks, into: PoolBlocks, layers: range, stop: ReadStop) -> None:
+        """Copy block `source.ids[i]` to `into.ids[i]`, summing it up. Raises ReadStopped; some is copied then."""
+
+    def take(self, blocks: PoolBlocks, layers: range, stop: ReadStop) -> None:
+        """Sum up blocks where they lie. Raises ReadStopped."""
+
+    def values(self) -> tuple[int, ...]:
+        """One a block, all bytes of which were taken."""
+
+
+def block_sums(count: int, layout: KVLayout, num_layers: int | None = None) -> BlockSums:
+    """For `count` blocks through `num_layers` layers, by default all."""
+    length = (layout.num_layers if num_layers is None else num_layers) * layout.block_bytes
+    native = library()
+    if native is None or length <= _SHORT_BYTES_MAX:
+        return PlainSums([xxhash.xxh3_64() for _ in range(count)])
+    return NativeSums(native, count, length)
+
+
+def block_checksums(
+    pool: memoryview,
+    layout: KVLayout,
+    block_ids: Sequence[int],
+    layers: range | None = None,
+    stop: ReadStop | None = None,
+) -> tuple[int, ...]:
+    """Each 64 bits over `len(layers) * block_bytes` bytes; all layers by default. Raises ReadStopped."""
+    assert pool.nbytes == layout.pool_bytes, f"a pool of {pool.nbytes} bytes, its layout says {layout.pool_bytes}"
+    chosen = range(layout.num_layers) if layers is None else layers
+    sums = block_sums(len(block_ids), layout, len(chosen))
+    sums.take(PoolBlocks(address_of(pool), layout, block_ids), chosen, stop or ReadStop())
+    return sums.values()
+
+
+def block_checksum(pool: memoryview, layout: KVLayout, block_id: int, layers: range | None = None) -> int:
+    return block_checksums(pool, layout, [block_id], layers)[0]
+
+
+class NativeSums:
+    """Copies and sums up in one pass, or sums up at the speed of memory, with the interpreter lock released."""
+
+    def __init__(self, native: ctypes.CDLL, count: int, length: int) -> None:
+        memory = ctypes.create_string_buffer(count * CHECKSUM_BYTES + _CACHE_LINE)
+        begin = ctypes.addressof(memory)
+        self._native = native
+        self._memory = memory
+        self._address = begin + -begin % _CACHE_LINE
+        self._count = count
+        self._touched = ctypes.c_bool(False)
+        native.checksums_begin(self._address, count, length)
+
+    @property
+    def is_untouched(self) -> bool:
+        return not self._touched.value
+
+    def part(self, begin: int, end: int) -> Self:
+        assert 0 <= begin <= end <= self._count, f"blocks {begin} to {end} of {self._count}"
+        part = object.__new__(type(self))
+        part._native, part._memory, part._touched = self._native, self._memory, self._touched
+        part._address, part._count = self._address + begin * CHECKSUM_BYTES, end - begin
+        return part
+
+    def copy(self, source: PoolBlocks, into: PoolBlocks, layers: range, stop: ReadStop) -> None:
+        assert source.layout.block_bytes == into.layout.block_bytes, "pools of unlike blocks"
+        assert source.layout.num_layers == into.layout.num_layers, "pools of unlike layers"
+        assert len(source.ids) == len(into.ids), f"{len(source.ids)} blocks into {len(into.ids)}"
+        self._run(_order(source, into, layers), stop)
+
+    def take(self, blocks: PoolBlocks, layers: range, stop: ReadStop) -> None:
+        self._run(_order(blocks, None, layers), stop)
+
+    def values(self) -> tuple[int, ...]:
+        values = array.array("Q", bytes(8 * self._count))
+        missing = self._native.checksums_values(self._address, self._count, values.buffer_info()[0])
+        assert missing < 0, f"bytes of block {missing} of {self._count} have not come"
+        return tuple(values)
+
+    def _run(self, order: Order, stop: ReadStop) -> None:
+        assert order.count == self._count, f"{order.count} blocks, {self._count} checksums"
+        stop.check()
+        self._touched.value = True
+        outcome = self._native.take_blocks(order, self._address, stop.flag_address)
+        assert outcome != _NATIVE_UNSOUND, "a block or layer that is not in its pool"
+        if outcome == _NATIVE_STOPPED:
+            stop.check()
+
+
+def _order(source: PoolBlocks, into: PoolBlocks | None, layers: range) -> Order:
+    layout = source.layout
+    count = len(source.ids)
+    ids = array.array("q", source.ids if into is None else (*source.ids, *into.ids))
+    ids_address = ids.buffer_info()[0]
+    order = Order(
+        from_=Blocks(base=source.address, num_blocks=layout.num_blocks, ids=ids_address),
+        count=count,
+        block_bytes=layout.block_bytes,
+        pool_layers=layout.num_layers,
+        first_layer=layers.start,
+        num_layers=len(layers),
+        past_cache=count * len(layers) * layout.block_bytes >= PAST_CACHE_BYTES,
+    )
+    if into is not None:
+        into_ids = ids_address + ids.itemsize * count
+        order.to = Blocks(base=into.address, num_blocks=into.layout.num_blocks, ids=into_ids)
+    order.keeps = ids
+    return order
+
+
+class PlainSums:
+    """The same without native code: a copy, then a second pass over what was copied."""
+
+    def __init__(self, hashers: Sequence[xxhash.xxh3_64]) -> None:
+        self._hashers = hashers
+        self._touched = ctypes.c_bool(False)
+
+    @property
+    def is_untouched(self) -> bool:
+        return not self._touched.value
+
+    def part(self, begin: int, end: int) -> Self:
+        part = type(self)(self._hashers[begin:end])
+        part._touched = self._touched
+        return part
+
+    def copy(self, source: PoolBlocks, into: PoolBlocks, layers: range, stop: ReadStop) -> None:
+        pairs = list(run_pairs(source.ids, into.ids))
+        for layer in layers:
+            for pair in pairs:
+                begin = source.address + _offset(source.layout, layer, pair.source, pair.count)
+                to = into.address + _offset(into.layout, layer, pair.into, pair.count)
+                size = pair.count * into.layout.block_bytes
+                for at in range(0, size, _COPY_BYTES_MAX):
+                    stop.check()
+                    copy_bytes(to + at, begin + at, min(_COPY_BYTES_MAX, size - at))
+        self.take(into, layers, stop)
+
+    def take(self, blocks: PoolBlocks, layers: range, stop: ReadStop) -> None:
+        self._touched.value = True
+        size = blocks.layout.block_bytes
+        for hasher, block_id in zip(self._hashers, blocks.ids, strict=True):
+            stop.check()
+            for layer in layers:
+                address = blocks.address + _offset(blocks.layout, layer, block_id, 1)
+                hasher.update((ctypes.c_char * size).from_address(address))
+
+    def values(self) -> tuple[int, ...]:
+        return tuple(hasher.intdigest() for hasher in self._hashers)
+
+
+def _offset(layout: KVLayout, layer: int, block_id: int, count: int) -> int:
+    """Of blocks that are all there."""
+    assert block_id + count <= layout.num_blocks, f"blocks {block_id} to {block_id + count} of {layout.num_blocks}"
+    return layout.offset(layer, block_id)

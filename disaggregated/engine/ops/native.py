@@ -20,11 +20,12 @@ import torch
 
 from disaggregated.engine.ops import native_kv, native_linear, native_sample, native_step
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops, StepProgram
-from disaggregated.engine.ops.native_build import NativeUnavailable, library
+from disaggregated.engine.ops.native_build import library
 from disaggregated.engine.ops.native_checks import check_floats, check_indices, check_shape, token_stride
 from disaggregated.engine.ops.native_isa import best_isa, runnable_isas
 from disaggregated.engine.ops.native_kv import attention_numbers, batch_places, kv_pool, unsound_row
 from disaggregated.engine.ops.native_linear import PackedLinear, Quantization
+from disaggregated.native_build import NativeUnavailable, loaded
 
 if TYPE_CHECKING:
     from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
@@ -68,11 +69,7 @@ def load(num_threads: int, isa: str | None = None, *, quantization: Quantization
 
 
 def _open(isa: str) -> ctypes.CDLL:
-    path = library(isa)
-    try:
-        kernels = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeUnavailable(f"{path}: {error}; delete it to have it compiled again") from error
+    kernels = loaded(library(isa))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(kernels, name)
         function.restype, function.argtypes = result, arguments

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import disaggregated.native_build
 from disaggregated.engine.ops import native, native_build
-from disaggregated.engine.ops.native_build import NativeUnavailable
+from disaggregated.native_build import NativeUnavailable
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
 
@@ -27,13 +28,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_servers_that_start_together_compile_once_and_later_ones_not_at_all(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_, compiled = native_build._compile, []
+    compile_, compiled = disaggregated.native_build._compile, []
 
-    def counted(compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> None:
+    def counted(compiler: tuple[str, ...], flags: tuple[str, ...], sources: Path, path: Path) -> None:
         compiled.append(path)
-        compile_(compiler, flags, path)
+        compile_(compiler, flags, sources, path)
 
-    monkeypatch.setattr(native_build, "_compile", counted)
+    monkeypatch.setattr(disaggregated.native_build, "_compile", counted)
     with ThreadPoolExecutor(3) as pool:
         paths = list(pool.map(native_build.library, ["baseline"] * 3))
     assert compiled == [paths[0]]

@@ -1,0 +1,164 @@
+/* Blocks of a KV pool, copied and summed up in one pass over them.
+
+   A pool is [layer][block] of `block_bytes` each; a block's checksum runs through its layers. Whoever calls has checked
+   nothing: each block and layer is checked here, before the first byte is touched. */
+
+#include "stripes.h"
+
+/* Between two looks at the stop: a fraction of a millisecond. */
+enum { BYTES_BETWEEN_LOOKS = 1 << 20 };
+enum { DONE = 0, STOPPED = 1, UNSOUND = 2 };
+
+/* Mirrored by Blocks in library.py. */
+typedef struct {
+    uint8_t *base;      /* of the pool */
+    int64_t num_blocks; /* of a layer of the pool */
+    const int64_t *ids; /* `count` of them */
+} blocks;
+
+/* Mirrored by Order in library.py. */
+typedef struct {
+    blocks from, to;    /* `to.base` is NULL where nothing is copied */
+    int64_t count;      /* blocks */
+    int64_t block_bytes;
+    int64_t pool_layers, first_layer, num_layers;
+    int64_t past_cache; /* not 0: what is copied is more than the caches hold, and goes past them */
+} order;
+
+static stripes_function *best_stripes(int64_t isa)
+{
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (isa >= 2 && __builtin_cpu_supports("avx512f"))
+        return stripes_avx512;
+    if (isa >= 1 && __builtin_cpu_supports("avx2"))
+        return stripes_avx2;
+#endif
+    (void)isa;
+    return stripes_plain;
+}
+
+static stripes_function *stripes = stripes_plain;
+
+/* Choose the inner loop: 0 plain C, 1 AVX2, 2 AVX-512, or what the CPU has below that, which is returned. */
+EXPORT int64_t choose_isa(int64_t isa)
+{
+    stripes = best_stripes(isa);
+#ifdef __x86_64__
+    return stripes == stripes_avx512 ? 2 : stripes == stripes_avx2 ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+
+EXPORT int64_t checksum_bytes(void) { return sizeof(checksum); }
+
+EXPORT void checksums_begin(checksum *sums, int64_t count, int64_t length)
+{
+    for (int64_t i = 0; i < count; i++)
+        checksum_begin(&sums[i], length);
+}
+
+/* -1, or the first of them of which bytes are missing. */
+EXPORT int64_t checksums_values(const checksum *sums, int64_t count, uint64_t *values)
+{
+    for (int64_t i = 0; i < count; i++) {
+        if (sums[i].taken != sums[i].length)
+            return i;
+        values[i] = checksum_value(&sums[i]);
+    }
+    return -1;
+}
+
+INLINE void copied(uint8_t *to, const uint8_t *from, int64_t num_bytes)
+{
+    if (to)
+        memcpy(to, from, (size_t)num_bytes);
+}
+
+/* The next bytes of an input, which are at most as many as it still has to come. */
+static void take(checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_bytes, destination_kind kind)
+{
+    const int64_t last = (sum->length - 1) / STRIPE_BYTES; /* This stripe waits for checksum_value. */
+    while (num_bytes > 0) {
+        int64_t stripe = smaller(sum->taken / STRIPE_BYTES, last);
+        int64_t pending = sum->taken - stripe * STRIPE_BYTES;
+        int64_t whole = pending ? 0 : smaller(num_bytes / STRIPE_BYTES, last - stripe);
+        int64_t num = whole ? whole * STRIPE_BYTES : smaller(num_bytes, STRIPE_BYTES - pending);
+        if (whole) {
+            stripes(sum->sums, from, to, whole, stripe % STRIPES_OF_ROUND, kind);
+            memcpy(sum->tail, from + num - STRIPE_BYTES, STRIPE_BYTES);
+        } else {
+            uint8_t *piece = sum->tail + STRIPE_BYTES;
+            memcpy(piece + pending, from, (size_t)num);
+            copied(to, from, num);
+            if (pending + num == STRIPE_BYTES && stripe < last) {
+                stripes(sum->sums, piece, NULL, 1, stripe % STRIPES_OF_ROUND, ONLY_SUM);
+                memcpy(sum->tail, piece, STRIPE_BYTES);
+            }
+        }
+        sum->taken += num;
+        num_bytes -= num;
+        from += num;
+        to = to ? to + num : NULL;
+    }
+}
+
+static int is_sound(const blocks *of, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (of->ids[i] < 0 || of->ids[i] >= of->num_blocks)
+            return 0;
+    return 1;
+}
+
+static int order_is_sound(const order *what)
+{
+    return what->block_bytes > 0 && what->first_layer >= 0 && what->num_layers >= 0 &&
+           what->first_layer + what->num_layers <= what->pool_layers && is_sound(&what->from, what->count) &&
+           (!what->to.base || is_sound(&what->to, what->count));
+}
+
+INLINE uint8_t *place(const blocks *of, const order *what, int64_t layer, int64_t i)
+{
+    return of->base ? of->base + (layer * of->num_blocks + of->ids[i]) * what->block_bytes : NULL;
+}
+
+/* One block of one layer. `sum` is NULL where nothing is summed up. */
+static void take_block(const order *what, int64_t layer, int64_t i, checksum *sum, destination_kind kind)
+{
+    const uint8_t *from = place(&what->from, what, layer, i);
+    uint8_t *to = place(&what->to, what, layer, i);
+    if (sum)
+        take(sum, from, to, what->block_bytes, kind);
+    else
+        copied(to, from, what->block_bytes);
+}
+
+/* Copies blocks from one pool to another, or none; and adds them to `sums`, one a block, or none. Block by block,
+   each through its layers, so that one running checksum stays in the registers' reach.
+
+   DONE, STOPPED once `*stop` is not 0, or UNSOUND (nothing was touched) for a block or layer that is not there. */
+EXPORT int64_t take_blocks(const order *what, checksum *sums, const volatile int32_t *stop)
+{
+    if (!order_is_sound(what))
+        return UNSOUND;
+    int is_aligned = (uintptr_t)what->to.base % STRIPE_BYTES == 0 && what->block_bytes % STRIPE_BYTES == 0;
+    destination_kind kind = !what->to.base ? ONLY_SUM : what->past_cache && is_aligned ? STREAM : STORE;
+    int64_t taken = 0;
+    for (int64_t i = 0; i < what->count; i++) {
+        for (int64_t layer = what->first_layer; layer < what->first_layer + what->num_layers; layer++) {
+            if (taken >= BYTES_BETWEEN_LOOKS) {
+                taken = 0;
+                if (*stop)
+                    return STOPPED;
+            }
+            take_block(what, layer, i, sums ? &sums[i] : NULL, kind);
+            taken += what->block_bytes;
+        }
+    }
+#ifdef __x86_64__
+    _mm_sfence(); /* What went past the cache is there for everyone before anyone is told so. */
+#endif
+    return *stop ? STOPPED : DONE;
+}

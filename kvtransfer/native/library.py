@@ -1,0 +1,87 @@
+"""The C functions of `csrc/`, compiled at first use and called through ctypes, which lets go of the interpreter lock.
+
+Without a C compiler there is no library, one log line says so, and checksums take a second pass over the bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, Final
+
+from disaggregated import logs, native_build
+from disaggregated.native_build import NativeUnavailable
+
+log = logs.get(__name__)
+
+SOURCES: Final = Path(__file__).parent / "csrc"
+ISAS: Final = ("plain", "avx2", "avx512")
+"""In the order of `choose_isa` in csrc/blocks.c. One library holds them all; the CPU decides."""
+CHECKSUM_BYTES: Final = 256
+"""Of one running checksum: `checksum` in csrc/xxh3.h."""
+VARIABLE: Final = "DISAGG_TRANSFER_ISA"
+"""One of ISAS, or `none` for no native code at all."""
+
+
+class Blocks(ctypes.Structure):
+    """Blocks of one pool, as C has them; the pool and the ids outlive the call."""
+
+    _fields_ = (("base", c_void_p), ("num_blocks", c_int64), ("ids", c_void_p))
+
+
+class Order(ctypes.Structure):
+    """What `take_blocks` is to do."""
+
+    keeps: Sequence[int]
+    """The ids that it points to."""
+
+    _fields_ = (
+        ("from_", Blocks),
+        ("to", Blocks),
+        ("count", c_int64),
+        ("block_bytes", c_int64),
+        ("pool_layers", c_int64),
+        ("first_layer", c_int64),
+        ("num_layers", c_int64),
+        ("past_cache", c_int64),
+    )
+
+
+_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "choose_isa": (c_int64, [c_int64]),
+    "checksum_bytes": (c_int64, []),
+    "checksums_begin": (None, [c_void_p, c_int64, c_int64]),
+    "checksums_values": (c_int64, [c_void_p, c_int64, c_void_p]),
+    "take_blocks": (c_int64, [POINTER(Order), c_void_p, c_void_p]),
+}
+"""Return type and arguments of each function; csrc/ says what they mean."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """None, with the reason logged, when this machine has none."""
+    chosen = os.environ.get(VARIABLE, ISAS[-1])
+    if chosen == "none":
+        return None
+    try:
+        return opened(chosen)
+    except NativeUnavailable as error:
+        log.warning("kv_native_copy_unavailable", reason=str(error))
+        return None
+
+
+def opened(isa: str = ISAS[-1]) -> ctypes.CDLL:
+    """The library, using `isa` or the best below it that this CPU has. Raises NativeUnavailable."""
+    if isa not in ISAS:
+        raise NativeUnavailable(f"{VARIABLE}: {isa} is none of none, {', '.join(ISAS)}")
+    found = native_build.loaded(native_build.compiled(SOURCES, "kvtransfer", native_build.COMMON_FLAGS))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    assert found.checksum_bytes() == CHECKSUM_BYTES, "library.py and csrc/xxh3.h disagree"
+    found.choose_isa(ISAS.index(isa))
+    return found
