@@ -13,6 +13,7 @@
     │   ├── PoolExhausted
     │   ├── QueueFull
     │   └── Draining
+    ├── Unauthenticated                   the two ends do not know the same cluster secret
     ├── ServerLost                        crashed, frozen, or its connection broke
     ├── NoServerAvailable                 no server of the role for as long as we may wait
     ├── DeadlineExceeded                  the request's own deadline
@@ -20,6 +21,7 @@
     └── TransferError                     KV did not land; nothing was admitted
         ├── LayoutMismatch
         ├── FingerprintMismatch
+        ├── WrongSecret
         ├── StaleEpoch
         ├── LeaseExpired
         ├── ChecksumMismatch
@@ -109,6 +111,12 @@ class Draining(AdmissionError):
     """The server is finishing what it has and takes nothing new."""
 
 
+class Unauthenticated(DisaggregatedError):
+    """Refused before anything was read; says what to set, and where."""
+
+    http_status = 502
+
+
 class ServerLost(DisaggregatedError):
     http_status = 502
     retryable = True
@@ -140,6 +148,12 @@ class LayoutMismatch(TransferError):
 
 class FingerprintMismatch(TransferError):
     """The two ends serve different weights, or the same ones under other numerics."""
+
+    retryable = False
+
+
+class WrongSecret(TransferError):
+    """One end of a link could not prove that it knows the cluster's secret; nothing was read."""
 
     retryable = False
 

@@ -15,17 +15,21 @@ lease on each read, and makes one promise that everything else rests on:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from disaggregated.errors import TransferError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
+
+if TYPE_CHECKING:
+    from kvtransfer.checksum import BlockSums
 
 LEASE_KEY_BYTES: Final = 16
 PROGRESS_TIMEOUT_S: Final = 2.0
@@ -34,7 +38,7 @@ PROGRESS_TIMEOUT_S: Final = 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """How to reach one endpoint. `address` is opaque, and a capability: it carries the endpoint's secret."""
+    """How to reach one endpoint. `address` is opaque and no secret: who uses it must prove that it knows the cluster's."""
 
     name: str
     address: str
@@ -42,10 +46,10 @@ class Offer:
     """Equal on both ends when they can share memory; "" where that does not matter."""
 
     def split(self) -> tuple[str, bytes]:
-        """The place and the secret of an address that is written `place/hex`. Raises TransferError when it is not."""
-        place, _, secret = self.address.rpartition("/")
+        """The place and the nonce of an address that is written `place/hex`. Raises TransferError when it is not."""
+        place, _, nonce = self.address.rpartition("/")
         try:
-            return place, bytes.fromhex(secret)
+            return place, bytes.fromhex(nonce)
         except ValueError as error:
             raise TransferError(f"the {self.name} offer's address is not one: {place!r}") from error
 
@@ -66,7 +70,7 @@ class OurEnd:
     region: Region
     layout: KVLayout
     peer_id: str
-    """What the source calls us in its log."""
+    """Who we are to the source: the leases that we follow are for this name alone."""
     progress_timeout_s: float = PROGRESS_TIMEOUT_S
 
 
@@ -79,15 +83,21 @@ class BlockRead:
     source: Sequence[int]
     into: Sequence[int]
     layers: range
+    sums: BlockSums | None = None
+    """A running checksum for each block, which a transport may feed with what it puts into our pool. One that does
+    feeds it every byte; one that cannot see the bytes leaves it alone, and our memory is verified afterwards."""
 
 
 class ReadGate(Protocol):
     """Asked by an endpoint, on its own threads, before it serves a byte."""
 
-    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run]) -> None:
-        """Returns when each of `blocks` is published under a live lease.
+    def check_read(
+        self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str
+    ) -> None:
+        """Returns when each of `blocks` is published, in `layers`, under a live lease. `peer_id` is who asks, proven.
 
-        Raises StaleEpoch, LeaseExpired (or never was), or TransferError for blocks the lease does not hold.
+        Raises StaleEpoch, LeaseExpired (or never was), or TransferError for blocks the lease does not hold, and for a
+        lease that another peer follows.
         """
 
 
@@ -97,7 +107,7 @@ class EndpointStatistics:
 
     connections_open: int = 0
     connections_refused: int = 0
-    """Too many, wrong uid, wrong secret, or bytes that are not our protocol."""
+    """Too many, wrong user, no proof of the secret, or bytes that are not our protocol."""
     reads_total: int = 0
     reads_refused: int = 0
     bytes_total: int = 0
@@ -126,19 +136,24 @@ class ReadStop:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requested = False
+        self._requested = ctypes.c_int32(0)
         self._socket: socket.socket | None = None
+
+    @property
+    def flag_address(self) -> int:
+        """Of an int32 that is not 0 from the request on: for native code, while this object lives."""
+        return ctypes.addressof(self._requested)
 
     def request(self) -> None:
         """Idempotent. The read raises; until it has, its blocks are writable."""
         with self._lock:
-            self._requested = True
+            self._requested.value = 1
             if self._socket is not None:
                 _shut(self._socket)
 
     def check(self) -> None:
         """Raises ReadStopped once a stop was requested."""
-        if self._requested:
+        if self._requested.value:
             raise ReadStopped("the read was stopped")
 
     @contextlib.contextmanager
@@ -156,7 +171,7 @@ class ReadStop:
         finally:
             with self._lock:
                 self._socket = None
-                was_shut = self._requested
+                was_shut = bool(self._requested.value)
         if was_shut:
             raise ReadStopped("the read was stopped")
 

@@ -1,11 +1,15 @@
 """The bytes between two ends of a transport: small framed messages, every length bounded before it is believed.
 
     destination                      source
-    HELLO  secret, epoch, who   ──▶
-                                ◀──  WELCOME epoch, size of the region      (over a unix socket: its descriptor, too)
+                                ◀──  CHALLENGE nonce
+    HELLO  nonce, who, proof    ──▶
+                                ◀──  WELCOME epoch, region, proof           (over a unix socket: its descriptor, too)
     READ   lease, layers, runs  ──▶
                                 ◀──  BLOCKS  num_bytes, then the bytes      (shared memory: 0 bytes, "go ahead")
                                 ◀──  REFUSED error class, sentence          (instead of WELCOME or BLOCKS)
+
+HELLO and WELCOME may end in a tail, which only the transport itself understands: the address of a library's worker, for
+example. What the proofs prove stands in `meeting.py`.
 
 A frame is a 16-byte header (magic, version, kind, length of the body) and its body; integers are little-endian.
 Block bytes follow a BLOCKS header layer by layer, within a layer in the order of the runs that were asked for.
@@ -24,14 +28,19 @@ from kvtransfer.runs import Run
 from kvtransfer.transport import LEASE_KEY_BYTES
 
 MAGIC: Final = b"KVTR"
-VERSION: Final = 1
-SECRET_BYTES: Final = 16
+VERSION: Final = 2
+NONCE_BYTES: Final = 16
+PROOF_BYTES: Final = 32
+HELLO_TAIL_BYTES_MAX: Final = 16 << 10
+"""Small, because it is read from whoever connects, before anything is proven."""
+WELCOME_TAIL_BYTES_MAX: Final = 64 << 10
 RUNS_MAX: Final = 8192
 """Block runs in one READ; a reader with more asks again."""
 
 HEADER: Final = struct.Struct("<4sHHQ")
-_HELLO: Final = struct.Struct(f"<{SECRET_BYTES}sQ128s")
-_WELCOME: Final = struct.Struct("<QQ")
+_CHALLENGE: Final = struct.Struct(f"<{NONCE_BYTES}s")
+_HELLO: Final = struct.Struct(f"<{NONCE_BYTES}sQ128s{PROOF_BYTES}s")
+_WELCOME: Final = struct.Struct(f"<QQ{PROOF_BYTES}s")
 _READ: Final = struct.Struct(f"<{LEASE_KEY_BYTES}sQIII")
 _RUN: Final = struct.Struct("<II")
 
@@ -42,11 +51,13 @@ class Kind(enum.IntEnum):
     READ = 3
     BLOCKS = 4
     REFUSED = 5
+    CHALLENGE = 6
 
 
 BODY_BYTES_MAX: Final = {
-    Kind.HELLO: _HELLO.size,
-    Kind.WELCOME: _WELCOME.size,
+    Kind.CHALLENGE: _CHALLENGE.size,
+    Kind.HELLO: _HELLO.size + HELLO_TAIL_BYTES_MAX,
+    Kind.WELCOME: _WELCOME.size + WELCOME_TAIL_BYTES_MAX,
     Kind.READ: _READ.size + RUNS_MAX * _RUN.size,
     Kind.REFUSED: 1024,
 }
@@ -59,16 +70,20 @@ class MalformedFrame(TransferError):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    secret: bytes
+    nonce: bytes
     epoch: int
     """Of the source, as Connect told; another one answers when the source was restarted at this address."""
     peer_id: str
+    proof: bytes
+    tail: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
     epoch: int
     region_bytes: int
+    proof: bytes
+    tail: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,22 +118,45 @@ def unpack_header(header: bytes) -> tuple[Kind, int]:
     return kind, length
 
 
+def pack_challenge(nonce: bytes) -> bytes:
+    return pack(Kind.CHALLENGE, _CHALLENGE.pack(nonce))
+
+
+def unpack_challenge(body: bytes) -> bytes:
+    """The nonce."""
+    return bytes(_unpack(_CHALLENGE, body)[0])
+
+
+def peer_id_bytes(peer_id: str) -> bytes:
+    """As it travels, and as it is proven: at most 128 bytes, and no character of which only a part fits."""
+    return peer_id.encode()[:128].decode(errors="ignore").encode()
+
+
 def pack_hello(hello: Hello) -> bytes:
-    return pack(Kind.HELLO, _HELLO.pack(hello.secret, hello.epoch, hello.peer_id.encode()[:128]))
+    assert len(hello.tail) <= HELLO_TAIL_BYTES_MAX, f"a tail of {len(hello.tail)} bytes"
+    head = _HELLO.pack(hello.nonce, hello.epoch, peer_id_bytes(hello.peer_id), hello.proof)
+    return pack(Kind.HELLO, head + hello.tail)
 
 
 def unpack_hello(body: bytes) -> Hello:
-    secret, epoch, peer_id = _unpack(_HELLO, body)
-    return Hello(secret=secret, epoch=epoch, peer_id=peer_id.rstrip(b"\0").decode(errors="replace"))
+    nonce, epoch, peer_id, proof = _unpack(_HELLO, body[: _HELLO.size])
+    return Hello(
+        nonce=nonce,
+        epoch=epoch,
+        peer_id=peer_id.rstrip(b"\0").decode(errors="replace"),
+        proof=proof,
+        tail=body[_HELLO.size :],
+    )
 
 
 def pack_welcome(welcome: Welcome) -> bytes:
-    return pack(Kind.WELCOME, _WELCOME.pack(welcome.epoch, welcome.region_bytes))
+    assert len(welcome.tail) <= WELCOME_TAIL_BYTES_MAX, f"a tail of {len(welcome.tail)} bytes"
+    return pack(Kind.WELCOME, _WELCOME.pack(welcome.epoch, welcome.region_bytes, welcome.proof) + welcome.tail)
 
 
 def unpack_welcome(body: bytes) -> Welcome:
-    epoch, region_bytes = _unpack(_WELCOME, body)
-    return Welcome(epoch=epoch, region_bytes=region_bytes)
+    epoch, region_bytes, proof = _unpack(_WELCOME, body[: _WELCOME.size])
+    return Welcome(epoch=epoch, region_bytes=region_bytes, proof=proof, tail=body[_WELCOME.size :])
 
 
 def pack_read(read: ReadRequest) -> bytes:

@@ -1,4 +1,4 @@
-"""SHM: two processes of one host and one user. The pool is a sealed memfd; a read is a memcpy.
+"""SHM: two processes of one host and one user. The pool is a sealed memfd; a read is a copy that sums up as it goes.
 
 The descriptor travels over an abstract unix socket (no file to leave behind). The same socket carries each read's
 request: so a dead source, an expired lease or a wrong epoch is found before the copy, exactly as over a network.
@@ -16,9 +16,9 @@ from typing import Final
 
 from disaggregated.errors import PeerLost, TransferError
 from disaggregated.kv_layout import KVLayout
+from kvtransfer.checksum import PoolBlocks, block_sums
 from kvtransfer.deadline import Deadline
-from kvtransfer.region import MappedRegion, Region, copy_bytes
-from kvtransfer.runs import RunPair, run_pairs
+from kvtransfer.region import MappedRegion, Region
 from kvtransfer.transport import (
     BlockRead,
     DestinationTransport,
@@ -33,13 +33,12 @@ from kvtransfer.transport import (
 )
 from kvtransfer.transports import frames
 from kvtransfer.transports.frame_socket import FrameSocket
-from kvtransfer.transports.frames import Hello, ReadRequest, Welcome
+from kvtransfer.transports.frames import Hello, ReadRequest
 from kvtransfer.transports.link import FramedLink
-from kvtransfer.transports.listener import EndpointSecret, FrameServer
+from kvtransfer.transports.listener import FrameServer, Greeting
+from kvtransfer.transports.meeting import EndpointIdentity, Introduction
 
 NAME: Final = "SHM"
-COPY_BYTES_MAX: Final = 4 << 20
-"""Between two looks at the stop: under a millisecond of memcpy."""
 _CREDENTIALS: Final = struct.Struct("=iII")
 
 
@@ -65,7 +64,7 @@ class ShmEndpoint:
         self._region = region
         self._layout = layout
         self._socket_name = f"disaggregated-kv-{secrets.token_hex(8)}"
-        self._expected = EndpointSecret(secret=secrets.token_bytes(frames.SECRET_BYTES), epoch=epoch)
+        self._identity = EndpointIdentity.fresh(epoch)
         self._server: FrameServer | None = None
 
     def start(self, gate: ReadGate) -> None:
@@ -76,12 +75,11 @@ class ShmEndpoint:
         except OSError as error:
             listening.close()
             raise TransferError(f"no unix socket for shared memory: {error}") from error
-        self._server = FrameServer(listening, self, gate, name=self.name, layout=self._layout, expected=self._expected)
+        self._server = FrameServer(listening, self, gate, name=self.name, layout=self._layout, identity=self._identity)
         self._server.start()
 
     def describe(self) -> Offer:
-        address = f"{self._socket_name}/{self._expected.secret.hex()}"
-        return Offer(name=self.name, address=address, host_key=host_key())
+        return Offer(name=self.name, address=self._identity.address(self._socket_name), host_key=host_key())
 
     def close(self, *, deadline: Deadline) -> None:
         if self._server is not None:
@@ -93,9 +91,8 @@ class ShmEndpoint:
     def is_welcome(self, accepted: socket.socket) -> bool:
         return peer_uid(accepted) == os.getuid()
 
-    def greet(self, connection: FrameSocket) -> None:
-        welcome = Welcome(epoch=self._expected.epoch, region_bytes=self._layout.pool_bytes)
-        connection.send_with_descriptor(frames.pack_welcome(welcome), self._region.fd)
+    def greeting(self, connection: FrameSocket, hello: Hello) -> Greeting:
+        return Greeting(fd=self._region.fd)
 
     def answer(self, connection: FrameSocket, read: ReadRequest) -> int:
         connection.send(frames.pack_blocks_header(0))
@@ -121,8 +118,7 @@ class _ShmDialler:
     """The first connection brings the mapping, which all reads share."""
 
     def __init__(self, offer: Offer, source: SourceIdentity, us: OurEnd) -> None:
-        self._socket_name, secret = offer.split()
-        self._hello = Hello(secret=secret, epoch=source.epoch, peer_id=us.peer_id)
+        self._introduction = Introduction(offer, source, us)
         self._source = source
         self._us = us
         self._mapping_lock = threading.Lock()
@@ -133,12 +129,11 @@ class _ShmDialler:
         connection = FrameSocket(sock, progress_timeout_s=self._us.progress_timeout_s)
         try:
             connection.limit_waits(deadline)
-            _connect(sock, f"\0{self._socket_name}")
+            _connect(sock, f"\0{self._introduction.place}")
             if peer_uid(sock) != os.getuid():
                 raise TransferError("the source runs as another user")
-            connection.send(frames.pack_hello(self._hello))
-            body, fd = connection.receive_with_descriptor()
-            self._take(frames.unpack_welcome(body), fd)
+            _, fd = self._introduction.meet_for_descriptor(connection)
+            self._take(fd)
         except BaseException:
             connection.close()
             raise
@@ -148,39 +143,28 @@ class _ShmDialler:
         return 0
 
     def land(self, connection: FrameSocket, read: BlockRead, *, stop: ReadStop) -> None:
-        pairs = list(run_pairs(read.source, read.into))
-        for layer in read.layers:
-            for pair in pairs:
-                self._copy(pair, layer, stop)
+        assert self._mapped is not None, "a read before the first connection"
+        layout = self._us.layout
+        sums = block_sums(len(read.source), layout, len(read.layers)) if read.sums is None else read.sums
+        sums.copy(
+            PoolBlocks(self._mapped.base_address, self._source.layout, read.source),
+            PoolBlocks(self._us.region.base_address, layout, read.into),
+            read.layers,
+            stop,
+        )
 
     def close(self) -> None:
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
 
-    def _copy(self, pair: RunPair, layer: int, stop: ReadStop) -> None:
-        assert self._mapped is not None, "a read before the first connection"
-        layout, into_region = self._us.layout, self._us.region
-        size = pair.count * layout.block_bytes
-        begin = self._source.layout.offset(layer, pair.source)
-        into = layout.offset(layer, pair.into)
-        assert begin + size <= self._mapped.nbytes, f"{begin + size} of {self._mapped.nbytes} bytes"
-        assert into + size <= into_region.nbytes, f"{into + size} of {into_region.nbytes} bytes"
-        for at in range(0, size, COPY_BYTES_MAX):
-            stop.check()
-            piece = min(COPY_BYTES_MAX, size - at)
-            copy_bytes(into_region.base_address + into + at, self._mapped.base_address + begin + at, piece)
-
-    def _take(self, welcome: Welcome, fd: int) -> None:
+    def _take(self, fd: int) -> None:
         """Map what came with the WELCOME, or close it when we have it already. Two reads may dial at once."""
-        expected = self._source.layout.pool_bytes
         with self._mapping_lock:
-            if self._mapped is None and welcome.region_bytes == expected:
-                self._mapped = MappedRegion(fd, nbytes=expected)
+            if self._mapped is None:
+                self._mapped = MappedRegion(fd, nbytes=self._source.layout.pool_bytes)
                 return
         os.close(fd)
-        if welcome.region_bytes != expected:
-            raise TransferError(f"the source's region is {welcome.region_bytes} bytes, its layout {expected}")
 
 
 def missing() -> str | None:

@@ -5,7 +5,6 @@ Neither end buffers: what is in flight is what one read asked for, and the kerne
 
 from __future__ import annotations
 
-import secrets
 import socket
 from typing import Final
 
@@ -28,9 +27,10 @@ from kvtransfer.transport import (
 )
 from kvtransfer.transports import frames
 from kvtransfer.transports.frame_socket import FrameSocket
-from kvtransfer.transports.frames import Hello, Kind, ReadRequest, Welcome
+from kvtransfer.transports.frames import Hello, ReadRequest
 from kvtransfer.transports.link import FramedLink
-from kvtransfer.transports.listener import EndpointSecret, FrameServer
+from kvtransfer.transports.listener import FrameServer, Greeting
+from kvtransfer.transports.meeting import EndpointIdentity, Introduction
 
 NAME: Final = "TCP"
 EVERY_ADDRESS: Final = ("", "0.0.0.0", "::")
@@ -49,7 +49,7 @@ class TcpEndpoint:
         self._pool = region.buffer
         self._layout = layout
         self._bind_to = (host, port)
-        self._expected = EndpointSecret(secret=secrets.token_bytes(frames.SECRET_BYTES), epoch=epoch)
+        self._identity = EndpointIdentity.fresh(epoch)
         self._address = ""
         self._server: FrameServer | None = None
 
@@ -62,8 +62,8 @@ class TcpEndpoint:
         except OSError as error:
             raise TransferError(f"no TCP socket for blocks on {host}:{port}: {error}") from error
         told = "" if host in EVERY_ADDRESS else host
-        self._address = f"{told}:{listening.getsockname()[1]}/{self._expected.secret.hex()}"
-        self._server = FrameServer(listening, self, gate, name=self.name, layout=self._layout, expected=self._expected)
+        self._address = self._identity.address(f"{told}:{listening.getsockname()[1]}")
+        self._server = FrameServer(listening, self, gate, name=self.name, layout=self._layout, identity=self._identity)
         self._server.start()
 
     def describe(self) -> Offer:
@@ -79,9 +79,8 @@ class TcpEndpoint:
     def is_welcome(self, accepted: socket.socket) -> bool:
         return True
 
-    def greet(self, connection: FrameSocket) -> None:
-        welcome = Welcome(epoch=self._expected.epoch, region_bytes=self._layout.pool_bytes)
-        connection.send(frames.pack_welcome(welcome))
+    def greeting(self, connection: FrameSocket, hello: Hello) -> Greeting:
+        return Greeting()
 
     def answer(self, connection: FrameSocket, read: ReadRequest) -> int:
         num_bytes = sum(run.count for run in read.blocks) * len(read.layers) * self._layout.block_bytes
@@ -107,13 +106,12 @@ class TcpTransport:
 
 class _TcpDialler:
     def __init__(self, offer: Offer, source: SourceIdentity, us: OurEnd) -> None:
-        place, secret = offer.split()
+        self._introduction = Introduction(offer, source, us)
+        place = self._introduction.place
         host, _, port = place.rpartition(":")
         if not port.isdecimal():
             raise TransferError(f"the TCP offer's address is not host:port: {place!r}")
         self._address = (host, int(port))
-        self._hello = Hello(secret=secret, epoch=source.epoch, peer_id=us.peer_id)
-        self._source = source
         self._us = us
 
     def dial(self, *, deadline: Deadline) -> FrameSocket:
@@ -125,9 +123,7 @@ class _TcpDialler:
         connection = FrameSocket(sock, progress_timeout_s=self._us.progress_timeout_s)
         try:
             connection.limit_waits(deadline)
-            connection.send(frames.pack_hello(self._hello))
-            _, body = connection.receive_frame(Kind.WELCOME)
-            self._check(frames.unpack_welcome(body))
+            self._introduction.meet(connection)
         except BaseException:
             connection.close()
             raise
@@ -141,10 +137,6 @@ class _TcpDialler:
 
     def close(self) -> None:
         """Nothing but connections, which the link closes."""
-
-    def _check(self, welcome: Welcome) -> None:
-        if welcome.region_bytes != (expected := self._source.layout.pool_bytes):
-            raise TransferError(f"the source's region is {welcome.region_bytes} bytes, its layout {expected}")
 
 
 def missing() -> str | None:

@@ -16,10 +16,13 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.runs import Run
 from kvtransfer.transport import Offer
 from kvtransfer.transports import frames, listener
-from kvtransfer.transports.frames import HEADER, Hello, Kind, ReadRequest, Welcome
+from kvtransfer.transports.frames import HEADER, Kind, ReadRequest, Welcome
+from kvtransfer.transports.meeting import EndpointIdentity
 from kvtransfer.transports.shm import host_key
+from tests.support import kv_wire
 from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, Pair, connected_pair
 from tests.support.kv_pools import EPOCH, SMALL, blocks_of
+from tests.support.kv_wire import read_to_the_end
 
 
 @pytest.fixture
@@ -31,28 +34,15 @@ def pair(transport_name: str) -> Iterator[Pair]:
 
 
 def dial(pair: Pair) -> socket.socket:
-    place, _ = pair.endpoint.describe().split()
-    if pair.name == "SHM":
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(f"\0{place}")
-    else:
-        host, _, port = place.rpartition(":")
-        sock = socket.create_connection((host, int(port)))
-    sock.settimeout(5)
-    return sock
+    return kv_wire.dial(pair.endpoint.describe())
 
 
-def hello(pair: Pair) -> bytes:
-    return frames.pack_hello(Hello(secret=pair.endpoint.describe().split()[1], epoch=EPOCH, peer_id="hostile"))
+def introduced(pair: Pair) -> socket.socket:
+    return kv_wire.introduced(pair.endpoint.describe(), epoch=EPOCH)
 
 
-def read_to_the_end(sock: socket.socket) -> bytes:
-    """What the endpoint still says before it closes; a reset is an end, too."""
-    said = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := sock.recv(65536):
-            said += piece
-    return said
+def hello(pair: Pair, sock: socket.socket) -> bytes:
+    return kv_wire.proven_hello(sock, pair.endpoint.describe(), epoch=EPOCH)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -70,30 +60,30 @@ def test_noise_after_a_good_greeting_is_answered_by_closing(pair: Pair, seed: in
     good = frames.pack_read(ReadRequest(lease_key=b"k" * 16, epoch=EPOCH, layers=range(3), blocks=(Run(1, 1),)))
     damaged = bytearray(good)
     damaged[chance.randrange(8)] ^= 1 << chance.randrange(8)  # Magic, version or kind.
-    with dial(pair) as sock:
+    with introduced(pair) as sock:
         with contextlib.suppress(ConnectionError):
-            sock.sendall(hello(pair) + damaged)
+            sock.sendall(damaged)
         assert len(read_to_the_end(sock)) < 2048
 
 
 def test_a_length_of_a_terabyte_costs_nothing(pair: Pair) -> None:
-    with dial(pair) as sock:
-        sock.sendall(hello(pair) + HEADER.pack(frames.MAGIC, frames.VERSION, Kind.READ, 1 << 40))
+    with introduced(pair) as sock:
+        sock.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Kind.READ, 1 << 40))
         read_to_the_end(sock)
 
 
 def test_a_read_of_blocks_that_do_not_exist_closes_the_connection(pair: Pair) -> None:
-    with dial(pair) as sock:
+    with introduced(pair) as sock:
         body = struct.pack("<16sQIII", pair.gate.key, EPOCH, 0, 3, 1) + struct.pack("<II", 2**32 - 1, 2**32 - 1)
-        sock.sendall(hello(pair) + frames.pack(Kind.READ, body))
+        sock.sendall(frames.pack(Kind.READ, body))
         read_to_the_end(sock)
     assert pair.endpoint.statistics().bytes_total == 0
 
 
-@pytest.mark.parametrize("length", range(0, 168, 21))
+@pytest.mark.parametrize("length", range(0, 200, 25))
 def test_a_greeting_that_breaks_off_leaves_no_connection(pair: Pair, length: int) -> None:
     with dial(pair) as sock:
-        sock.sendall(hello(pair)[:length])
+        sock.sendall(hello(pair, sock)[:length])
         sock.shutdown(socket.SHUT_WR)
         assert read_to_the_end(sock) == b""
 
@@ -101,6 +91,7 @@ def test_a_greeting_that_breaks_off_leaves_no_connection(pair: Pair, length: int
 def test_who_never_greets_is_closed_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "GREETING_TIMEOUT_S", 0.1)
     with dial(pair) as sock:
+        kv_wire.receive_frame(sock)
         assert read_to_the_end(sock) == b""
 
 
@@ -108,7 +99,7 @@ def test_who_greets_a_byte_at_a_time_is_closed_in_time(pair: Pair, monkeypatch: 
     monkeypatch.setattr(listener, "GREETING_TIMEOUT_S", 0.1)
     begin_s = time.monotonic()
     with dial(pair) as sock, contextlib.suppress(ConnectionError):
-        for byte in hello(pair):
+        for byte in hello(pair, sock):
             sock.sendall(bytes([byte]))
             if wait_for_close(sock, 0.02):
                 break
@@ -125,10 +116,8 @@ def wait_for_close(sock: socket.socket, timeout_s: float) -> bool:
 def test_connections_beyond_the_bound_are_closed_at_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "CONNECTIONS_MAX", 3)
     with contextlib.ExitStack() as stack:
-        welcome = [stack.enter_context(dial(pair)) for _ in range(2)]
-        for sock in welcome:
-            sock.sendall(hello(pair))
-            assert sock.recv(HEADER.size)
+        for _ in range(2):
+            stack.enter_context(introduced(pair))
         with dial(pair) as refused:
             assert read_to_the_end(refused) == b""
         assert pair.endpoint.statistics().connections_open == 3
@@ -138,9 +127,9 @@ def test_connections_beyond_the_bound_are_closed_at_once(pair: Pair, monkeypatch
 
 
 class HostileSource:
-    """Accepts one connection after another and plays `script` on each."""
+    """Accepts one connection after another and plays `script` on each. It has learnt the cluster's secret."""
 
-    def __init__(self, name: str, script: Callable[[socket.socket], None]) -> None:
+    def __init__(self, name: str, script: "Script") -> None:
         family = socket.AF_UNIX if name == "SHM" else socket.AF_INET
         self._listening = socket.socket(family, socket.SOCK_STREAM)
         self._listening.bind("" if name == "SHM" else ("127.0.0.1", 0))
@@ -149,7 +138,8 @@ class HostileSource:
         self._thread = threading.Thread(target=self._run)
         own = self._listening.getsockname()
         place = own[1:].decode() if name == "SHM" else f"127.0.0.1:{own[1]}"
-        self.offer = Offer(name=name, address=f"{place}/{'0' * 32}", host_key=host_key())
+        self._identity = EndpointIdentity.fresh(EPOCH)
+        self.offer = Offer(name=name, address=self._identity.address(place), host_key=host_key())
 
     def __enter__(self) -> "HostileSource":
         self._thread.start()
@@ -167,17 +157,37 @@ class HostileSource:
             while True:
                 accepted, _ = self._listening.accept()
                 with accepted, contextlib.suppress(OSError):
-                    accepted.recv(4096)
-                    self._script(accepted)
+                    accepted.settimeout(kv_wire.WAIT_S)
+                    self._script(accepted, self._identity)
 
 
-def says(answer: bytes) -> Callable[[socket.socket], None]:
-    return lambda sock: sock.sendall(answer)
+Script = Callable[[socket.socket, EndpointIdentity], None]
 
 
-def hands_over(*fds: int) -> Callable[[socket.socket], None]:
-    welcome = frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=SMALL.pool_bytes))
-    return lambda sock: void(socket.send_fds(sock, [welcome], fds))
+def says(answer: bytes) -> Script:
+    return lambda sock, _: sock.sendall(answer)
+
+
+def says_to_a_hello(answer: bytes) -> Script:
+    def script(sock: socket.socket, _: EndpointIdentity) -> None:
+        sock.sendall(frames.pack_challenge(b"c" * 16))
+        kv_wire.receive_frame(sock)
+        sock.sendall(answer)
+
+    return script
+
+
+def hands_over(*fds: int) -> Script:
+    return lambda sock, identity: kv_wire.greet(sock, identity, region_bytes=SMALL.pool_bytes, fds=fds)
+
+
+def says_to_a_read(answer: bytes) -> Script:
+    def script(sock: socket.socket, identity: EndpointIdentity) -> None:
+        kv_wire.greet(sock, identity, region_bytes=SMALL.pool_bytes)
+        sock.recv(4096)
+        sock.sendall(answer)
+
+    return script
 
 
 def void(_: object) -> None:
@@ -192,18 +202,20 @@ def void(_: object) -> None:
         frames.pack(Kind.REFUSED, b"no"),
         HEADER.pack(frames.MAGIC, frames.VERSION, Kind.WELCOME, 1 << 50),
         HEADER.pack(frames.MAGIC, frames.VERSION, Kind.WELCOME, 16),
-        frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=1 << 62)),
+        frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=1 << 62, proof=b"p" * 32)),
+        frames.pack_challenge(b"c" * 16),
         frames.pack_blocks_header(1 << 62),
     ],
 )
-def test_a_source_that_greets_wrongly_is_refused(pair: Pair, answer: bytes) -> None:
-    with HostileSource(pair.name, says(answer)) as hostile, pytest.raises(TransferError):
+@pytest.mark.parametrize("to", [says, says_to_a_hello])
+def test_a_source_that_greets_wrongly_is_refused(pair: Pair, answer: bytes, to: Callable[[bytes], Script]) -> None:
+    with HostileSource(pair.name, to(answer)) as hostile, pytest.raises(TransferError):
         pair.connect(offer=hostile.offer)
 
 
 def test_a_source_that_never_greets_is_given_up(pair: Pair) -> None:
     leave = threading.Event()
-    with HostileSource(pair.name, lambda _: void(leave.wait(5))) as hostile:
+    with HostileSource(pair.name, lambda *_: void(leave.wait(5))) as hostile:
         begin_s = time.monotonic()
         with pytest.raises(PeerLost):
             pair.connect(offer=hostile.offer)
@@ -213,12 +225,8 @@ def test_a_source_that_never_greets_is_given_up(pair: Pair) -> None:
 
 @pytest.mark.parametrize("num_bytes", [0, 1, SMALL.block_bytes * 3 - 1, SMALL.block_bytes * 3 + 1, 1 << 62])
 def test_blocks_of_another_length_than_asked_for_are_refused_before_they_land(num_bytes: int) -> None:
-    def answer(sock: socket.socket) -> None:
-        sock.sendall(frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=SMALL.pool_bytes)))
-        sock.recv(4096)
-        sock.sendall(frames.pack_blocks_header(num_bytes) + b"?" * 1000)
-
-    with connected_pair("TCP") as pair, HostileSource("TCP", answer) as hostile:
+    answer = frames.pack_blocks_header(num_bytes) + b"?" * 1000
+    with connected_pair("TCP") as pair, HostileSource("TCP", says_to_a_read(answer)) as hostile:
         link = pair.connect(offer=hostile.offer)
         pair.link, good = link, pair.link
         with pytest.raises(TransferError, match="bytes of blocks where"):
@@ -230,12 +238,8 @@ def test_blocks_of_another_length_than_asked_for_are_refused_before_they_land(nu
 
 @pytest.mark.parametrize("sent", [0, 1, 700, SMALL.block_bytes * 3 - 1])
 def test_blocks_that_break_off_are_an_error(sent: int) -> None:
-    def answer(sock: socket.socket) -> None:
-        sock.sendall(frames.pack_welcome(Welcome(epoch=EPOCH, region_bytes=SMALL.pool_bytes)))
-        sock.recv(4096)
-        sock.sendall(frames.pack_blocks_header(SMALL.block_bytes * 3) + b"?" * sent)
-
-    with connected_pair("TCP") as pair, HostileSource("TCP", answer) as hostile:
+    answer = frames.pack_blocks_header(SMALL.block_bytes * 3) + b"?" * sent
+    with connected_pair("TCP") as pair, HostileSource("TCP", says_to_a_read(answer)) as hostile:
         link = pair.connect(offer=hostile.offer)
         pair.link, good = link, pair.link
         with pytest.raises(PeerLost):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from disaggregated.errors import LeaseExpired, PeerLost, StaleEpoch, TransferError, TransferTimeout
+from disaggregated.errors import LeaseExpired, PeerLost, StaleEpoch, TransferError, TransferTimeout, WrongSecret
 from kvtransfer.deadline import Deadline
 from kvtransfer.transport import Offer, ReadStop, ReadStopped
 from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, Pair, connected_pair, make_endpoint
@@ -116,11 +116,11 @@ def test_a_block_that_was_not_published_reads_nothing(transport_name: str) -> No
         pair.read(pair.order([3, 4, 6], [0, 1, 2]))
 
 
-def test_an_endpoint_answers_only_who_knows_its_secret(pair: Pair) -> None:
+def test_an_endpoint_answers_only_who_was_offered_it(pair: Pair) -> None:
     offer = pair.endpoint.describe()
     place, _ = offer.split()
     forged = Offer(name=offer.name, address=f"{place}/{'0' * 32}", host_key=offer.host_key)
-    with pytest.raises(TransferError, match="secret"):
+    with pytest.raises(WrongSecret, match="secret"):
         pair.connect(offer=forged)
     assert pair.endpoint.statistics().connections_refused == 1
 

@@ -34,8 +34,8 @@ PROGRESS_TIMEOUT_S = 0.3
 class LeaseGate:
     """A real lease book with one transfer, in virtual time. While `answers` is clear, whoever asks waits."""
 
-    def __init__(self, readable: Sequence[int]) -> None:
-        self.book = LeaseBook(epoch=EPOCH, lease_s=10.0)
+    def __init__(self, readable: Sequence[int], *, num_layers: int) -> None:
+        self.book = LeaseBook(epoch=EPOCH, lease_s=10.0, num_layers=num_layers)
         self.book.open("t", now_s=0.0)
         ids = tuple(readable)
         self.book.publish("t", Chunk(first_block=0, block_ids=ids, checksums=ids, num_tokens=1), None, now_s=0.0)
@@ -49,10 +49,14 @@ class LeaseGate:
         assert isinstance(progress, Progress)
         return progress.key
 
-    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run]) -> None:
+    def check_read(
+        self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str
+    ) -> None:
         self.asked.set()
         assert self.answers.wait(20), "nobody let the gate answer"
-        self.book.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks, now_s=0.0)
+        self.book.check_read(
+            lease_key=lease_key, epoch=epoch, blocks=blocks, layers=layers, peer_id=peer_id, now_s=0.0
+        )
 
 
 class GatedEndpoint:
@@ -70,11 +74,13 @@ class GatedEndpoint:
         self._gate = gate
         self._endpoint.start(self)
 
-    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run]) -> None:
+    def check_read(
+        self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str
+    ) -> None:
         assert self._gate is not None
         self.asked.set()
         assert self.answers.wait(20), "nobody let the gate answer"
-        self._gate.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks)
+        self._gate.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks, layers=layers, peer_id=peer_id)
 
     def describe(self) -> Offer:
         return self._endpoint.describe()
@@ -136,7 +142,7 @@ def connected_pair(
 ) -> Iterator[Pair]:
     """All blocks are readable unless told otherwise."""
     with regions(layout) as (source, into):
-        gate = LeaseGate(range(layout.num_blocks) if readable is None else readable)
+        gate = LeaseGate(range(layout.num_blocks) if readable is None else readable, num_layers=layout.num_layers)
         endpoint = make_endpoint(name, source, layout, epoch=epoch)
         transport = make_transport(name, into, layout)
         identity = SourceIdentity(instance_id="context-0", epoch=epoch, layout=layout)

@@ -18,11 +18,19 @@ def body_of(frame: bytes) -> bytes:
 
 
 def test_each_message_comes_back_as_it_was() -> None:
-    hello = Hello(secret=b"s" * 16, epoch=5, peer_id="génération-1")
+    assert frames.unpack_challenge(body_of(frames.pack_challenge(b"c" * 16))) == b"c" * 16
+    hello = Hello(nonce=b"n" * 16, epoch=5, peer_id="génération-1", proof=b"p" * 32, tail=b"where my worker is")
     assert frames.unpack_hello(body_of(frames.pack_hello(hello))) == hello
-    welcome = Welcome(epoch=6, region_bytes=1 << 40)
+    welcome = Welcome(epoch=6, region_bytes=1 << 40, proof=b"p" * 32, tail=b"x" * frames.WELCOME_TAIL_BYTES_MAX)
     assert frames.unpack_welcome(body_of(frames.pack_welcome(welcome))) == welcome
     assert frames.unpack_read(body_of(frames.pack_read(READ)), num_layers=3, num_blocks=5) == READ
+
+
+def test_a_peers_name_is_cut_between_two_characters() -> None:
+    hello = Hello(nonce=b"n" * 16, epoch=5, peer_id="é" * 100, proof=b"p" * 32)
+    again = frames.unpack_hello(body_of(frames.pack_hello(hello)))
+    assert again.peer_id == "é" * 64
+    assert frames.peer_id_bytes(again.peer_id) == frames.peer_id_bytes(hello.peer_id)
 
 
 @pytest.mark.parametrize("error", [LeaseExpired("a"), StaleEpoch("b: c"), TransferError("d")])
@@ -40,11 +48,11 @@ def test_a_refusal_of_an_unknown_class_is_still_a_transfer_error() -> None:
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [
-        (HEADER.pack(b"HTTP", 1, 1, 0), "begins with"),
-        (HEADER.pack(b"KVTR", 2, 1, 0), "version 2"),
-        (HEADER.pack(b"KVTR", 1, 99, 0), "unknown kind 99"),
-        (HEADER.pack(b"KVTR", 1, Kind.READ, 1 << 40), "at most"),
-        (HEADER.pack(b"KVTR", 1, Kind.HELLO, 153), "at most"),
+        (HEADER.pack(b"HTTP", 2, 1, 0), "begins with"),
+        (HEADER.pack(b"KVTR", 1, 1, 0), "version 1"),
+        (HEADER.pack(b"KVTR", 2, 99, 0), "unknown kind 99"),
+        (HEADER.pack(b"KVTR", 2, Kind.READ, 1 << 40), "at most"),
+        (HEADER.pack(b"KVTR", 2, Kind.HELLO, 17_000), "at most"),
     ],
 )
 def test_a_header_that_is_not_ours_is_refused_before_its_length_is_believed(header: bytes, sentence: str) -> None:
