@@ -2,9 +2,9 @@
 
 A step takes `fixed + per_token * tokens + per_pair * pairs`, where a token makes a pair with each token before it in
 its sequence: linears cost by the token, attention by the pair. The three are fitted to the steps by least squares of
-the relative error, so that a step that was held up for a second weighs next to nothing; older steps weigh less and less.
-None is ever negative: projected Gauss-Seidel over the normal equations, which needs no inverse and so does not mind
-steps that are all alike.
+the relative error, so that a step that was held up for a second weighs next to nothing; older ones weigh less and
+less. None is ever negative: projected Gauss-Seidel over the normal equations, which needs no inverse, and so does not
+mind steps that are all alike.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ class PrefillCall:
         self.is_computed = False
         self.is_told = False
         """The caller has the outcome. When it leaves before, nobody will ever want these blocks."""
+        self.reuse: control_pb2.PrefixReuse | None = None
+        """What became of the hint who has its beginning; None: there was none."""
         self._arrived_s = time.monotonic()
         self._deadline_s = self._arrived_s + deadline_s
         self._started_s: float | None = None
@@ -46,12 +48,17 @@ class PrefillCall:
             control_pb2.PrefillOutcome(
                 first_token=event.token_ids[0],
                 finish_reason=event.finish_reason or "",
-                queue_s=max(0.0, started_s - self._arrived_s),
+                queue_s=max(0.0, started_s - self._arrived_s - (self.reuse.spent_s if self.reuse else 0.0)),
                 compute_s=time.monotonic() - started_s,
+                reuse=self.reuse,
             )
         )
         self.is_computed = True
         self._news.set()
+
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
 
     def fail(self, error: DisaggregatedError) -> None:
         """The first failure is the one that is told; later ones follow from it."""

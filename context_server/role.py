@@ -15,6 +15,7 @@ from typing import Any, Self
 import grpc
 
 from context_server.prefill_call import PrefillCall
+from context_server.prefix_puller import PrefixPuller
 from disaggregated.engine.api import (
     ChunkComputed,
     EngineEvent,
@@ -26,7 +27,6 @@ from disaggregated.engine.api import (
 from disaggregated.engine.serving.live_requests import LiveRequests
 from disaggregated.engine.serving.role import ENGINE_STOP_S, LoadedServer, as_our_error
 from disaggregated.engine.thread import EngineThread
-from disaggregated.errors import LeaseExpired
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 from kvtransfer import Preference, Region, StagedSource, TransferSource
@@ -65,6 +65,9 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             else StagedSource(region, layout, server.copier, on_crash=server.on_crash, **options)
         )
 
+        pulls = transceiver.pull_back and server.config.kv_cache_config.enable_block_reuse and server.copier is None
+        self._puller = PrefixPuller(server, self.engine) if pulls else None
+
     def add_services(self, server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_ContextServicer_to_server(self, server)
         self._source.add_to(server)
@@ -72,12 +75,16 @@ class ContextRole(control_pb2_grpc.ContextServicer):
     async def __aenter__(self) -> Self:
         await self._source.start()
         self.engine.start()
+        if self._puller is not None:
+            await self._puller.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._source.close()
+        if self._puller is not None:
+            await self._puller.__aexit__(kind, error, trace)
         await asyncio.to_thread(self.engine.stop, ENGINE_STOP_S)
 
     async def end_streams(self) -> None:
@@ -114,7 +121,11 @@ class ContextRole(control_pb2_grpc.ContextServicer):
         prefill = PrefillCall(engine_id, request.transfer_id, deadline_s=request.deadline_s)
         self._prefills[engine_id] = prefill
         try:
-            self._begin(prefill, request)
+            self._open(prefill, request)
+            if self._puller is not None and request.HasField("reuse_from"):
+                owner = f"{engine_id}p"
+                prefill.reuse = await self._puller.bring(owner, request.token_ids, request.reuse_from)
+            self._submit(prefill, request)
             async for progress in prefill.progress():
                 yield progress
         finally:
@@ -122,11 +133,15 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             if not prefill.is_told:
                 self._abandon(prefill)
 
-    def _begin(self, prefill: PrefillCall, request: control_pb2.PrefillRequest) -> None:
+    def _open(self, prefill: PrefillCall, request: control_pb2.PrefillRequest) -> None:
         if prefill.transfer_id:
             self._source.open(prefill.transfer_id, num_tokens=len(request.token_ids))
             self._transfers[prefill.engine_id] = prefill.transfer_id
             self._engine_ids[prefill.transfer_id] = prefill.engine_id
+
+    def _submit(self, prefill: PrefillCall, request: control_pb2.PrefillRequest) -> None:
+        if prefill.has_failed:
+            return  # Whoever was to read its blocks has given up meanwhile.
         self.engine.submit(
             EngineRequest(
                 request_id=prefill.engine_id,
@@ -175,6 +190,8 @@ class ContextRole(control_pb2_grpc.ContextServicer):
 
     def _deliver(self, events: Sequence[EngineEvent]) -> None:
         """On the event loop. The call of an event may be gone; its blocks are seen to in `_abandon`."""
+        if self._puller is not None:
+            self._puller.learn(events)
         for event in events:
             prefill = self._prefills.get(event.request_id)
             match event:
@@ -196,7 +213,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
         del self._transfers[engine_id]
         prefill = self._prefills.get(engine_id)
         if prefill and not prefill.is_computed:
-            prefill.fail(LeaseExpired("nobody wants the blocks of this prompt any more"))
+            prefill.fail(self._source.why_unwanted(transfer_id))
         self._give_back(engine_id)
 
     def _give_back(self, engine_id: str) -> None:

@@ -698,7 +698,7 @@ class PrefillOutcome(_message.Message):
     finish_reason: _builtins.str
     """"": goes on; "stop" or "length": the first token ended it"""
     queue_s: _builtins.float
-    """arrival to first chunk started"""
+    """arrival to first chunk started, without what a hint took"""
     compute_s: _builtins.float
     """first chunk started to first token"""
     @_builtins.property

@@ -114,6 +114,7 @@ class ContextClient(ServerClient):
         request_id: str = "prompt",
         transfer_id: str = "",
         deadline_s: float = CALL_TIMEOUT_S,
+        reuse_from: control_pb2.PrefixHint | None = None,
     ) -> AsyncGenerator[control_pb2.PrefillProgress, None]:
         """Closing this cancels the call."""
         call = self._context.Prefill(
@@ -123,6 +124,7 @@ class ContextClient(ServerClient):
                 token_ids=token_ids,
                 sampling=sampling.to_proto(),
                 deadline_s=deadline_s,
+                reuse_from=reuse_from,
             )
         )
         try:
@@ -133,12 +135,25 @@ class ContextClient(ServerClient):
             call.cancel()
 
     async def first_token(
-        self, token_ids: Sequence[int], sampling: SamplingParams, *, transfer_id: str = "", request_id: str = "prompt"
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        transfer_id: str = "",
+        request_id: str = "prompt",
+        reuse_from: control_pb2.PrefixHint | None = None,
     ) -> control_pb2.PrefillOutcome:
-        prefill = self.prefill(token_ids, sampling, request_id=request_id, transfer_id=transfer_id)
+        prefill = self.prefill(
+            token_ids, sampling, request_id=request_id, transfer_id=transfer_id, reuse_from=reuse_from
+        )
         messages = [progress async for progress in prefill]
         assert [progress.HasField("outcome") for progress in messages] == [False] * (len(messages) - 1) + [True]
         return messages[-1].outcome
+
+    async def abort(self, *transfer_ids: str, reason: str = "") -> int:
+        request = control_pb2.AbortRequest(transfer_ids=transfer_ids, reason=reason)
+        with rpc.errors_from(self.address):
+            return (await self._context.Abort(request, timeout=CALL_TIMEOUT_S)).num_ended
 
     def ticket(self, transfer_id: str) -> control_pb2.TransferTicket:
         return control_pb2.TransferTicket(
@@ -236,6 +251,15 @@ class GenerationClient(ServerClient):
             await self.delta(key)
         return completion
 
+    def hint(self, num_tokens: int) -> control_pb2.PrefixHint:
+        """That this server holds so many of a prompt's first tokens."""
+        return control_pb2.PrefixHint(
+            address=self.address,
+            instance_id=self.description.instance_id,
+            epoch=self.description.epoch,
+            num_tokens=num_tokens,
+        )
+
     def has_news(self, key: int) -> bool:
         return not self._deltas[key].empty()
 
@@ -249,9 +273,12 @@ async def complete_disaggregated(
 ) -> Completion:
     """Prefill there, decode here, as an orchestrator does it: both are told at the same time."""
     transfer_id = str(uuid.uuid4())
-    async with asyncio.TaskGroup() as group:
-        prefill = group.create_task(context.first_token(token_ids, sampling, transfer_id=transfer_id))
-        admit = group.create_task(generation.admit(token_ids, sampling, source=context.ticket(transfer_id)))
+    try:
+        async with asyncio.TaskGroup() as group:
+            prefill = group.create_task(context.first_token(token_ids, sampling, transfer_id=transfer_id))
+            admit = group.create_task(generation.admit(token_ids, sampling, source=context.ticket(transfer_id)))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
     completion = await generation.completion(admit.result())
     assert completion.first_position == len(token_ids) + 1
     completion.token_ids.insert(0, prefill.result().first_token)
