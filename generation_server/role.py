@@ -179,9 +179,9 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
     async def Admit(self, request: control_pb2.AdmitRequest, call: Any) -> control_pb2.AdmitReply:
         try:
             return await self._admit(request)
-        except BaseException:
+        except BaseException as error:
             if request.HasField("source"):
-                self._destination.decline(request.source)
+                self._destination.decline(request.source, error)
             raise
 
     async def _admit(self, request: control_pb2.AdmitRequest) -> control_pb2.AdmitReply:

@@ -85,6 +85,7 @@ class Attempt:
         self._run.life.advance(Phase.PREFILLING, now_s=now_s)
         with contextlib.ExitStack() as link:
             stream_key = self._open(link)
+            link.callback(self._abort_transfer)
             try:
                 async with asyncio.TaskGroup() as group:
                     calls = [group.create_task(self._prefill())] if self.placement.context else []
@@ -146,6 +147,18 @@ class Attempt:
         self.story.prefilled(outcome)
         arrival = Arrival(len(self._token_ids), [outcome.first_token], outcome.finish_reason)
         self._arrived(arrival, self._clock())
+
+    def _abort_transfer(self) -> None:
+        """Unless they have landed, the blocks of this prompt wait for a reader that will not come.
+
+        The generation server, when it lives, tells the same; but it may be what was lost, or have refused the request
+        before it knew of a transfer.
+        """
+        context = self.placement.context
+        if context is None or self.placement.generation is None or self._has_landed:
+            return
+        if context.aborts is not None:
+            context.aborts.add(self._wire_id)
 
     def _context_lost(self, error: ServerLost) -> None:
         self.culprits.add(self.story.context_instance)

@@ -21,6 +21,7 @@ from orchestrator.policies import Candidate
 if TYPE_CHECKING:
     from orchestrator.generation_link import GenerationLink
     from orchestrator.server_client import ServerClient
+    from orchestrator.transfer_aborts import TransferAborts
 
 
 class Role(enum.StrEnum):
@@ -66,6 +67,7 @@ class Server:
         """When the last heartbeat of this connection came."""
         self.client: ServerClient | None = None
         self.link: GenerationLink | None = None
+        self.aborts: TransferAborts | None = None
         self.num_times_lost = 0
         self.shares: dict[int, Share] = {}
         self._blocks_promised = 0
@@ -106,7 +108,7 @@ class Server:
         self._disconnect()
 
     def _disconnect(self) -> None:
-        self.client = self.link = self.heard_s = None
+        self.client = self.link = self.aborts = self.heard_s = None
         self.heartbeat = control_pb2.Heartbeat()
         self._blocks_promised, self._is_held_back = 0, False
 

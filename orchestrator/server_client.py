@@ -42,6 +42,9 @@ class ServerClient(Protocol):
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None: ...
 
+    async def abort(self, transfer_ids: Sequence[str], *, timeout_s: float) -> None:
+        """Of a context server: nobody will pull the blocks of these transfers."""
+
     async def close(self) -> None: ...
 
 
@@ -105,6 +108,11 @@ class GrpcServerClient:
         with rpc.errors_from(self.address):
             request = control_pb2.CancelRequest(orchestrator_id=orchestrator_id, stream_keys=stream_keys)
             await self._generation.Cancel(request, timeout=timeout_s)
+
+    async def abort(self, transfer_ids: Sequence[str], *, timeout_s: float) -> None:
+        with rpc.errors_from(self.address):
+            request = control_pb2.AbortRequest(transfer_ids=transfer_ids, reason="the orchestrator gave up the request")
+            await self._context.Abort(request, timeout=timeout_s)
 
     async def close(self) -> None:
         await self._channel.close()

@@ -25,6 +25,7 @@ from orchestrator.server import Role, Server, Standing
 from orchestrator.server_client import Connect, GrpcServerClient, ServerClient
 from orchestrator.silence import SilenceAlarm
 from orchestrator.task_owner import TaskOwner
+from orchestrator.transfer_aborts import TransferAborts
 
 log = logs.get(__name__)
 
@@ -203,6 +204,9 @@ class ServerPools:
                     link_id = f"{self._orchestrator_id}-{next(self._link_numbers)}"
                     link = GenerationLink(client, link_id, clock=self._clock)
                     group.create_task(link.run(lambda: self._opened(server, link)))
+                else:
+                    server.aborts = TransferAborts(client)
+                    group.create_task(server.aborts.run())
                 group.create_task(self._watch(server, client, alarm, interval_s=interval_s))
         except TimeoutError as error:
             raise ServerLost(f"{server.instance_id} was silent for {self._progress_timeout_s:g} s") from error

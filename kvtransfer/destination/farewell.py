@@ -28,12 +28,15 @@ class Farewells:
         self._peer_id = peer_id
         self._calls: set[asyncio.Task[None]] = set()
 
-    def say(self, ticket: Ticket) -> None:
-        """Soon. Harmless for a transfer that is over, has not begun, or is followed by another destination."""
+    def say(self, ticket: Ticket, why: BaseException | None = None) -> None:
+        """Soon. Harmless for a transfer that is over, has not begun, or is followed by another destination.
+
+        `why`, when it is an error of ours, is what the prefill behind the transfer fails with, if it still runs.
+        """
         if len(self._calls) >= FAREWELLS_MAX:
             log.warning("kv_farewell_dropped", transfer_id=ticket.transfer_id, under_way=len(self._calls))
             return
-        call = asyncio.get_running_loop().create_task(self._say(ticket), name=f"kv-farewell-{ticket.transfer_id}")
+        call = asyncio.get_running_loop().create_task(self._say(ticket, why), name=f"kv-farewell-{ticket.transfer_id}")
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
@@ -42,9 +45,15 @@ class Farewells:
         while self._calls:
             await asyncio.wait(self._calls)
 
-    async def _say(self, ticket: Ticket) -> None:
+    async def _say(self, ticket: Ticket, why: BaseException | None) -> None:
+        error = rpc.to_stream_error(why) if isinstance(why, DisaggregatedError) else None
         request = kv_pb2.ReleaseRequest(
-            transfer_id=ticket.transfer_id, epoch=ticket.epoch, landed=False, peer_id=self._peer_id
+            transfer_id=ticket.transfer_id,
+            epoch=ticket.epoch,
+            landed=False,
+            peer_id=self._peer_id,
+            error_kind=error.kind if error else "",
+            error_message=error.message if error else "",
         )
         channel = rpc.open_channel(ticket.address)
         try:

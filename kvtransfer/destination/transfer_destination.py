@@ -109,14 +109,17 @@ class TransferDestination:
             )
         except SOURCE_KNOWS:
             raise
-        except BaseException:
-            self.decline(ticket)
+        except BaseException as error:
+            self.decline(ticket, error)
             raise
 
-    def decline(self, ticket: Ticket) -> None:
-        """We shall not pull this one: its source is told, soon, and need not wait for its lease to run out."""
+    def decline(self, ticket: Ticket, why: BaseException | None = None) -> None:
+        """We shall not pull this one: its source is told, soon, and need not wait for its lease to run out.
+
+        A prefill that still runs for it fails with `why`, so that everybody who asked is told the same.
+        """
         if not self._closed:
-            self._farewells.say(ticket)
+            self._farewells.say(ticket, why)
 
     async def _pull(
         self,

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from disaggregated.errors import LeaseExpired, StaleEpoch, TransferError
+from disaggregated.errors import DisaggregatedError, LeaseExpired, StaleEpoch, TransferError
 from kvtransfer.machine import SourcePhase, SourceTransfer
 from kvtransfer.runs import Run
 from kvtransfer.transport import LEASE_KEY_BYTES
@@ -60,6 +60,8 @@ class Outcome:
 class Ending:
     phase: SourcePhase
     reason: str
+    cause: DisaggregatedError | None = None
+    """What a destination gave up for, when it said so."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -73,12 +75,20 @@ class Lease:
     opened_at_s: float
     expires_at_s: float
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
+    num_readers: int = 1
+    """Destinations that will read it, each all it needs: the blocks are wanted until every one of them has left."""
     readers: set[str] = dataclasses.field(default_factory=set)
     """The peers that follow it. The key is for them alone: who learns it otherwise reads nothing."""
+    left: dict[str, SourcePhase] = dataclasses.field(default_factory=dict)
+    """How each reader that has left did so: released or given up."""
     readable: dict[int, int] = dataclasses.field(default_factory=dict)
     """Block id to the number of its layers, from the first on, that may be read."""
     published: Published = Published(num_blocks=0)
     outcome: Outcome | None = None
+
+    def is_full_without(self, reader: str) -> bool:
+        """All readers that it is meant for are known, and this is none of them."""
+        return reader not in self.readers and len(self.readers | self.left.keys()) >= self.num_readers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +98,16 @@ class Progress:
     chunks: tuple[Chunk, ...]
     key: bytes
     outcome: Outcome | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leaving:
+    """What a reader's leaving came to."""
+
+    held: bool
+    """The lease held for it until then."""
+    ended: bool
+    """It was the last one: the blocks may be given back."""
 
 
 class LeaseBook:
@@ -106,10 +126,13 @@ class LeaseBook:
         self._by_key: dict[bytes, Lease] = {}
         self._ended: collections.OrderedDict[str, Ending] = collections.OrderedDict()
 
-    def open(self, transfer_id: str, *, num_tokens: int = 0, now_s: float) -> None:
-        """Raises TransferError when that id is live, or was used before."""
+    def open(self, transfer_id: str, *, num_tokens: int = 0, num_readers: int = 1, now_s: float) -> None:
+        """Raises TransferError when that id is live, or was used before; what its destination gave up for, if it did."""
         with self._lock:
-            if transfer_id in self._live or transfer_id in self._ended:
+            ended = self._ended.get(transfer_id)
+            if ended is not None and ended.cause is not None:
+                raise ended.cause
+            if transfer_id in self._live or ended is not None:
                 raise TransferError(f"transfer {transfer_id} exists already; an id is used once")
             key = secrets.token_bytes(LEASE_KEY_BYTES)
             transfer = SourceTransfer(transfer_id)
@@ -117,6 +140,7 @@ class LeaseBook:
                 transfer=transfer,
                 key=key,
                 num_tokens=num_tokens,
+                num_readers=num_readers,
                 opened_at_s=now_s,
                 expires_at_s=now_s + self.lease_s,
             )
@@ -152,13 +176,16 @@ class LeaseBook:
     def progress(self, transfer_id: str, *, after: int, reader: str = "") -> Progress | Ending | None:
         """All chunks from number `after` on; how it ended; None when it has not been opened (as far as is known).
 
-        From here on the lease is for `reader`, if it has a name, and for the others that asked so.
+        From here on the lease is for `reader`, if it has a name, and for the others that asked so. Raises TransferError
+        when as many as it is meant for have asked before.
         """
         with self._lock:
             lease = self._live.get(transfer_id)
             if lease is None:
                 return self._ended.get(transfer_id)
             if reader:
+                if lease.is_full_without(reader):
+                    raise TransferError(f"transfer {transfer_id} is followed by another destination")
                 lease.readers.add(reader)
             return Progress(chunks=tuple(lease.chunks[after:]), key=lease.key, outcome=lease.outcome)
 
@@ -171,23 +198,65 @@ class LeaseBook:
             lease.expires_at_s = now_s + self.lease_s
             return True
 
-    def end(self, transfer_id: str, phase: SourcePhase, reason: str, *, now_s: float) -> bool:
+    def ending(self, transfer_id: str) -> Ending | None:
+        """How it ended; None when it has not, or so long ago that it is forgotten."""
+        with self._lock:
+            return self._ended.get(transfer_id)
+
+    def end(
+        self,
+        transfer_id: str,
+        phase: SourcePhase,
+        reason: str,
+        *,
+        now_s: float,
+        cause: DisaggregatedError | None = None,
+    ) -> bool:
         """True for the one call that ended it: its blocks may be given back. The key opens nothing from here on.
 
         Raises TransferError when a destination claims to have landed what was never finished.
         """
+        ending = Ending(phase=phase, reason=reason, cause=cause)
         with self._lock:
             lease = self._live.get(transfer_id)
             if lease is None:
-                self._remember(transfer_id, Ending(phase=phase, reason=reason))
+                self._remember(transfer_id, ending)
                 return False
             if phase is SourcePhase.RELEASED and lease.outcome is None:
                 raise TransferError(f"transfer {transfer_id} cannot have landed: it is {lease.transfer.phase}")
             ended = lease.transfer.end(phase, now_s=now_s)
             assert ended, f"{transfer_id} is live and over: {lease.transfer.story}"
             del self._live[transfer_id], self._by_key[lease.key]
-            self._remember(transfer_id, Ending(phase=phase, reason=reason))
+            self._remember(transfer_id, ending)
             return True
+
+    def leave(
+        self,
+        transfer_id: str,
+        reader: str,
+        phase: SourcePhase,
+        reason: str,
+        *,
+        now_s: float,
+        cause: DisaggregatedError | None = None,
+    ) -> Leaving:
+        """One reader has RELEASED it, or GIVEN_UP. The last one to leave ends it; nobody leaves twice, and a stranger
+        not at all. A reader that never comes is no leak: the lease runs out on it. Raises as `end` does.
+        """
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            if lease is not None:
+                if reader in lease.left or lease.is_full_without(reader):
+                    return Leaving(held=False, ended=False)
+                if phase is SourcePhase.RELEASED and lease.outcome is None:
+                    raise TransferError(f"transfer {transfer_id} cannot have landed: it is {lease.transfer.phase}")
+                lease.left[reader] = phase
+                if len(lease.left) < lease.num_readers:
+                    return Leaving(held=True, ended=False)
+                if SourcePhase.GIVEN_UP in lease.left.values():
+                    phase = SourcePhase.GIVEN_UP
+        ended = self.end(transfer_id, phase, reason, now_s=now_s, cause=cause)
+        return Leaving(held=ended, ended=ended)
 
     def due(self, *, now_s: float) -> list[str]:
         """The transfers whose lease has run out."""

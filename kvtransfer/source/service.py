@@ -9,8 +9,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
+from disaggregated import rpc
 from disaggregated.block_hash import BlockHash, from_bytes
-from disaggregated.errors import FingerprintMismatch, LayoutMismatch, LeaseExpired, QueueFull, StaleEpoch, TransferError
+from disaggregated.errors import (
+    DisaggregatedError,
+    FingerprintMismatch,
+    LayoutMismatch,
+    LeaseExpired,
+    QueueFull,
+    StaleEpoch,
+    TransferError,
+)
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.machine import SourcePhase
@@ -24,14 +33,11 @@ FOLLOWERS_MAX: Final = 4096
 """Follow calls at once; one more is refused as QueueFull."""
 
 
-class EndTransfer(Protocol):
-    def __call__(self, transfer_id: str, phase: SourcePhase, reason: str) -> bool: ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Follower:
-    peer_id: str
-    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+class LeaveTransfer(Protocol):
+    def __call__(
+        self, transfer_id: str, reader: str, phase: SourcePhase, reason: str, cause: DisaggregatedError | None = None
+    ) -> bool:
+        """True when the lease held for this reader until now."""
 
 
 class KVSourceService(kv_pb2_grpc.KVSourceServicer):
@@ -40,34 +46,37 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
     def __init__(
         self,
         book: LeaseBook,
-        layout: KVLayout,
+        holding: KVHolding,
         endpoints: SourceEndpoints,
         *,
         fingerprint: str,
         instance_id: str,
-        end: EndTransfer,
+        leave: LeaveTransfer,
         device: str = "cpu",
         lend: Lend | None = None,
     ) -> None:
         """lend: None: transfers are opened by the server alone, none by the hashes of its blocks."""
         self._book = book
-        self._layout = layout
+        self._holding = holding
         self._endpoints = endpoints
         self._fingerprint = fingerprint
         self._instance_id = instance_id
-        self._end = end
+        self._leave = leave
         self._device = device
         self._lend = lend
-        self._followers: dict[str, _Follower] = {}
+        self._followers: dict[str, dict[str, asyncio.Event]] = {}
+        """By transfer and peer: what wakes it."""
+        self.cuts: frozenset[int] = frozenset()
+        """Layers of ours at which the share of one of our destinations begins or ends."""
 
     @property
     def num_followers(self) -> int:
-        return len(self._followers)
+        return sum(map(len, self._followers.values()))
 
     def changed(self, transfer_id: str) -> None:
-        """Wake the follower of this transfer, if there is one. On the event loop."""
-        if follower := self._followers.get(transfer_id):
-            follower.changed.set()
+        """Wake the followers of this transfer, if there are any. On the event loop."""
+        for changed in self._followers.get(transfer_id, {}).values():
+            changed.set()
 
     async def Connect(self, request: kv_pb2.ConnectRequest, call: Any) -> kv_pb2.ConnectReply:
         if request.fingerprint != self._fingerprint:
@@ -123,11 +132,12 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
     async def Release(self, request: kv_pb2.ReleaseRequest, call: Any) -> kv_pb2.ReleaseReply:
         self._check_epoch(request.epoch)
         if request.landed:
-            held = self._end(request.transfer_id, SourcePhase.RELEASED, "landed")
-        elif self._is_followed_by_another(request):
-            held = False
+            held = self._leave(request.transfer_id, request.peer_id, SourcePhase.RELEASED, "landed")
         else:
-            held = self._end(request.transfer_id, SourcePhase.GIVEN_UP, f"{request.peer_id} does not want it")
+            reason = f"{request.peer_id} does not want it {request.error_message}".rstrip()
+            held = self._leave(
+                request.transfer_id, request.peer_id, SourcePhase.GIVEN_UP, reason, _cause(request)
+            )
         return kv_pb2.ReleaseReply(lease_was_valid=held)
 
     async def Renew(self, request: kv_pb2.RenewRequest, call: Any) -> kv_pb2.RenewReply:
@@ -136,23 +146,22 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             raise LeaseExpired(f"transfer {request.transfer_id} is over")
         return kv_pb2.RenewReply(lease_s=self._book.lease_s)
 
-    def _is_followed_by_another(self, request: kv_pb2.ReleaseRequest) -> bool:
-        follower = self._followers.get(request.transfer_id)
-        return follower is not None and follower.peer_id != request.peer_id
-
     @contextlib.contextmanager
     def _following(self, transfer_id: str, peer_id: str) -> Iterator[asyncio.Event]:
-        if transfer_id in self._followers:
+        if peer_id in self._followers.get(transfer_id, {}):
             raise TransferError(f"transfer {transfer_id} is followed by another destination")
-        if len(self._followers) >= FOLLOWERS_MAX:
+        if self.num_followers >= FOLLOWERS_MAX:
             raise QueueFull(f"{FOLLOWERS_MAX} transfers are followed already")
-        follower = self._followers[transfer_id] = _Follower(peer_id)
+        changed = asyncio.Event()
+        self._followers.setdefault(transfer_id, {})[peer_id] = changed
         try:
-            yield follower.changed
+            yield changed
         finally:
-            del self._followers[transfer_id]
+            del self._followers[transfer_id][peer_id]
+            if not self._followers[transfer_id]:
+                del self._followers[transfer_id]
             if self._book.published(transfer_id) is not None:
-                self._end(transfer_id, SourcePhase.GIVEN_UP, "the destination stopped following")
+                self._leave(transfer_id, peer_id, SourcePhase.GIVEN_UP, "the destination stopped following")
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self._book.epoch:
@@ -175,6 +184,10 @@ def _publications(progress: Progress, epoch: int) -> Iterator[kv_pb2.Publication
             lease_key=progress.key,
             landing=kv_pb2.Landing(**dataclasses.asdict(outcome)) if outcome else None,
         )
+
+
+def _cause(request: kv_pb2.ReleaseRequest) -> DisaggregatedError | None:
+    return rpc.rebuild(request.error_kind, request.error_message) if request.error_kind else None
 
 
 def _failure(ending: Ending) -> str | None:

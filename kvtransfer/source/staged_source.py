@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from disaggregated.errors import TransferError
+from disaggregated.errors import DisaggregatedError, TransferError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.region import Region
 from kvtransfer.source.transfer_source import TransferSource
@@ -112,6 +112,9 @@ class StagedSource:
 
     def fail(self, transfer_id: str, reason: str) -> bool:
         return self._inner.fail(transfer_id, reason)
+
+    def why_unwanted(self, transfer_id: str) -> DisaggregatedError:
+        return self._inner.why_unwanted(transfer_id)
 
     def ledger(self) -> list[tuple[str, int, float]]:
         return self._inner.ledger()

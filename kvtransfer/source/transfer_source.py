@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from disaggregated import logs
+from disaggregated.errors import DisaggregatedError, LeaseExpired
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2_grpc
 from kvtransfer import registry
@@ -171,6 +172,13 @@ class TransferSource:
         """
         return self._end(transfer_id, SourcePhase.FAILED, reason)
 
+    def why_unwanted(self, transfer_id: str) -> DisaggregatedError:
+        """What whoever computes this prompt is told, once the transfer has ended before its time."""
+        ending = self._book.ending(transfer_id)
+        if ending is not None and ending.cause is not None:
+            return ending.cause
+        return LeaseExpired(f"nobody wants the blocks of this prompt any more: {ending.reason if ending else ''}")
+
     def ledger(self) -> list[tuple[str, int, float]]:
         """Each live transfer: its id, the blocks published so far, its age in seconds."""
         now_s = time.monotonic()
@@ -213,9 +221,9 @@ class TransferSource:
         self._tell(transfer_id)
         return published
 
-    def _end(self, transfer_id: str, phase: SourcePhase, reason: str) -> bool:
+    def _end(self, transfer_id: str, phase: SourcePhase, reason: str, cause: DisaggregatedError | None = None) -> bool:
         """True when this call ended it; then its blocks go back, once."""
-        ended = self._book.end(transfer_id, phase, reason, now_s=time.monotonic())
+        ended = self._book.end(transfer_id, phase, reason, now_s=time.monotonic(), cause=cause)
         if ended:
             log.debug("kv_lease_ended", transfer_id=transfer_id, phase=str(phase), reason=reason)
             self._call_soon(self._on_released, transfer_id)

@@ -282,6 +282,26 @@ def test_a_frozen_generation_server_costs_a_pause_and_not_a_request() -> None:
     run_in_virtual_time(play())
 
 
+def test_a_prompt_whose_generation_server_is_lost_before_it_landed_does_not_wait_for_its_lease() -> None:
+    async def play() -> None:
+        cluster = FakeCluster(8, num_context=1, num_generation=1)
+        context, generation = cluster.servers["context-0"], cluster.servers["generation-0"]
+        async with scene(cluster) as stage:
+            running = asyncio.create_task(stage.serve(stage.request()))
+            while not context.prefills:  # noqa: ASYNC110 - time is virtual
+                await asyncio.sleep(0.001)
+            [transfer_id] = context.prefills
+            generation.thawed.clear()
+            while transfer_id in context.prefills:  # noqa: ASYNC110 - time is virtual
+                await asyncio.sleep(0.01)
+            assert asyncio.get_running_loop().time() < LEASE_S
+            generation.thawed.set()
+            await running
+            await stage.check_nothing_left()
+
+    run_in_virtual_time(play())
+
+
 def test_a_server_with_other_weights_is_refused_in_words() -> None:
     async def play() -> None:
         cluster = FakeCluster(10, num_context=1, num_generation=1)

@@ -76,6 +76,8 @@ class FakeServer:
         self.admitted: dict[tuple[str, int], str] = {}
         self.decoding: dict[tuple[str, int], Decoding] = {}
         self.transfers: dict[str, asyncio.Future[int]] = {}
+        self.prefills: dict[str, asyncio.Task[None]] = {}
+        """By transfer id, until their lease ends."""
         self.fingerprint = "weights-1"
         self.step_age_s = 0.0
         self.num_prefills = 0
@@ -103,7 +105,7 @@ class FakeServer:
         for transfer in self.transfers.values():
             if not transfer.done():
                 transfer.cancel()
-        for books in (self.pipes, self.links, self.admitted, self.decoding, self.transfers):
+        for books in (self.pipes, self.links, self.admitted, self.decoding, self.transfers, self.prefills):
             books.clear()
 
     def restart(self) -> None:
@@ -138,6 +140,9 @@ class FakeServer:
         self.num_prefills += 1
         await self.turn()
         transfer = self.transfers.setdefault(request.transfer_id, asyncio.get_running_loop().create_future())
+        this_task = asyncio.current_task()
+        assert this_task is not None
+        self.prefills[request.transfer_id] = this_task
         try:
             tokens = list(request.token_ids)
             for end in range(64, len(tokens) + 64, 64):
@@ -159,6 +164,7 @@ class FakeServer:
         finally:
             transfer.cancel()
             self.transfers.pop(request.transfer_id, None)
+            self.prefills.pop(request.transfer_id, None)
 
     async def admit(self, pipe: Pipe, request: control_pb2.AdmitRequest) -> None:
         self.num_admissions += 1
@@ -245,6 +251,11 @@ class FakeServer:
                 del self.admitted[key]
                 self.decoding.pop(key, None)
 
+    def abort(self, transfer_ids: Sequence[str]) -> None:
+        for transfer_id in transfer_ids:
+            if (prefill := self.prefills.get(transfer_id)) is not None:
+                prefill.cancel()
+
 
 class FakeClient:
     def __init__(self, server: FakeServer) -> None:
@@ -324,6 +335,15 @@ class FakeClient:
         async def work(pipe: Pipe) -> None:
             await self._server.turn()
             self._server.cancel(orchestrator_id, stream_keys)
+            pipe.queue.put_nowait(None)
+
+        with self._call(work) as pipe:
+            await _within(pipe, timeout_s)
+
+    async def abort(self, transfer_ids: Sequence[str], *, timeout_s: float) -> None:
+        async def work(pipe: Pipe) -> None:
+            await self._server.turn()
+            self._server.abort(transfer_ids)
             pipe.queue.put_nowait(None)
 
         with self._call(work) as pipe:

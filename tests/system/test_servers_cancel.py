@@ -29,13 +29,14 @@ LONG = SamplingParams(max_tokens=2000)
 FEW = SamplingParams(max_tokens=4)
 PROMPT = random_prompt(2000)
 """32 chunks."""
+LEASE_S = 4.0
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     model = write_model(tmp_path_factory.mktemp("model"), slow=True)
     no_reuse = "--kv-cache-config.enable-block-reuse=false"
-    async with server_pair(model, no_reuse, context_flags=["--cache-transceiver-config.lease-s=0.5"]) as pair:
+    async with server_pair(model, no_reuse, context_flags=[f"--cache-transceiver-config.lease-s={LEASE_S}"]) as pair:
         yield pair
 
 
@@ -143,10 +144,59 @@ async def test_a_lease_that_nobody_follows_runs_out(pair: Pair) -> None:
     outcome = await pair.context.first_token(PROMPT[:100], FEW, transfer_id="forgotten")
     assert outcome.finish_reason == ""
     assert [entry.owner for entry in await pair.context.ledger() if entry.kind == "transfer"] == ["forgotten"]
-    await pair.context.wait_idle(timeout_s=5)
+    await pair.context.wait_idle(timeout_s=LEASE_S + 5)
     key = await pair.generation.admit(PROMPT[:100], FEW, source=pair.context.ticket("forgotten"))
     with pytest.raises(LeaseExpired):
         await pair.generation.completion(key)
+
+
+async def finish_prefill(pair: Pair, transfer_id: str) -> None:
+    await pair.context.first_token(PROMPT[:100], FEW, transfer_id=transfer_id)
+    assert [entry.owner for entry in await pair.context.ledger() if entry.kind == "transfer"] == [transfer_id]
+
+
+async def test_a_finished_prefill_can_be_aborted_once(pair: Pair) -> None:
+    await finish_prefill(pair, "given-up")
+    assert await pair.context.abort("given-up", "unheard-of") == 1
+    await pair.context.wait_idle(timeout_s=LEASE_S / 2)
+    assert await pair.context.abort("given-up") == 0
+    key = await pair.generation.admit(PROMPT[:100], FEW, source=pair.context.ticket("given-up"))
+    with pytest.raises(SourceFailed, match="nobody wants these blocks"):
+        await pair.generation.completion(key)
+
+
+async def test_a_running_prefill_can_be_aborted(pair: Pair) -> None:
+    before = (await pair.context.wait_idle()).step
+    async with contextlib.aclosing(pair.context.prefill(PROMPT, FEW, transfer_id="half-way")) as progress:
+        await anext(progress)
+        assert await pair.context.abort("half-way", reason="a test says so") == 1
+        with pytest.raises(LeaseExpired):
+            _ = [message async for message in progress]
+    assert (await pair.context.wait_idle(timeout_s=LEASE_S / 2)).step - before < 2000 / 64
+
+
+async def test_an_aborted_transfer_that_has_not_begun_never_does(pair: Pair) -> None:
+    assert await pair.context.abort("too-early") == 0
+    with pytest.raises(TransferError, match="an id is used once"):
+        await pair.context.first_token(PROMPT[:100], FEW, transfer_id="too-early")
+
+
+async def test_a_refused_admission_gives_the_finished_prefill_back(pair: Pair) -> None:
+    await finish_prefill(pair, "refused")
+    keys = [await pair.generation.admit(PROMPT, FEW, source=pair.context.ticket(f"room-{n}")) for n in range(4)]
+    with pytest.raises(PoolExhausted):
+        await pair.generation.admit(PROMPT, FEW, source=pair.context.ticket("refused"))
+    await pair.context.wait_idle(timeout_s=LEASE_S / 2)
+    assert await pair.generation.cancel(*keys) == 4
+
+
+async def test_an_admission_without_a_stream_gives_the_finished_prefill_back(pair: Pair) -> None:
+    await finish_prefill(pair, "no-stream")
+    async with GenerationClient(pair.generation.address) as other:
+        await other.hang_up()
+        with pytest.raises(AdmissionError, match="no Generate stream"):
+            await other.admit(PROMPT[:100], FEW, source=pair.context.ticket("no-stream"))
+    await pair.context.wait_idle(timeout_s=LEASE_S / 2)
 
 
 async def test_blocks_of_another_prompt_are_not_decoded_from(pair: Pair) -> None:

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from disaggregated.errors import LeaseExpired, StaleEpoch, TransferError
+from disaggregated.errors import FingerprintMismatch, LeaseExpired, StaleEpoch, TransferError
 from kvtransfer.machine import SourcePhase
 from kvtransfer.runs import Run
 from kvtransfer.source.lease import ENDED_REMEMBERED, Chunk, Ending, LeaseBook, Outcome, Progress, Published
@@ -178,3 +178,13 @@ def test_whatever_happens_each_opened_transfer_ends_at_most_once(seed: int) -> N
         leases.check_integrity()
     assert len(ended) == len(set(ended))
     assert set(ended) | {name for name, _, _ in leases.live()} == opened
+
+
+def test_a_transfer_that_was_refused_before_it_began_fails_with_what_it_was_refused_for() -> None:
+    leases = book()
+    refusal = FingerprintMismatch("other weights")
+    assert not leases.end("t", SourcePhase.GIVEN_UP, "refused", now_s=0.0, cause=refusal)
+    with pytest.raises(FingerprintMismatch, match="other weights"):
+        leases.open("t", now_s=1.0)
+    assert leases.ending("t") == Ending(phase=SourcePhase.GIVEN_UP, reason="refused", cause=refusal)
+    leases.check_integrity()
