@@ -21,8 +21,8 @@ from typing import Final, Protocol, Self
 import xxhash
 
 from disaggregated.kv_layout import KVLayout
-from kvtransfer.native.library import CHECKSUM_BYTES, Blocks, Order, library
-from kvtransfer.region import address_of, copy_bytes
+from kvtransfer.native.library import CHECKSUM_BYTES, Blocks, Order, Outcome, library
+from kvtransfer.region import address_of, copy_bytes, memory_at
 from kvtransfer.runs import run_pairs
 from kvtransfer.transport import ReadStop
 
@@ -32,8 +32,6 @@ _COPY_BYTES_MAX: Final = 4 << 20
 """Between two looks at the stop, without native code: under a millisecond of memcpy."""
 _SHORT_BYTES_MAX: Final = 240
 """XXH3 has another algorithm for inputs up to this; no model's blocks are so small."""
-_NATIVE_STOPPED: Final = 1
-_NATIVE_UNSOUND: Final = 2
 _CACHE_LINE: Final = 64
 
 
@@ -125,10 +123,16 @@ class NativeSums:
         assert source.layout.block_bytes == into.layout.block_bytes, "pools of unlike blocks"
         assert source.layout.num_layers == into.layout.num_layers, "pools of unlike layers"
         assert len(source.ids) == len(into.ids), f"{len(source.ids)} blocks into {len(into.ids)}"
-        self._run(_order(source, into, layers), stop)
+        self._run(native_order(source, into, layers), stop)
+
+    def fed(self, count: int) -> int:
+        """The address of the running checksums of `count` blocks, for native code that feeds them from here on."""
+        assert count == self._count, f"{count} blocks, {self._count} checksums"
+        self._touched.value = True
+        return self._address
 
     def take(self, blocks: PoolBlocks, layers: range, stop: ReadStop) -> None:
-        self._run(_order(blocks, None, layers), stop)
+        self._run(native_order(blocks, None, layers), stop)
 
     def values(self) -> tuple[int, ...]:
         values = array.array("Q", bytes(8 * self._count))
@@ -137,16 +141,15 @@ class NativeSums:
         return tuple(values)
 
     def _run(self, order: Order, stop: ReadStop) -> None:
-        assert order.count == self._count, f"{order.count} blocks, {self._count} checksums"
         stop.check()
-        self._touched.value = True
-        outcome = self._native.take_blocks(order, self._address, stop.flag_address)
-        assert outcome != _NATIVE_UNSOUND, "a block or layer that is not in its pool"
-        if outcome == _NATIVE_STOPPED:
+        outcome = self._native.take_blocks(order, self.fed(order.count), stop.flag_address)
+        assert outcome != Outcome.UNSOUND, "a block or layer that is not in its pool"
+        if outcome == Outcome.STOPPED:
             stop.check()
 
 
-def _order(source: PoolBlocks, into: PoolBlocks | None, layers: range) -> Order:
+def native_order(source: PoolBlocks, into: PoolBlocks | None, layers: range) -> Order:
+    """As C has it; the pools are its caller's to keep mapped."""
     layout = source.layout
     count = len(source.ids)
     ids = array.array("q", source.ids if into is None else (*source.ids, *into.ids))
@@ -202,7 +205,7 @@ class PlainSums:
             stop.check()
             for layer in layers:
                 address = blocks.address + _offset(blocks.layout, layer, block_id, 1)
-                hasher.update((ctypes.c_char * size).from_address(address))
+                hasher.update(memory_at(address, size))
 
     def values(self) -> tuple[int, ...]:
         return tuple(hasher.intdigest() for hasher in self._hashers)

@@ -129,6 +129,11 @@ def address_of(view: memoryview) -> int:
     return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
+def memory_at(address: int, num_bytes: int) -> memoryview:
+    """Writable, and owned by nobody: whoever maps the memory must outlive it."""
+    return memoryview((ctypes.c_uint8 * num_bytes).from_address(address)).cast("B")
+
+
 def copy_bytes(to_address: int, from_address: int, num_bytes: int) -> None:
     """One memcpy with the interpreter lock released; the caller has checked both ranges."""
     ctypes.memmove(to_address, from_address, num_bytes)

@@ -34,6 +34,11 @@ def runs(block_ids: Sequence[int]) -> tuple[Run, ...]:
     return tuple(Run(pair.source, pair.count) for pair in run_pairs(block_ids, block_ids))
 
 
+def block_ids_of(block_runs: Sequence[Run]) -> list[int]:
+    """The blocks that were joined to these runs, in order."""
+    return [block_id for run in block_runs for block_id in range(run.first, run.end)]
+
+
 def run_pairs(source: Sequence[int], into: Sequence[int]) -> Iterator[RunPair]:
     """`source[i]` goes to `into[i]`; neighbours on both sides become one copy."""
     assert len(source) == len(into), f"{len(source)} blocks into {len(into)}"

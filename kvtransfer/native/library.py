@@ -6,10 +6,11 @@ Without a C compiler there is no library, one log line says so, and checksums ta
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,16 @@ CHECKSUM_BYTES: Final = 256
 """Of one running checksum: `checksum` in csrc/xxh3.h."""
 VARIABLE: Final = "DISAGG_TRANSFER_ISA"
 """One of ISAS, or `none` for no native code at all."""
+
+
+class Outcome(enum.IntEnum):
+    """What a function says; a negative number is an errno."""
+
+    DONE = 0
+    STOPPED = 1
+    UNSOUND = 2
+    CLOSED = 3
+    LATE = 4
 
 
 class Blocks(ctypes.Structure):
@@ -57,6 +68,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "checksums_begin": (None, [c_void_p, c_int64, c_int64]),
     "checksums_values": (c_int64, [c_void_p, c_int64, c_void_p]),
     "take_blocks": (c_int64, [POINTER(Order), c_void_p, c_void_p]),
+    "receive_blocks": (c_int64, [c_int, POINTER(Order), c_void_p, c_double]),
+    "send_blocks": (c_int64, [c_int, POINTER(Order), c_double]),
 }
 """Return type and arguments of each function; csrc/ says what they mean."""
 

@@ -10,13 +10,15 @@ import array
 import contextlib
 import math
 import os
+import select
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from disaggregated.errors import PeerLost
 from kvtransfer.deadline import Deadline
+from kvtransfer.native.library import Outcome
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, ReadStop
 from kvtransfer.transports import frames
 from kvtransfer.transports.frames import Kind, MalformedFrame
@@ -35,6 +37,7 @@ class FrameSocket:
         self._sock = sock
         self._progress_timeout_s = progress_timeout_s
         self._deadline = _NEVER
+        self._timeout_s = 0.0
         sock.setblocking(True)
         if sock.family in {socket.AF_INET, socket.AF_INET6}:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -54,6 +57,24 @@ class FrameSocket:
         """Only for an idle connection, whose owner shuts it to end the wait."""
         self._deadline = _NEVER
         self._set_timeouts(0.0)
+
+    def watch(self, fd: int | None = None, *, within_s: float = math.inf) -> bool:
+        """Wait until the peer says something or closes (True), or `fd` can be read or `within_s` has passed (False).
+
+        For a transport whose bytes come another way, through a library that has a descriptor for it, or none.
+        Raises PeerLost when neither happens within the progress timeout, TransferTimeout at the deadline.
+        """
+        waiting = select.poll()
+        waiting.register(self._sock, select.POLLIN)
+        if fd is not None:
+            waiting.register(fd, select.POLLIN)
+        limit_s = min(self._progress_timeout_s, self._deadline.left_s())
+        ready = waiting.poll(math.ceil(min(limit_s, within_s) * 1000))
+        if not ready:
+            self._deadline.check("bytes of a peer")
+            if within_s >= limit_s:
+                raise PeerLost(f"the peer moved no byte for {self._progress_timeout_s} s")
+        return any(descriptor == self._sock.fileno() for descriptor, _ in ready)
 
     def send(self, frame: bytes) -> None:
         self.send_views([memoryview(frame)])
@@ -77,6 +98,18 @@ class FrameSocket:
                     raise PeerLost("the peer closed the connection")
                 _consume(pending, received)
                 self._deadline.check("bytes of a peer")
+
+    def move(self, native: Callable[[int, float], int], *, what: str) -> None:
+        """Let native code move `what` through this socket; it gets the descriptor and the deadline, in seconds."""
+        with self._broken_as_peer_lost():
+            outcome = native(self._sock.fileno(), self._deadline.at_s)
+            if outcome < 0:
+                raise OSError(-outcome, os.strerror(-outcome))
+        if outcome == Outcome.CLOSED:
+            raise PeerLost("the peer closed the connection")
+        if outcome == Outcome.LATE:
+            self._deadline.check(what)
+        assert outcome in (Outcome.DONE, Outcome.LATE), f"{what}: {Outcome(outcome).name}"
 
     def receive_header(self) -> tuple[Kind, int]:
         return frames.unpack_header(self._receive(frames.HEADER.size))
@@ -144,6 +177,9 @@ class FrameSocket:
 
     def _set_timeouts(self, seconds: float) -> None:
         """0 waits for ever, as the kernel has it."""
+        if seconds == self._timeout_s:
+            return
+        self._timeout_s = seconds
         interval = struct.pack("@ll", int(seconds), max(int(seconds % 1 * 1e6), 1 if seconds else 0))
         with self._broken_as_peer_lost():
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)

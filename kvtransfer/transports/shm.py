@@ -98,6 +98,9 @@ class ShmEndpoint:
         connection.send(frames.pack_blocks_header(0))
         return sum(run.count for run in read.blocks) * len(read.layers) * self._layout.block_bytes
 
+    def part(self, connection: FrameSocket) -> None:
+        """A connection is all there was."""
+
 
 class ShmTransport:
     """Maps a source's pool and copies out of it into ours."""

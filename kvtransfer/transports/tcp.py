@@ -10,9 +10,10 @@ from typing import Final
 
 from disaggregated.errors import PeerLost, TransferError
 from disaggregated.kv_layout import KVLayout
+from kvtransfer.checksum import PoolBlocks, block_sums
 from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
-from kvtransfer.runs import runs, views
+from kvtransfer.runs import block_ids_of
 from kvtransfer.transport import (
     BlockRead,
     DestinationTransport,
@@ -26,6 +27,7 @@ from kvtransfer.transport import (
     SourceIdentity,
 )
 from kvtransfer.transports import frames
+from kvtransfer.transports.block_stream import receive_blocks, send_blocks
 from kvtransfer.transports.frame_socket import FrameSocket
 from kvtransfer.transports.frames import Hello, ReadRequest
 from kvtransfer.transports.link import FramedLink
@@ -46,7 +48,7 @@ class TcpEndpoint:
 
         Bound to every address (`0.0.0.0`, `::`) we tell none: peers use the host that they reached our gRPC server by.
         """
-        self._pool = region.buffer
+        self._region = region
         self._layout = layout
         self._bind_to = (host, port)
         self._identity = EndpointIdentity.fresh(epoch)
@@ -83,10 +85,14 @@ class TcpEndpoint:
         return Greeting()
 
     def answer(self, connection: FrameSocket, read: ReadRequest) -> int:
-        num_bytes = sum(run.count for run in read.blocks) * len(read.layers) * self._layout.block_bytes
-        head = memoryview(frames.pack_blocks_header(num_bytes))
-        connection.send_views([head, *views(self._pool, self._layout, read.blocks, read.layers)])
+        block_ids = block_ids_of(read.blocks)
+        num_bytes = len(block_ids) * len(read.layers) * self._layout.block_bytes
+        connection.send(frames.pack_blocks_header(num_bytes))
+        send_blocks(connection, PoolBlocks(self._region.base_address, self._layout, block_ids), read.layers)
         return num_bytes
+
+    def part(self, connection: FrameSocket) -> None:
+        """A connection is all there was."""
 
 
 class TcpTransport:
@@ -133,7 +139,10 @@ class _TcpDialler:
         return len(read.source) * len(read.layers) * self._us.layout.block_bytes
 
     def land(self, connection: FrameSocket, read: BlockRead, *, stop: ReadStop) -> None:
-        connection.receive_into(views(self._us.region.buffer, self._us.layout, runs(read.into), read.layers))
+        layout = self._us.layout
+        sums = block_sums(len(read.source), layout, len(read.layers)) if read.sums is None else read.sums
+        into = PoolBlocks(self._us.region.base_address, layout, read.into)
+        receive_blocks(connection, into, read.layers, sums, stop=stop)
 
     def close(self) -> None:
         """Nothing but connections, which the link closes."""

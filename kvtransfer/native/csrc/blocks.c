@@ -1,29 +1,12 @@
 /* Blocks of a KV pool, copied and summed up in one pass over them.
 
-   A pool is [layer][block] of `block_bytes` each; a block's checksum runs through its layers. Whoever calls has checked
-   nothing: each block and layer is checked here, before the first byte is touched. */
+   A block's checksum runs through its layers. Whoever calls has checked nothing: each block and layer is checked here,
+   before the first byte is touched. */
 
 #include "stripes.h"
 
 /* Between two looks at the stop: a fraction of a millisecond. */
 enum { BYTES_BETWEEN_LOOKS = 1 << 20 };
-enum { DONE = 0, STOPPED = 1, UNSOUND = 2 };
-
-/* Mirrored by Blocks in library.py. */
-typedef struct {
-    uint8_t *base;      /* of the pool */
-    int64_t num_blocks; /* of a layer of the pool */
-    const int64_t *ids; /* `count` of them */
-} blocks;
-
-/* Mirrored by Order in library.py. */
-typedef struct {
-    blocks from, to;    /* `to.base` is NULL where nothing is copied */
-    int64_t count;      /* blocks */
-    int64_t block_bytes;
-    int64_t pool_layers, first_layer, num_layers;
-    int64_t past_cache; /* not 0: what is copied is more than the caches hold, and goes past them */
-} order;
 
 static stripes_function *best_stripes(int64_t isa)
 {
@@ -104,6 +87,8 @@ static void take(checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_by
     }
 }
 
+void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes) { take(sum, from, NULL, num_bytes, ONLY_SUM); }
+
 static int is_sound(const blocks *of, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
@@ -112,30 +97,14 @@ static int is_sound(const blocks *of, int64_t count)
     return 1;
 }
 
-static int order_is_sound(const order *what)
+int order_is_sound(const order *what)
 {
     return what->block_bytes > 0 && what->first_layer >= 0 && what->num_layers >= 0 &&
            what->first_layer + what->num_layers <= what->pool_layers && is_sound(&what->from, what->count) &&
            (!what->to.base || is_sound(&what->to, what->count));
 }
 
-INLINE uint8_t *place(const blocks *of, const order *what, int64_t layer, int64_t i)
-{
-    return of->base ? of->base + (layer * of->num_blocks + of->ids[i]) * what->block_bytes : NULL;
-}
-
-/* One block of one layer. `sum` is NULL where nothing is summed up. */
-static void take_block(const order *what, int64_t layer, int64_t i, checksum *sum, destination_kind kind)
-{
-    const uint8_t *from = place(&what->from, what, layer, i);
-    uint8_t *to = place(&what->to, what, layer, i);
-    if (sum)
-        take(sum, from, to, what->block_bytes, kind);
-    else
-        copied(to, from, what->block_bytes);
-}
-
-/* Copies blocks from one pool to another, or none; and adds them to `sums`, one a block, or none. Block by block,
+/* Adds blocks to `sums`, one a block, and copies them from one pool to another where there is another. Block by block,
    each through its layers, so that one running checksum stays in the registers' reach.
 
    DONE, STOPPED once `*stop` is not 0, or UNSOUND (nothing was touched) for a block or layer that is not there. */
@@ -153,7 +122,7 @@ EXPORT int64_t take_blocks(const order *what, checksum *sums, const volatile int
                 if (*stop)
                     return STOPPED;
             }
-            take_block(what, layer, i, sums ? &sums[i] : NULL, kind);
+            take(&sums[i], place(&what->from, what, layer, i), place(&what->to, what, layer, i), what->block_bytes, kind);
             taken += what->block_bytes;
         }
     }

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "xxh3.h"
+#include "blocks.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -18,8 +18,6 @@ typedef void stripes_function(
 
 /* Bytes ahead of the one that is read. Hardware prefetchers stop at the end of a page. */
 enum { PREFETCH_BYTES = 1024 };
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void stripes_plain(
     uint64_t sums[8], const uint8_t *from, uint8_t *to, int64_t count, int64_t at, destination_kind kind)

@@ -1,0 +1,125 @@
+/* Blocks through a connected stream socket: straight out of one pool and straight into another, no copy but the
+   kernel's two. On the wire they lie layer by layer, within a layer in the order that was asked for.
+
+   The sockets are blocking, with the kernel's own timeouts (SO_RCVTIMEO, SO_SNDTIMEO): a call in which no byte moved for
+   that long ends with EAGAIN, which goes to the caller as it is. */
+
+#define _GNU_SOURCE
+
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include "blocks.h"
+
+enum { VECTORS_MAX = 64 };
+/* Of one system call. What was received is summed up before more is: it is still in the second-level cache then. */
+enum { RECEIVE_BYTES = 256 << 10, SEND_BYTES = 1 << 20 };
+
+/* Where the next byte of the wire's order lies. */
+typedef struct {
+    const order *what;
+    int64_t layer, i, offset;
+} cursor;
+
+INLINE int has_more(const cursor *at) { return at->layer < at->what->first_layer + at->what->num_layers; }
+
+INLINE uint8_t *bytes_at(const cursor *at) { return place(&at->what->from, at->what, at->layer, at->i) + at->offset; }
+
+/* Skip bytes of one block, at most up to its end. */
+INLINE void skip(cursor *at, int64_t num_bytes)
+{
+    at->offset += num_bytes;
+    if (at->offset < at->what->block_bytes)
+        return;
+    at->offset = 0;
+    if (++at->i == at->what->count) {
+        at->i = 0;
+        at->layer++;
+    }
+}
+
+/* The next `bytes_max` bytes as vectors, neighbours joined; returns how many vectors. */
+static int gather(cursor at, struct iovec *vectors, int64_t bytes_max)
+{
+    int num = 0;
+    while (bytes_max > 0 && has_more(&at)) {
+        uint8_t *bytes = bytes_at(&at);
+        int64_t size = smaller(at.what->block_bytes - at.offset, bytes_max);
+        if (num && (uint8_t *)vectors[num - 1].iov_base + vectors[num - 1].iov_len == bytes)
+            vectors[num - 1].iov_len += (size_t)size;
+        else if (num == VECTORS_MAX)
+            return num;
+        else
+            vectors[num++] = (struct iovec){bytes, (size_t)size};
+        bytes_max -= size;
+        skip(&at, size);
+    }
+    return num;
+}
+
+/* Go on by `num_bytes`, summing them up. */
+static void advance(cursor *at, int64_t num_bytes, checksum *sums)
+{
+    while (num_bytes > 0) {
+        int64_t size = smaller(at->what->block_bytes - at->offset, num_bytes);
+        if (sums)
+            take_bytes(&sums[at->i], bytes_at(at), size);
+        skip(at, size);
+        num_bytes -= size;
+    }
+}
+
+/* CLOCK_MONOTONIC, which is Python's time.monotonic. */
+static int is_late(double deadline_s)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec >= deadline_s;
+}
+
+/* Fill blocks (`from` of the order) with what comes, and add it to `sums`, one a block.
+   DONE, UNSOUND, CLOSED by the peer, LATE, or -errno. No byte is written after it returns. */
+EXPORT int64_t receive_blocks(int fd, const order *what, checksum *sums, double deadline_s)
+{
+    if (!order_is_sound(what))
+        return UNSOUND;
+    struct iovec vectors[VECTORS_MAX];
+    cursor at = {.what = what, .layer = what->first_layer};
+    while (what->count && has_more(&at)) {
+        struct msghdr message = {.msg_iov = vectors};
+        message.msg_iovlen = (size_t)gather(at, vectors, RECEIVE_BYTES);
+        ssize_t received = recvmsg(fd, &message, MSG_WAITALL);
+        if (received == 0)
+            return CLOSED;
+        if (received < 0 && errno != EINTR)
+            return -errno;
+        if (received > 0)
+            advance(&at, received, sums);
+        if (is_late(deadline_s))
+            return LATE;
+    }
+    return DONE;
+}
+
+/* Send blocks (`from` of the order). DONE, UNSOUND, LATE, or -errno. */
+EXPORT int64_t send_blocks(int fd, const order *what, double deadline_s)
+{
+    if (!order_is_sound(what))
+        return UNSOUND;
+    struct iovec vectors[VECTORS_MAX];
+    cursor at = {.what = what, .layer = what->first_layer};
+    while (what->count && has_more(&at)) {
+        struct msghdr message = {.msg_iov = vectors};
+        message.msg_iovlen = (size_t)gather(at, vectors, SEND_BYTES);
+        ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+        if (sent < 0 && errno != EINTR)
+            return -errno;
+        if (sent > 0)
+            advance(&at, sent, NULL);
+        if (is_late(deadline_s))
+            return LATE;
+    }
+    return DONE;
+}
