@@ -22,16 +22,18 @@ from disaggregated.engine.api import (
     RequestFailed,
     RequestKind,
     Reservation,
+    ScheduledSequence,
     TokensSampled,
 )
 from disaggregated.engine.block_events import BlockEventBatch, BlockSnapshot
 from disaggregated.engine.block_pool import BlockPool, LedgerEntry
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.launched_step import ExecutedStep, LaunchedRow, LaunchedStep, launched, scheduled
+from disaggregated.engine.layer_watch import LayeredRunner, LayerWatcher, progress_of
 from disaggregated.engine.prefix_holdings import PrefixHoldings, PrefixReservation
 from disaggregated.engine.request_check import check_request
 from disaggregated.engine.scheduler import Scheduler
-from disaggregated.engine.scheduler_limits import SchedulerLimits
+from disaggregated.engine.scheduler_limits import Chunk, SchedulerLimits
 from disaggregated.engine.sequence import Phase, Sequence
 from disaggregated.engine.speculation import Speculation
 from disaggregated.engine.tiered_cache import TieredCache
@@ -109,6 +111,7 @@ class LLMEngine:
         self._pool = BlockPool(num_blocks, self._cache)
         self._scheduler = Scheduler(self._pool, self._limits, speculation)
         self._prefixes = PrefixHoldings(self._pool)
+        self._layer_watcher: LayerWatcher | None = None
         self._launched: LaunchedStep | None = None
         self._sequences: dict[str, Sequence] = {}
         self._unsent: list[EngineEvent] = []
@@ -121,6 +124,13 @@ class LLMEngine:
         self._generation_tokens_total = 0
         self._draft_tokens_total = 0
         self._accepted_draft_tokens_total = 0
+
+    def watch_layers(self, watcher: LayerWatcher) -> bool:
+        """Tell `watcher` what is written while it is computed. False: this engine's runner only knows whole steps."""
+        if self._overlap or not isinstance(self._runner, LayeredRunner):
+            return False
+        self._layer_watcher = watcher
+        return True
 
     @property
     def max_seq_len(self) -> int:
@@ -224,8 +234,6 @@ class LLMEngine:
         num_wanted: how many, given how many are here; called once, on this thread. They are the caller's until
         land_prefix() or release(). Fewer, or none, when there is no room.
         """
-        if not self._limits.enable_block_reuse:
-            return PrefixReservation(num_cached_blocks=0, block_ids=())
         num_free = self._scheduler.num_blocks_unpromised
         reservation = self._prefixes.reserve(owner, hashes, num_wanted, num_free=num_free, now_s=self._clock())
         self._copy_blocks(before_others=True)
@@ -381,8 +389,16 @@ class LLMEngine:
             assert isinstance(self._runner, OverlappingRunner)
             pending = self._runner.launch(batch)
         else:
-            pending = ExecutedStep(self._runner.execute(batch))
+            pending = ExecutedStep(self._execute(batch, chunks))
         return LaunchedStep([launched(chunk) for chunk in chunks], pending, started_s)
+
+    def _execute(self, batch: list[ScheduledSequence], chunks: list[Chunk]) -> AnySequence[AnySequence[int]]:
+        watcher, block_size = self._layer_watcher, self._limits.block_size
+        progress = None if watcher is None else progress_of(chunks, watcher, block_size=block_size)
+        if progress is None:
+            return self._runner.execute(batch)
+        assert isinstance(self._runner, LayeredRunner)
+        return self._runner.execute_layered(batch, progress)
 
     def _finish(self) -> list[EngineEvent]:
         """Take the tokens of the step that was launched first. Rows of those who ended meanwhile are dropped."""

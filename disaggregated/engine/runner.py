@@ -16,13 +16,15 @@ import torch
 
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.kv_cache import KVCache
+from disaggregated.engine.layer_progress import LayerProgress
 from disaggregated.engine.models.decoder import Model
 from disaggregated.engine.ops.api import AttentionBatch
 from disaggregated.engine.sampler import SampleRow, sample
 
 
 class TorchModelRunner:
-    """Implements `ModelRunner`. Owned by the engine's thread, as are the model's op table and the pool."""
+    """Implements `LayeredRunner` on a CPU, `ModelRunner` elsewhere. Owned by the engine's thread, as are the model's op
+    table and the pool."""
 
     def __init__(self, model: Model, kv_cache: KVCache, device: torch.device) -> None:
         self._model = model
@@ -30,8 +32,22 @@ class TorchModelRunner:
         self._device = device
 
     def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
+        return self._execute(batch, None)
+
+    def execute_layered(self, batch: Sequence[ScheduledSequence], progress: LayerProgress) -> Sequence[Sequence[int]]:
+        assert self._device.type == "cpu", f"what a {self._device} was given is not done when the call returns"
+        return self._execute(batch, progress)
+
+    def logits(self, batch: Sequence[ScheduledSequence]) -> torch.Tensor:
+        """(positions that are sampled, V), for whoever wants more of them than a token. Writes KV like execute()."""
         with torch.inference_mode():
-            logits, sampling = self._logits(batch)
+            logits, _ = self._logits(batch, None)
+        assert logits is not None, "no row of the batch samples"
+        return logits
+
+    def _execute(self, batch: Sequence[ScheduledSequence], progress: LayerProgress | None) -> Sequence[Sequence[int]]:
+        with torch.inference_mode():
+            logits, sampling = self._logits(batch, progress)
             tokens: list[list[int]] = [[] for _ in batch]
             if logits is not None:
                 rows = [sample_row for row in sampling for sample_row in _sample_rows(batch[row])]
@@ -40,18 +56,13 @@ class TorchModelRunner:
                     tokens[row] = accepted(batch[row].draft_token_ids, chosen)
         return tokens
 
-    def logits(self, batch: Sequence[ScheduledSequence]) -> torch.Tensor:
-        """(positions that are sampled, V), for whoever wants more of them than a token. Writes KV like execute()."""
-        with torch.inference_mode():
-            logits, _ = self._logits(batch)
-        assert logits is not None, "no row of the batch samples"
-        return logits
-
-    def _logits(self, batch: Sequence[ScheduledSequence]) -> tuple[torch.Tensor | None, list[int]]:
+    def _logits(
+        self, batch: Sequence[ScheduledSequence], progress: LayerProgress | None
+    ) -> tuple[torch.Tensor | None, list[int]]:
         """Logits of the last 1 + drafts positions of each row that samples, and which rows these are."""
         assert batch, "an empty batch"
         token_ids, attention, last_tokens = step_tensors(batch, self._kv_cache.layout.block_size, self._device)
-        hidden = self._model.forward(token_ids, attention, self._kv_cache.layers)
+        hidden = self._model.forward(token_ids, attention, self._kv_cache.layers, progress)
         sampling = [row for row, sequence in enumerate(batch) if sequence.sampling is not None]
         if not sampling:
             return None, sampling

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from disaggregated.engine.cuda.kernels import attention
+from disaggregated.engine.layer_progress import LayerProgress
 from disaggregated.engine.models.attention import GroupedAttention
 from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights, LayerWeights
 from disaggregated.engine.models.mlp import GatedMlp
@@ -39,7 +40,14 @@ class FusedStep:
         self._shape = shape
         self._weights = weights
 
-    def __call__(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
+    def __call__(
+        self,
+        token_ids_T: torch.Tensor,
+        batch: AttentionBatch,
+        pools: Sequence[LayerPool],
+        progress: LayerProgress | None = None,
+    ) -> torch.Tensor:
+        assert progress is None, "these kernels run when this call has long returned"
         layers, ops, eps = self._weights.layers, self._ops, self._shape.rms_norm_eps
         hidden = ops.embedding(token_ids_T, self._weights.embedding_VH)
         if self._shape.embedding_scale != 1.0:

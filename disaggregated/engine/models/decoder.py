@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from disaggregated.engine.layer_progress import LayerProgress, layer_ranges
 from disaggregated.engine.ops.api import AttentionBatch, LayerPool, Ops
 from disaggregated.model_files import ModelConfig
 
@@ -27,8 +28,17 @@ class Model(Protocol):
     def ops(self) -> Ops:
         """The table it computes with."""
 
-    def forward(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
-        """(T, H): what `logits` takes. Each layer's keys and values are then in `pools[layer]`."""
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        batch: AttentionBatch,
+        pools: Sequence[LayerPool],
+        progress: LayerProgress | None = None,
+    ) -> torch.Tensor:
+        """(T, H): what `logits` takes. Each layer's keys and values are then in `pools[layer]`.
+
+        `progress` is told on the way, on a device that has done what it was given when a call returns.
+        """
 
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """(R, V) in the model's dtype."""
@@ -101,20 +111,33 @@ class Decoder:
         """The table it computes with."""
         return self._ops
 
-    def forward(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        batch: AttentionBatch,
+        pools: Sequence[LayerPool],
+        progress: LayerProgress | None = None,
+    ) -> torch.Tensor:
         """(T, H): hidden states before the final norm. Each layer's keys and values are then in `pools[layer]`."""
         if self._program is not None:
-            return self._program(token_ids_T, batch, pools)
+            return self._program(token_ids_T, batch, pools, progress)
         ops = self._ops
         hidden = ops.embedding(token_ids_T, self._weights.embedding_VH)
         if self._shape.embedding_scale != 1.0:
             hidden = hidden * self._shape.embedding_scale
-        for layer, pool in zip(self._weights.layers, pools, strict=True):
-            added = layer.attention.forward(self._norm(hidden, layer.input_norm), batch, pool, ops)
-            hidden = hidden + self._norm(added, layer.attention_post_norm)
-            added = layer.mlp.forward(self._norm(hidden, layer.mlp_norm), ops)
-            hidden = hidden + self._norm(added, layer.mlp_post_norm)
+        assert len(pools) == len(self._weights.layers), f"{len(pools)} pools, {len(self._weights.layers)} layers"
+        for first, end in layer_ranges(len(pools), progress):
+            for layer, pool in zip(self._weights.layers[first:end], pools[first:end], strict=True):
+                hidden = self._layer(hidden, layer, batch, pool)
+            if progress is not None:
+                progress.written(end)
         return hidden
+
+    def _layer(self, hidden: torch.Tensor, layer: LayerWeights, batch: AttentionBatch, pool: LayerPool) -> torch.Tensor:
+        added = layer.attention.forward(self._norm(hidden, layer.input_norm), batch, pool, self._ops)
+        hidden = hidden + self._norm(added, layer.attention_post_norm)
+        added = layer.mlp.forward(self._norm(hidden, layer.mlp_norm), self._ops)
+        return hidden + self._norm(added, layer.mlp_post_norm)
 
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """(R, V) in the model's dtype."""

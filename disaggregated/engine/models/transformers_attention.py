@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from disaggregated.engine.layer_progress import LayerProgress
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops
 from disaggregated.errors import ModelUnavailable
 
@@ -32,7 +33,19 @@ class RunningStep:
     batch: AttentionBatch
     pools: Sequence[LayerPool]
     ops: Ops
+    progress: LayerProgress | None = None
     num_layers_done: int = 0
+    is_in_order: bool = True
+    """The layers attended in the order of their numbers, so far."""
+
+    def layer_is_written(self, layer: int) -> None:
+        """No progress is told of a model whose layers come in another order: it could be told of layers not written."""
+        self.is_in_order &= layer == self.num_layers_done
+        self.num_layers_done += 1
+        if self.progress is None or not self.is_in_order:
+            return
+        if self.num_layers_done % self.progress.every == 0 or self.num_layers_done == len(self.pools):
+            self.progress.written(self.num_layers_done)
 
 
 _running: contextvars.ContextVar[RunningStep] = contextvars.ContextVar("running_step")
@@ -85,7 +98,7 @@ def attend(
         scale=q_TND.shape[-1] ** -0.5 if scaling is None else float(scaling), window=sliding_window, softcap=softcap
     )
     out_TND = step.ops.paged_attention(q_TND, pool, step.batch, spec)
-    step.num_layers_done += 1
+    step.layer_is_written(layer)
     return out_TND.unsqueeze(0), None
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 
+from disaggregated.engine.layer_progress import LayerProgress
 from disaggregated.engine.models import transformers_attention
 from disaggregated.engine.models.transformers_attention import RunningStep, running
 from disaggregated.engine.models.transformers_config import library, read_theirs
@@ -44,9 +45,15 @@ class TransformersModel:
     def ops(self) -> Ops:
         return self._ops
 
-    def forward(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        batch: AttentionBatch,
+        pools: Sequence[LayerPool],
+        progress: LayerProgress | None = None,
+    ) -> torch.Tensor:
         """(T, H): hidden states, whatever the library's model gives to its output head."""
-        step = RunningStep(batch=batch, pools=pools, ops=self._ops)
+        step = RunningStep(batch=batch, pools=pools, ops=self._ops, progress=progress)
         with running(step):
             out = self._body(
                 input_ids=token_ids_T.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False

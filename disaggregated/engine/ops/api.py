@@ -11,10 +11,12 @@ caching and "disaggregated equals one process" all stand on it, and a property t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from disaggregated.engine.layer_progress import LayerProgress
 
 if TYPE_CHECKING:
     from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights
@@ -63,8 +65,18 @@ class AttentionSpec:
     """Of a pool with one plane: the first so many numbers of the stored latent are also the value (MLA)."""
 
 
-StepProgram = Callable[[torch.Tensor, AttentionBatch, Sequence[LayerPool]], torch.Tensor]
-"""(token ids T, where they lie, the layers' pools) → (T, H) hidden states before the final norm."""
+class StepProgram(Protocol):
+    def __call__(
+        self,
+        token_ids_T: torch.Tensor,
+        batch: AttentionBatch,
+        pools: Sequence[LayerPool],
+        progress: LayerProgress | None = None,
+    ) -> torch.Tensor:
+        """(T, H) hidden states before the final norm; the same bits with and without `progress`.
+
+        A program whose kernels run after it has returned tells no progress.
+        """
 
 
 class Ops(Protocol):

@@ -1,4 +1,4 @@
-"""A whole forward pass as one call of the C kernels: the table of layers that `csrc/step.c` walks over.
+"""A whole forward pass as one call of the C kernels, or a few: the table of layers that `csrc/step.c` walks over.
 
 The table is made once, of raw pointers into the model's weights, which the program keeps alive. It knows layers of
 grouped attention and a dense gated feed-forward part, with every option that these have; for any other model there is
@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from disaggregated.engine.layer_progress import LayerProgress, layer_ranges
 from disaggregated.engine.models.attention import GroupedAttention
 from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights, LayerWeights
 from disaggregated.engine.models.mlp import GatedMlp
@@ -72,7 +73,7 @@ class Step(Structure):
 
     _fields_ = [
         ("token_ids", c_void_p), ("positions", c_void_p), ("slots", c_void_p), ("places", BatchPlaces),
-        ("pools", POINTER(KVPool)), ("to", c_void_p),
+        ("pools", POINTER(KVPool)), ("to", c_void_p), ("first_layer", c_int64), ("end_layer", c_int64),
     ]  # fmt: skip
 
 
@@ -116,7 +117,13 @@ class NativeStepProgram:
         )
         self._pools: tuple[Sequence[LayerPool], ctypes.Array[KVPool]] | None = None
 
-    def __call__(self, token_ids_T: torch.Tensor, batch: AttentionBatch, pools: Sequence[LayerPool]) -> torch.Tensor:
+    def __call__(
+        self,
+        token_ids_T: torch.Tensor,
+        batch: AttentionBatch,
+        pools: Sequence[LayerPool],
+        progress: LayerProgress | None = None,
+    ) -> torch.Tensor:
         num_tokens = len(token_ids_T)
         for indices in (token_ids_T, batch.positions, batch.slots):
             check_indices(indices, torch.int64, (num_tokens,))
@@ -130,8 +137,11 @@ class NativeStepProgram:
             to=hidden_TH.data_ptr(),
         )
         where = c_int64(-1)
-        wrong = self._run(self._team, byref(self._model), byref(step), byref(where))
-        assert wrong == _Wrong.NOTHING, self._in_words(wrong, where.value, token_ids_T, batch, len(pools[0].values))
+        for step.first_layer, step.end_layer in layer_ranges(len(pools), progress):
+            wrong = self._run(self._team, byref(self._model), byref(step), byref(where))
+            assert wrong == _Wrong.NOTHING, self._in_words(wrong, where.value, token_ids_T, batch, len(pools[0].values))
+            if progress is not None:
+                progress.written(step.end_layer)
         return hidden_TH
 
     def _native_pools(self, pools: Sequence[LayerPool]) -> ctypes.Array[KVPool]:

@@ -1,4 +1,5 @@
-/* A whole forward pass in one call: from token ids to the hidden states before the final norm.
+/* A whole forward pass in one call, or in one for each of several ranges of layers: from token ids to the hidden states
+   before the final norm.
 
    It makes the very calls that the op table makes one by one from Python, on the same numbers in the same order, so both
    give the same bits. What it saves is the way between two ops, some 400 times a step of a small model, and with it the
@@ -33,7 +34,8 @@ typedef struct {
     const int64_t *token_ids, *positions, *slots; /* (num_tokens) each */
     batch_places places;
     const kv_pool *pools; /* one a layer */
-    float *to;            /* (num_tokens, hidden) */
+    float *to;            /* (num_tokens, hidden): what the layers before `first_layer` left, and what the last one leaves */
+    int64_t first_layer, end_layer; /* to compute now; the embedding belongs to layer 0 */
 } step;
 
 typedef struct {
@@ -166,7 +168,8 @@ static int64_t first_wrong(const step_model *model, const step *step, int64_t *w
     return SOUND;
 }
 
-/* Returns SOUND, or what is wrong; then nothing was read or written. */
+/* Returns SOUND, or what is wrong; then nothing was read or written. Nothing but `to` and the pools goes from one range
+   of layers to the next. */
 EXPORT int64_t run_step(team *team, const step_model *model, const step *step, int64_t *where)
 {
     int64_t wrong = first_wrong(model, step, where);
@@ -174,8 +177,9 @@ EXPORT int64_t run_step(team *team, const step_model *model, const step *step, i
         return wrong;
     pass pass = {.team = team, .model = model, .step = step, .num_tokens = step->places.num_tokens};
     lay_out_pass(&pass);
-    embed(&pass);
-    for (int64_t i = 0; i < model->num_layers; i++) {
+    if (step->first_layer == 0)
+        embed(&pass);
+    for (int64_t i = step->first_layer; i < step->end_layer; i++) {
         attention_part(&pass, &model->layers[i], &step->pools[i]);
         feed_forward_part(&pass, &model->layers[i]);
     }
