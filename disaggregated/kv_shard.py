@@ -62,6 +62,12 @@ class KVHolding:
     def whole(cls, layout: KVLayout) -> Self:
         return cls(layout=layout, shard=KVShard.whole(layout))
 
+    @classmethod
+    def from_proto(cls, layout: kv_pb2.KVLayout, shard: kv_pb2.KVShard | None) -> Self:
+        """A shard that was not sent is the whole model."""
+        held = KVLayout.from_proto(layout)
+        return cls.whole(held) if shard is None else cls(layout=held, shard=KVShard.from_proto(shard))
+
     @property
     def layers(self) -> range:
         """Of the model's."""

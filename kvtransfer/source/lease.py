@@ -127,7 +127,7 @@ class LeaseBook:
         self._ended: collections.OrderedDict[str, Ending] = collections.OrderedDict()
 
     def open(self, transfer_id: str, *, num_tokens: int = 0, num_readers: int = 1, now_s: float) -> None:
-        """Raises TransferError when that id is live, or was used before; what its destination gave up for, if it did."""
+        """Raises TransferError when that id is live, or was used before; what its destination gave up for, if so."""
         with self._lock:
             ended = self._ended.get(transfer_id)
             if ended is not None and ended.cause is not None:

@@ -20,8 +20,9 @@ from disaggregated.errors import (
     StaleEpoch,
     TransferError,
 )
-from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_shard import KVHolding
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
+from kvtransfer.conversion.planner import refusal
 from kvtransfer.machine import SourcePhase
 from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.source.lease import Ending, LeaseBook, Progress
@@ -66,12 +67,13 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         self._lend = lend
         self._followers: dict[str, dict[str, asyncio.Event]] = {}
         """By transfer and peer: what wakes it."""
+        self._num_followers = 0
         self.cuts: frozenset[int] = frozenset()
         """Layers of ours at which the share of one of our destinations begins or ends."""
 
     @property
     def num_followers(self) -> int:
-        return sum(map(len, self._followers.values()))
+        return self._num_followers
 
     def changed(self, transfer_id: str) -> None:
         """Wake the followers of this transfer, if there are any. On the event loop."""
@@ -83,18 +85,25 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             raise FingerprintMismatch(
                 f"{request.peer_id} serves {request.fingerprint}, {self._instance_id} serves {self._fingerprint}"
             )
-        theirs = KVLayout.from_proto(request.layout)
-        if difference := self._layout.difference(theirs):
-            raise LayoutMismatch(f"source {self._instance_id}, destination {request.peer_id}: {difference}")
+        theirs = KVHolding.from_proto(request.layout, request.shard if request.HasField("shard") else None)
+        if reason := refusal(self._holding, theirs):
+            raise LayoutMismatch(f"destination {request.peer_id} here, source {self._instance_id} there: {reason}")
+        self._cut_for(theirs)
         offers = await asyncio.to_thread(self._endpoints.offers, tuple(request.transports))
         return kv_pb2.ConnectReply(
             instance_id=self._instance_id,
             epoch=self._book.epoch,
-            layout=self._layout.to_proto(),
+            layout=self._holding.layout.to_proto(),
+            shard=self._holding.shard.to_proto(),
             offers=[kv_pb2.TransportOffer(**dataclasses.asdict(offer)) for offer in offers],
             lease_s=self._book.lease_s,
             device=self._device,
         )
+
+    def _cut_for(self, destination: KVHolding) -> None:
+        """From now on publications end where its layers do: they are verified as a whole, by who wants all of them."""
+        ours, theirs = self._holding.layers, destination.layers
+        self.cuts |= {layer - ours.start for layer in (theirs.start, theirs.stop) if layer in ours[1:]}
 
     async def Follow(self, request: kv_pb2.FollowRequest, call: Any) -> AsyncIterator[kv_pb2.Publication]:
         """Ends when the lease does. A stream that breaks before that is a destination that gave up, or has gone."""
@@ -135,9 +144,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             held = self._leave(request.transfer_id, request.peer_id, SourcePhase.RELEASED, "landed")
         else:
             reason = f"{request.peer_id} does not want it {request.error_message}".rstrip()
-            held = self._leave(
-                request.transfer_id, request.peer_id, SourcePhase.GIVEN_UP, reason, _cause(request)
-            )
+            held = self._leave(request.transfer_id, request.peer_id, SourcePhase.GIVEN_UP, reason, _cause(request))
         return kv_pb2.ReleaseReply(lease_was_valid=held)
 
     async def Renew(self, request: kv_pb2.RenewRequest, call: Any) -> kv_pb2.RenewReply:
@@ -154,9 +161,11 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             raise QueueFull(f"{FOLLOWERS_MAX} transfers are followed already")
         changed = asyncio.Event()
         self._followers.setdefault(transfer_id, {})[peer_id] = changed
+        self._num_followers += 1
         try:
             yield changed
         finally:
+            self._num_followers -= 1
             del self._followers[transfer_id][peer_id]
             if not self._followers[transfer_id]:
                 del self._followers[transfer_id]

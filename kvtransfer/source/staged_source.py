@@ -91,14 +91,14 @@ class StagedSource:
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, deadline_s)
 
-    def open(self, transfer_id: str, *, num_tokens: int) -> None:
+    def open(self, transfer_id: str, *, num_tokens: int, num_readers: int = 1) -> None:
         """Raises TransferError when the id was used before, or the prompt is larger than the staging region."""
         num_blocks = self._layout.num_blocks_for(num_tokens)
         if num_blocks > self._layout.num_blocks:
             raise TransferError(
                 f"a prompt of {num_tokens} tokens has {num_blocks} blocks; {self._layout.num_blocks} can be staged"
             )
-        self._inner.open(transfer_id, num_tokens=num_tokens)
+        self._inner.open(transfer_id, num_tokens=num_tokens, num_readers=num_readers)
         with self._changed:
             self._transfers[transfer_id] = _Transfer(num_blocks)
 

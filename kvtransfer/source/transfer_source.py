@@ -17,6 +17,7 @@ import grpc
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError, LeaseExpired
 from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_shard import KVHolding, KVShard
 from disaggregated.v1 import kv_pb2_grpc
 from kvtransfer import registry
 from kvtransfer.checksum import block_checksums
@@ -56,8 +57,11 @@ class TransferSource:
         preference: Preference = Preference(),
         endpoints: Sequence[SourceEndpoint] | None = None,
         lend: Lend | None = None,
+        shard: KVShard | None = None,
     ) -> None:
         """`host` is what our sockets bind; `endpoints`, when given, replaces those that `preference` asks for.
+
+        `shard` is the part of the model that our pool holds; None: all of it.
 
         `lend` is awaited when a destination asks for blocks by their hashes; it opens and finishes that transfer.
         """
@@ -77,11 +81,11 @@ class TransferSource:
         )
         self._service = KVSourceService(
             self._book,
-            layout,
+            KVHolding(layout=layout, shard=shard or KVShard.whole(layout)),
             self._endpoints,
             fingerprint=fingerprint,
             instance_id=instance_id,
-            end=self._end,
+            leave=self._leave,
             device=device,
             lend=lend,
         )
@@ -122,14 +126,15 @@ class TransferSource:
 
     # Called by the server, from any thread.
 
-    def open(self, transfer_id: str, *, num_tokens: int = 0) -> None:
+    def open(self, transfer_id: str, *, num_tokens: int = 0, num_readers: int = 1) -> None:
         """Begin a lease, before the first publication. A destination may be waiting already.
 
         `num_tokens` of the whole prompt is what a `StagedSource` needs to know; with it, a last block that is not full
         is published with its last token, and not with `finish` alone.
+        `num_readers` destinations will read it, such as the ranks of one server: the blocks go back when all have left.
         Raises TransferError when the id was used before.
         """
-        self._book.open(transfer_id, num_tokens=num_tokens, now_s=time.monotonic())
+        self._book.open(transfer_id, num_tokens=num_tokens, num_readers=num_readers, now_s=time.monotonic())
         self._call_soon(self._opened.set)
         self._tell(transfer_id)
 
@@ -204,7 +209,8 @@ class TransferSource:
     def _spans(self, published: Published, num_blocks: int, num_layers: int | None) -> list[Span]:
         every = self._layout.num_layers
         written = every if num_layers is None else num_layers
-        return unpublished(published, num_blocks=num_blocks, num_layers=written, of_layers=every)
+        cuts = self._service.cuts
+        return unpublished(published, num_blocks=num_blocks, num_layers=written, of_layers=every, cuts=cuts)
 
     def _chunk(self, span: Span, block_ids: Sequence[int], num_tokens: int) -> Chunk:
         fresh = tuple(block_ids[span.begin : span.end])
@@ -221,14 +227,25 @@ class TransferSource:
         self._tell(transfer_id)
         return published
 
-    def _end(self, transfer_id: str, phase: SourcePhase, reason: str, cause: DisaggregatedError | None = None) -> bool:
+    def _end(self, transfer_id: str, phase: SourcePhase, reason: str) -> bool:
         """True when this call ended it; then its blocks go back, once."""
-        ended = self._book.end(transfer_id, phase, reason, now_s=time.monotonic(), cause=cause)
+        ended = self._book.end(transfer_id, phase, reason, now_s=time.monotonic())
+        self._left(transfer_id, phase, reason, ended=ended)
+        return ended
+
+    def _leave(
+        self, transfer_id: str, reader: str, phase: SourcePhase, reason: str, cause: DisaggregatedError | None = None
+    ) -> bool:
+        """One of its readers does not need it any more. True when the lease held for it until now."""
+        leaving = self._book.leave(transfer_id, reader, phase, reason, now_s=time.monotonic(), cause=cause)
+        self._left(transfer_id, phase, reason, ended=leaving.ended)
+        return leaving.held
+
+    def _left(self, transfer_id: str, phase: SourcePhase, reason: str, *, ended: bool) -> None:
         if ended:
             log.debug("kv_lease_ended", transfer_id=transfer_id, phase=str(phase), reason=reason)
             self._call_soon(self._on_released, transfer_id)
         self._tell(transfer_id)
-        return ended
 
     def _tell(self, transfer_id: str) -> None:
         self._call_soon(self._service.changed, transfer_id)
