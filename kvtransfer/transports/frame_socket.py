@@ -58,14 +58,24 @@ class FrameSocket:
         self._deadline = _NEVER
         self._set_timeouts(0.0)
 
-    def watch(self, fd: int | None = None, *, within_s: float = math.inf) -> bool:
-        """Wait until the peer says something or closes (True), or `fd` can be read or `within_s` has passed (False).
+    @property
+    def progress_timeout_s(self) -> float:
+        return self._progress_timeout_s
 
-        For a transport whose bytes come another way, through a library that has a descriptor for it, or none.
-        Raises PeerLost when neither happens within the progress timeout, TransferTimeout at the deadline.
+    @property
+    def deadline(self) -> Deadline:
+        """What `limit_waits` was told last."""
+        return self._deadline
+
+    def watch(self, fd: int | None = None, *, within_s: float = math.inf, listening: bool = True) -> bool:
+        """Wait until the peer speaks or closes (True), or `fd` can be read or `within_s` has passed (False).
+
+        For a transport whose bytes come another way, through a library that has a descriptor for it, or none. Not
+        `listening`, only the end of the connection counts, and what the peer says waits.
+        Raises PeerLost when nothing happens within the progress timeout, TransferTimeout at the deadline.
         """
         waiting = select.poll()
-        waiting.register(self._sock, select.POLLIN)
+        waiting.register(self._sock, select.POLLRDHUP | (select.POLLIN if listening else 0))
         if fd is not None:
             waiting.register(fd, select.POLLIN)
         limit_s = min(self._progress_timeout_s, self._deadline.left_s())

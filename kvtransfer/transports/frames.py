@@ -7,6 +7,7 @@
     READ   lease, layers, runs  ──▶
                                 ◀──  BLOCKS  num_bytes, then the bytes      (shared memory: 0 bytes, "go ahead")
                                 ◀──  REFUSED error class, sentence          (instead of WELCOME or BLOCKS)
+    MORE                        ──▶                                         (staged transports: room for one chunk more)
 
 HELLO and WELCOME may end in a tail, which only the transport itself understands: the address of a library's worker, for
 example. What the proofs prove stands in `meeting.py`.
@@ -52,6 +53,7 @@ class Kind(enum.IntEnum):
     BLOCKS = 4
     REFUSED = 5
     CHALLENGE = 6
+    MORE = 7
 
 
 BODY_BYTES_MAX: Final = {
@@ -60,6 +62,7 @@ BODY_BYTES_MAX: Final = {
     Kind.WELCOME: _WELCOME.size + WELCOME_TAIL_BYTES_MAX,
     Kind.READ: _READ.size + RUNS_MAX * _RUN.size,
     Kind.REFUSED: 1024,
+    Kind.MORE: 0,
 }
 """BLOCKS is missing: its length must be exactly what was asked for."""
 

@@ -61,6 +61,9 @@ class Conversation(Protocol):
     def answer(self, connection: FrameSocket, read: ReadRequest) -> int:
         """Send BLOCKS for a read that the gate has let through; returns the bytes that it moved."""
 
+    def part(self, connection: FrameSocket) -> None:
+        """It has ended: give back what `greeting` made for it. Called for connections that were never greeted, too."""
+
 
 class FrameServer:
     """Answers one transport's connections. Owns the listening socket and every thread, from `start` to `close`.
@@ -164,6 +167,7 @@ class FrameServer:
         except TransferError as error:
             log.warning("kv_connection_cut", transport=self._name, reason=str(error))
         finally:
+            self._conversation.part(connection)
             with self._lock:
                 self._connections.remove(connection)
                 self._strangers.pop(connection, None)

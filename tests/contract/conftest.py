@@ -1,4 +1,10 @@
-"""What every contract test checks without saying so: nothing of a transfer is left in this process."""
+"""Which transports the contract suite runs over, and what every test of it checks without saying so.
+
+SHM and TCP need nothing and run in one process. No two network libraries share one, so each of the others has the same
+suite in a process of its own, which `test_library_transports.py` starts, or you:
+
+    pytest tests/contract --transport UCX
+"""
 
 from __future__ import annotations
 
@@ -9,11 +15,23 @@ import pytest
 
 from tests.support.kv_pools import traces
 
+IN_ONE_PROCESS = ("SHM", "TCP")
 
-@pytest.fixture(params=["SHM", "TCP"])
-def transport_name(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--transport", help="run what is said of every transport over this one alone")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "transport_name" in metafunc.fixturenames:
+        only = metafunc.config.getoption("--transport", default=None)
+        metafunc.parametrize("transport_name", IN_ONE_PROCESS if only is None else [only])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --transport, the tests that are of no transport, or of another one by name, are left out."""
+    if config.getoption("--transport", default=None) is not None:
+        items[:] = [item for item in items if "transport_name" in getattr(item, "fixturenames", ())]
 
 
 @pytest.fixture(autouse=True)
