@@ -1,8 +1,9 @@
 """A context server's work: prompts in, first tokens out, blocks offered until somebody has read them.
 
 Three sides share a request: its Prefill call (event loop), the engine (its own thread), and the transfer source (any
-thread). The engine's thread publishes blocks itself, right after the step that computed them, so a destination never
-waits for our event loop. The blocks go back when the source says `released`, whatever became of the call.
+thread). The engine's thread says itself what it has written, layers by layers, to a thread that publishes it; so a
+destination never waits for our event loop. The blocks go back when the source says `released`, whatever became of the
+call.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import grpc
 
 from context_server.prefill_call import PrefillCall
 from context_server.prefix_puller import PrefixPuller
+from context_server.streaming import PrefillStream
 from disaggregated.engine.api import (
     ChunkComputed,
     EngineEvent,
@@ -29,7 +31,9 @@ from disaggregated.engine.serving.role import ENGINE_STOP_S, LoadedServer, as_ou
 from disaggregated.engine.thread import EngineThread
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
-from kvtransfer import Preference, Region, StagedSource, TransferSource
+from kvtransfer import Preference, Publisher, Region, StagedSource, TakesNews, TransferSource
+
+PUBLISHER_STOP_S: Final = 5.0
 
 
 class ContextRole(control_pb2_grpc.ContextServicer):
@@ -59,11 +63,18 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             "on_released": self._transfer_over,
         }
         region, layout = server.memory, server.memory_layout
-        self._source: TransferSource | StagedSource = (
-            TransferSource(region, layout, **options)
-            if server.copier is None
-            else StagedSource(region, layout, server.copier, on_crash=server.on_crash, **options)
-        )
+        self._source: TransferSource | StagedSource
+        self._publisher: Publisher | None = None
+        publisher: TakesNews
+        if server.copier is None:
+            self._source = TransferSource(region, layout, **options)
+            publisher = self._publisher = Publisher(self._source, on_crash=server.on_crash)
+        else:
+            publisher = self._source = StagedSource(region, layout, server.copier, on_crash=server.on_crash, **options)
+        group_bytes = transceiver.layer_group_bytes
+        self._stream = PrefillStream(self._transfers, publisher, layout, layer_group_bytes=group_bytes)
+        if server.copier is None:
+            self.engine.watch_layers(self._stream)
 
         pulls = transceiver.pull_back and server.config.kv_cache_config.enable_block_reuse and server.copier is None
         self._puller = PrefixPuller(server, self.engine) if pulls else None
@@ -74,6 +85,8 @@ class ContextRole(control_pb2_grpc.ContextServicer):
 
     async def __aenter__(self) -> Self:
         await self._source.start()
+        if self._publisher is not None:
+            self._publisher.start()
         self.engine.start()
         if self._puller is not None:
             await self._puller.__aenter__()
@@ -86,6 +99,8 @@ class ContextRole(control_pb2_grpc.ContextServicer):
         if self._puller is not None:
             await self._puller.__aexit__(kind, error, trace)
         await asyncio.to_thread(self.engine.stop, ENGINE_STOP_S)
+        if self._publisher is not None:
+            await asyncio.to_thread(self._publisher.close, deadline_s=PUBLISHER_STOP_S)
 
     async def end_streams(self) -> None:
         await self._source.close()
@@ -168,24 +183,12 @@ class ContextRole(control_pb2_grpc.ContextServicer):
     # Events of the engine.
 
     def _on_step(self, events: Sequence[EngineEvent]) -> None:
-        """On the engine's thread, once a step. A prompt's last chunk and its first token come in the same step.
-
-        The event loop hears first: the first token does not wait for checksums, and a destination that releases at
-        once finds the prefill computed.
-        """
+        """On the engine's thread, once a step. The event loop hears first: whoever releases at once finds the prefill
+        computed."""
         self._loop.call_soon_threadsafe(self._deliver, events)
-        block_tables = {event.request_id: event.block_ids for event in events if isinstance(event, ChunkComputed)}
+        self._stream.step_is_over(events)
         for event in events:
-            if transfer_id := self._transfers.get(event.request_id):
-                self._publish(transfer_id, event, block_tables.get(event.request_id, ()))
-
-    def _publish(self, transfer_id: str, event: EngineEvent, block_ids: Sequence[int]) -> None:
-        match event:
-            case ChunkComputed():
-                self._source.publish(transfer_id, block_ids, event.num_computed_tokens)
-            case TokensSampled():
-                self._source.finish(transfer_id, block_ids, event.first_position, event.token_ids[0])
-            case RequestFailed():
+            if isinstance(event, RequestFailed) and (transfer_id := self._transfers.get(event.request_id)):
                 self._source.fail(transfer_id, str(event.error))
 
     def _deliver(self, events: Sequence[EngineEvent]) -> None:

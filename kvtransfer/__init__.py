@@ -12,6 +12,7 @@ from kvtransfer.destination.pull import Landed
 from kvtransfer.destination.transfer_destination import TransferDestination
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
+from kvtransfer.source.publisher import News, Publisher, TakesNews
 from kvtransfer.source.staged_source import StagedSource
 from kvtransfer.source.transfer_source import TransferSource
 from kvtransfer.staging import DeviceCopier
@@ -19,10 +20,13 @@ from kvtransfer.staging import DeviceCopier
 __all__ = [
     "DeviceCopier",
     "Landed",
+    "News",
     "PeerStatistics",
     "Preference",
+    "Publisher",
     "Region",
     "StagedSource",
+    "TakesNews",
     "Ticket",
     "TransferDestination",
     "TransferSource",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from disaggregated.config.security import SecurityConfig
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheConfig:
@@ -34,7 +36,10 @@ class CacheTransceiverConfig:
     fallback: bool = False
     """With a named backend that cannot be used: take the next best instead, and say so."""
     max_tokens_in_buffer: int | None = None
-    """Bounds the blocks in flight of one transfer; None: a chunk of up to 16 MiB."""
+    """Bounds what a server has in flight of all transfers that it receives; None or 0: 16 MiB of each."""
+    layer_group_bytes: int = 1 << 20
+    """Of a context server: while a chunk is computed, layers are published in groups of at least so much KV; 0: when
+    the chunk is computed."""
     pull_back: bool = True
     """Of a context server: have blocks of a prompt brought from a generation server that holds them, where that is
     quicker than to compute them. Of a generation server: lend them."""
@@ -111,6 +116,7 @@ class ServerConfig:
     """Cores the process is pinned to; empty: the operating system decides."""
     log_level: str = "info"
     """"debug", "info", "warning" or "error"."""
+    security: SecurityConfig = SecurityConfig()
     cuda_graph_config: CudaGraphConfig = CudaGraphConfig()
     disable_overlap_scheduler: bool = False
     """Otherwise, on a device that works on its own, a step is launched before the tokens of the last one are known."""

@@ -141,8 +141,15 @@ _HONOURED: Final = (
     ),
     honoured(
         "cache_transceiver_config.max_tokens_in_buffer",
-        AT_LEAST_1,
-        "Tokens of one transfer under way at once; any value works, a long prompt goes in several parts.",
+        AT_LEAST_0,
+        "Tokens that a server which receives has under way at once, of all its transfers together; any value works, "
+        "down to one block of one layer at a time. 0, or none: 16 MiB of each transfer.",
+    ),
+    honoured(
+        "cache_transceiver_config.layer_group_bytes",
+        AT_LEAST_0,
+        "While a chunk of a prompt is computed, its layers are published in groups of at least so many bytes; 0: the "
+        "whole chunk when it is computed. On CPU.",
     ),
     honoured(
         "cache_transceiver_config.pull_back",

@@ -20,6 +20,7 @@ from disaggregated.engine.block_events import BlockSnapshot
 from disaggregated.engine.block_feed import BlockFeed
 from disaggregated.engine.block_pool import LedgerEntry
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.layer_watch import LayerWatcher
 from disaggregated.engine.prefix_holdings import PrefixReservation
 from disaggregated.errors import AdmissionError, DisaggregatedError, Draining, InvalidRequest, QueueFull, ServerLost
 
@@ -60,6 +61,10 @@ class EngineThread:
         self._busy_since_s: float | None = None
         """When the step that is under way began; None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def watch_layers(self, watcher: LayerWatcher) -> bool:
+        """Before start(). The watcher is called on this thread; False: the engine tells of whole steps only."""
+        return self._engine.watch_layers(watcher)
 
     def start(self) -> None:
         self._thread.start()

@@ -21,17 +21,10 @@ import grpc
 from disaggregated.errors import DisaggregatedError, TransferError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.region import Region
+from kvtransfer.source.publisher import News
 from kvtransfer.source.transfer_source import TransferSource
 from kvtransfer.staging import DeviceCopier, StagingBlocks
 from kvtransfer.transport import EndpointStatistics
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _News:
-    block_ids: tuple[int, ...]
-    """Of the device's pool: the whole table so far."""
-    num_tokens: int
-    first_token: int | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,7 +33,7 @@ class _Transfer:
     """Of its whole prompt."""
     host_blocks: list[int] = dataclasses.field(default_factory=list)
     num_copied: int = 0
-    news: _News | None = None
+    news: News | None = None
     is_over: bool = False
 
 
@@ -104,11 +97,22 @@ class StagedSource:
 
     def publish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int) -> bool:
         """As TransferSource.publish, soon; the step that wrote the blocks is finished on the device."""
-        return self._leave(transfer_id, _News(tuple(block_ids), num_tokens, None))
+        return self.leave(transfer_id, News(block_ids=tuple(block_ids), num_tokens=num_tokens))
 
     def finish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, first_token: int) -> bool:
         """As TransferSource.finish, soon."""
-        return self._leave(transfer_id, _News(tuple(block_ids), num_tokens, first_token))
+        news = News(block_ids=tuple(block_ids), num_tokens=num_tokens, first_token=first_token)
+        return self.leave(transfer_id, news)
+
+    def leave(self, transfer_id: str, news: News) -> bool:
+        """What is written of a chunk that is being computed is left out: the device has not finished it."""
+        with self._changed:
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None:
+                return False
+            transfer.news = news
+            self._changed.notify()
+            return True
 
     def fail(self, transfer_id: str, reason: str) -> bool:
         return self._inner.fail(transfer_id, reason)
@@ -129,15 +133,6 @@ class StagedSource:
             busy = self._busy.host_blocks if self._busy and self._busy.is_over else []
             assert len(set(held + busy)) == len(held) + len(busy), "a staging block has two owners"
             assert len(held) + len(busy) + self._blocks.num_free == self._blocks.num_blocks, "a staging block is lost"
-
-    def _leave(self, transfer_id: str, news: _News) -> bool:
-        with self._changed:
-            transfer = self._transfers.get(transfer_id)
-            if transfer is None:
-                return False
-            transfer.news = news
-            self._changed.notify()
-            return True
 
     def _released(self, transfer_id: str) -> None:
         """On the event loop, once a transfer."""
@@ -163,7 +158,7 @@ class StagedSource:
         except BaseException as error:  # noqa: BLE001  # The thread's edge; the owner ends the process.
             self._on_crash(error)
 
-    def _next(self) -> tuple[str, _Transfer, _News] | None:
+    def _next(self) -> tuple[str, _Transfer, News] | None:
         """Wait for a transfer with news and blocks to stage them in; None at the end."""
         with self._changed:
             while True:
@@ -187,7 +182,7 @@ class StagedSource:
                 return
             transfer.host_blocks = taken
 
-    def _stage(self, transfer_id: str, transfer: _Transfer, news: _News) -> None:
+    def _stage(self, transfer_id: str, transfer: _Transfer, news: News) -> None:
         is_last = news.first_token is not None
         end = self._layout.num_blocks_for(news.num_tokens) if is_last else news.num_tokens // self._layout.block_size
         begin = transfer.num_copied
