@@ -56,13 +56,18 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "no commit") + (" + changes" if git("status", "--porcelain") else "")
 
 
+def origin() -> str:
+    """When, what and where: the line that every result carries."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return f"{today}, commit {commit()}, {machine()}"
+
+
 def write(name: str, title: str, rows: Sequence[Row], notes: str = "") -> pathlib.Path:
     """Print the result and keep it as `results/<name>.md`; a later run of the same name replaces it."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     lines = [
         f"# {title}",
         "",
-        f"{today}, commit {commit()}, {machine()}",
+        origin(),
         "",
         "| what | seen | bar | holds |",
         "|---|---|---|---|",
