@@ -57,6 +57,24 @@ TRANSPORTS: Final[Mapping[str, Listed]] = {
             extra=None,
             carries="sockets, between any two hosts",
         ),
+        Listed(
+            name="UCX",
+            module="kvtransfer.transports.ucx",
+            extra="ucx",
+            carries="large messages over InfiniBand, RoCE or TCP, packed and unpacked at both ends",
+        ),
+        Listed(
+            name="NIXL",
+            module="kvtransfer.transports.nixl",
+            extra="nixl",
+            carries="one-sided reads out of the other process's memory, over InfiniBand, RoCE, CMA or TCP",
+        ),
+        Listed(
+            name="MPI",
+            module="kvtransfer.transports.mpi",
+            extra="mpi",
+            carries="packed messages between processes of one MPI launch, over the network that their MPI drives",
+        ),
     )
 }
 

@@ -108,9 +108,7 @@ def dial(
     """
     deadline.check("a control connection to the source")
     try:
-        sock = socket.create_connection(
-            (place.host, place.port), timeout=min(deadline.left_s(), us.progress_timeout_s)
-        )
+        sock = socket.create_connection((place.host, place.port), timeout=min(deadline.left_s(), us.progress_timeout_s))
     except (OSError, ValueError) as error:  # The latter for what can be no host name.
         raise PeerLost(f"no control connection to {place.host}:{place.port}: {error}") from error
     connection = FrameSocket(sock, progress_timeout_s=us.progress_timeout_s) if make is None else make(sock)

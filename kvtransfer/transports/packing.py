@@ -60,10 +60,10 @@ def chunks(whole: Iterable[Span], chunk_bytes: int = CHUNK_BYTES) -> Iterator[li
 
 
 class StagingBuffer:
-    """`CHUNK_BYTES` of page-aligned memory that blocks are packed into, or arrive in."""
+    """`size` bytes of page-aligned memory that blocks are packed into, or arrive in."""
 
-    def __init__(self) -> None:
-        self.view = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    def __init__(self, size: int = CHUNK_BYTES) -> None:
+        self.view = memoryview(mmap.mmap(-1, size))
         self.address = address_of(self.view)
 
     def gather(self, chunk: Sequence[Span], pool_address: int) -> memoryview:
@@ -72,7 +72,7 @@ class StagingBuffer:
         for span in chunk:
             copy_bytes(self.address + at, pool_address + span.offset, span.size)
             at += span.size
-        assert at <= CHUNK_BYTES, f"a chunk of {at} bytes in a buffer of {CHUNK_BYTES}"
+        assert at <= len(self.view), f"a chunk of {at} bytes in a buffer of {len(self.view)}"
         return self.view[:at]
 
     def scatter(self, chunk: Sequence[Span], pool_address: int) -> None:
@@ -90,9 +90,10 @@ class StagingBuffers:
     them; they are never handed out again, and others are made in their place.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, buffer_bytes: int = CHUNK_BYTES) -> None:
         self._changed = threading.Condition()
         self._free: list[StagingBuffer] = []
+        self._buffer_bytes = buffer_bytes
         self._num_to_make = count
         self.count = count
         self.num_lost = 0
@@ -105,7 +106,7 @@ class StagingBuffers:
                 raise TransferTimeout(f"no {count} of {self.count} staging buffers came free in time")
             taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
             self._num_to_make -= count - len(taken)
-        return taken + [StagingBuffer() for _ in range(count - len(taken))]
+        return taken + [StagingBuffer(self._buffer_bytes) for _ in range(count - len(taken))]
 
     def give_back(self, buffers: Sequence[StagingBuffer]) -> None:
         with self._changed:

@@ -1,8 +1,8 @@
 """UCX: whatever network UCX finds (InfiniBand, RoCE, TCP), through `ucxx`. Blocks travel packed into large messages.
 
 Python's UCX has tags, not memory access, and each message costs microseconds: so a source packs the blocks of a read
-into staging buffers, two of them in turns, and a destination unpacks. A message can only land in a staging buffer, never
-in the pool; what is late finds a closed lane.
+into staging buffers, two of them in turns, and a destination unpacks. A message can only land in a staging buffer,
+never in the pool; what is late finds a closed lane.
 
     destination                                    source
     READ                       ─── control ──▶     asks its gate, packs chunk 0
@@ -18,7 +18,6 @@ import contextlib
 import importlib.util
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -130,9 +129,7 @@ class UcxEndpoint:
         self._staging.give_back(buffers)
         return num_bytes
 
-    def _send(
-        self, lane: UcxLane, connection: FrameSocket, read: ReadRequest, buffers: list[StagingBuffer]
-    ) -> None:
+    def _send(self, lane: UcxLane, connection: FrameSocket, read: ReadRequest, buffers: list[StagingBuffer]) -> None:
         """Each chunk once the destination has said that it awaits it: no message ever comes unexpected there."""
         sending: list[Any] = []
         for number, chunk in enumerate(chunks(spans(self._layout, read.blocks, read.layers))):

@@ -109,7 +109,7 @@ class UcxLane:
                 control.receive_frame()  # Whatever it is, it is not what belongs here: raises.
 
     def wait_for_word(self, control: FrameSocket) -> None:
-        """Until the peer says something on `control`, or closes it. What is in flight goes on. Raises as `wait` does."""
+        """Until the peer speaks on `control`, or closes it. What is in flight goes on. Raises as `wait` does."""
         self._worker.progress()
         while not self._sleep(control):
             self._worker.progress()
