@@ -9,6 +9,7 @@ is what decode attention walks over and what a transport copies in one go. In it
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Final
 
 from disaggregated.v1 import kv_pb2
@@ -18,7 +19,7 @@ QUANTISED: Final = frozenset({"int8", "float8_e4m3fn"})
 SCALE_BYTES: Final = 4
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class KVLayout:
     """Two pools can exchange blocks when everything but `num_blocks` is equal."""
 
@@ -41,7 +42,7 @@ class KVLayout:
         """Of one block of one layer, without its scales."""
         return self.num_planes * self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
 
-    @property
+    @functools.cached_property
     def block_bytes(self) -> int:
         """Bytes of one block of one layer: keys and values, and their scales."""
         num_scales = self.num_planes * self.num_kv_heads * self.block_size if self.is_quantised else 0

@@ -21,7 +21,7 @@ from typing import Final, Protocol, Self
 import xxhash
 
 from disaggregated.kv_layout import KVLayout
-from kvtransfer.native.library import CHECKSUM_BYTES, Blocks, Order, Outcome, library
+from kvtransfer.native.library import CHECKSUM_BYTES, Outcome, library
 from kvtransfer.region import address_of, copy_bytes, memory_at
 from kvtransfer.runs import run_pairs
 from kvtransfer.transport import ReadStop
@@ -105,12 +105,12 @@ class NativeSums:
         self._memory = memory
         self._address = begin + -begin % _CACHE_LINE
         self._count = count
-        self._touched = ctypes.c_bool(False)
+        self._touched = [False]
         native.checksums_begin(self._address, count, length)
 
     @property
     def is_untouched(self) -> bool:
-        return not self._touched.value
+        return not self._touched[0]
 
     def part(self, begin: int, end: int) -> Self:
         assert 0 <= begin <= end <= self._count, f"blocks {begin} to {end} of {self._count}"
@@ -123,15 +123,17 @@ class NativeSums:
         assert source.layout.block_bytes == into.layout.block_bytes, "pools of unlike blocks"
         assert source.layout.num_layers == into.layout.num_layers, "pools of unlike layers"
         assert len(source.ids) == len(into.ids), f"{len(source.ids)} blocks into {len(into.ids)}"
+        self.fed(len(source.ids))
         self._run(native_order(source, into, layers), stop)
 
     def fed(self, count: int) -> int:
         """The address of the running checksums of `count` blocks, for native code that feeds them from here on."""
         assert count == self._count, f"{count} blocks, {self._count} checksums"
-        self._touched.value = True
+        self._touched[0] = True
         return self._address
 
     def take(self, blocks: PoolBlocks, layers: range, stop: ReadStop) -> None:
+        self.fed(len(blocks.ids))
         self._run(native_order(blocks, None, layers), stop)
 
     def values(self) -> tuple[int, ...]:
@@ -140,33 +142,25 @@ class NativeSums:
         assert missing < 0, f"bytes of block {missing} of {self._count} have not come"
         return tuple(values)
 
-    def _run(self, order: Order, stop: ReadStop) -> None:
+    def _run(self, order: array.array[int], stop: ReadStop) -> None:
         stop.check()
-        outcome = self._native.take_blocks(order, self.fed(order.count), stop.flag_address)
+        outcome = self._native.take_blocks(order.buffer_info()[0], self._address, stop.flag_address)
         assert outcome != Outcome.UNSOUND, "a block or layer that is not in its pool"
         if outcome == Outcome.STOPPED:
             stop.check()
 
 
-def native_order(source: PoolBlocks, into: PoolBlocks | None, layers: range) -> Order:
-    """As C has it; the pools are its caller's to keep mapped."""
+def native_order(source: PoolBlocks, into: PoolBlocks | None, layers: range) -> array.array[int]:
+    """`order` of csrc/blocks.h. The pools are its caller's to keep mapped."""
     layout = source.layout
-    count = len(source.ids)
-    ids = array.array("q", source.ids if into is None else (*source.ids, *into.ids))
-    ids_address = ids.buffer_info()[0]
-    order = Order(
-        from_=Blocks(base=source.address, num_blocks=layout.num_blocks, ids=ids_address),
-        count=count,
-        block_bytes=layout.block_bytes,
-        pool_layers=layout.num_layers,
-        first_layer=layers.start,
-        num_layers=len(layers),
-        past_cache=count * len(layers) * layout.block_bytes >= PAST_CACHE_BYTES,
-    )
+    block_bytes, count = layout.block_bytes, len(source.ids)
+    to = (0, 0) if into is None else (into.address, into.layout.num_blocks)
+    past_cache = count * len(layers) * block_bytes >= PAST_CACHE_BYTES
+    order = array.array("q", (source.address, layout.num_blocks, *to, count, block_bytes, layout.num_layers))
+    order.extend((layers.start, len(layers), past_cache))
+    order.extend(source.ids)
     if into is not None:
-        into_ids = ids_address + ids.itemsize * count
-        order.to = Blocks(base=into.address, num_blocks=into.layout.num_blocks, ids=into_ids)
-    order.keeps = ids
+        order.extend(into.ids)
     return order
 
 
@@ -175,11 +169,11 @@ class PlainSums:
 
     def __init__(self, hashers: Sequence[xxhash.xxh3_64]) -> None:
         self._hashers = hashers
-        self._touched = ctypes.c_bool(False)
+        self._touched = [False]
 
     @property
     def is_untouched(self) -> bool:
-        return not self._touched.value
+        return not self._touched[0]
 
     def part(self, begin: int, end: int) -> Self:
         part = type(self)(self._hashers[begin:end])
@@ -199,7 +193,7 @@ class PlainSums:
         self.take(into, layers, stop)
 
     def take(self, blocks: PoolBlocks, layers: range, stop: ReadStop) -> None:
-        self._touched.value = True
+        self._touched[0] = True
         size = blocks.layout.block_bytes
         for hasher, block_id in zip(self._hashers, blocks.ids, strict=True):
             stop.check()

@@ -19,7 +19,7 @@ import ctypes
 import dataclasses
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from disaggregated.errors import TransferError
@@ -156,23 +156,38 @@ class ReadStop:
         if self._requested.value:
             raise ReadStopped("the read was stopped")
 
-    @contextlib.contextmanager
-    def shuts(self, blocking: socket.socket) -> Iterator[None]:
+    def shuts(self, blocking: socket.socket) -> contextlib.AbstractContextManager[None]:
         """While inside, `request` shuts `blocking`, so that whoever waits in it returns at once.
 
         Raises ReadStopped on the way out, too: a stop may come when the last byte has, and the socket is shut then,
         however well the read went.
         """
+        return _Shutting(self, blocking)
+
+    def _enter(self, blocking: socket.socket) -> None:
         with self._lock:
             self.check()
             self._socket = blocking
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._socket = None
-                was_shut = bool(self._requested.value)
-        if was_shut:
+
+    def _leave(self) -> bool:
+        """True when the socket was shut."""
+        with self._lock:
+            self._socket = None
+            return bool(self._requested.value)
+
+
+class _Shutting:
+    """Of one read; a plain object, because this lies on the way of every small read."""
+
+    def __init__(self, stop: ReadStop, blocking: socket.socket) -> None:
+        self._stop = stop
+        self._blocking = blocking
+
+    def __enter__(self) -> None:
+        self._stop._enter(self._blocking)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._stop._leave() and kind is None:
             raise ReadStopped("the read was stopped")
 
 
@@ -185,6 +200,10 @@ class PeerLink(Protocol):
 
     @property
     def transport(self) -> str: ...
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether a `ReadStop` ends a running read soon; where not, a read ends when its library lets it."""
 
     def read(self, read: BlockRead, *, stop: ReadStop, deadline: Deadline) -> None:
         """Copy blocks into our pool. Blocks the calling thread; terminal when it returns or raises.
@@ -212,6 +231,14 @@ class LinkCounters:
     """Spent inside `read`; two reads at once count twice."""
     reads_total: int = 0
     failures_total: int = 0
+
+    def count(self, num_bytes: int, seconds: float, num_failures: int) -> None:
+        """One read that has ended; a failed one is neither a read nor bytes."""
+        self.failures_total += num_failures
+        if num_failures == 0:
+            self.reads_total += 1
+            self.bytes_total += num_bytes
+            self.seconds_total += seconds
 
 
 class DestinationTransport(Protocol):

@@ -9,8 +9,7 @@ import ctypes
 import enum
 import functools
 import os
-from collections.abc import Sequence
-from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,38 +37,14 @@ class Outcome(enum.IntEnum):
     LATE = 4
 
 
-class Blocks(ctypes.Structure):
-    """Blocks of one pool, as C has them; the pool and the ids outlive the call."""
-
-    _fields_ = (("base", c_void_p), ("num_blocks", c_int64), ("ids", c_void_p))
-
-
-class Order(ctypes.Structure):
-    """What `take_blocks` is to do."""
-
-    keeps: Sequence[int]
-    """The ids that it points to."""
-
-    _fields_ = (
-        ("from_", Blocks),
-        ("to", Blocks),
-        ("count", c_int64),
-        ("block_bytes", c_int64),
-        ("pool_layers", c_int64),
-        ("first_layer", c_int64),
-        ("num_layers", c_int64),
-        ("past_cache", c_int64),
-    )
-
-
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "choose_isa": (c_int64, [c_int64]),
     "checksum_bytes": (c_int64, []),
     "checksums_begin": (None, [c_void_p, c_int64, c_int64]),
     "checksums_values": (c_int64, [c_void_p, c_int64, c_void_p]),
-    "take_blocks": (c_int64, [POINTER(Order), c_void_p, c_void_p]),
-    "receive_blocks": (c_int64, [c_int, POINTER(Order), c_void_p, c_double]),
-    "send_blocks": (c_int64, [c_int, POINTER(Order), c_double]),
+    "take_blocks": (c_int64, [c_void_p, c_void_p, c_void_p]),
+    "receive_blocks": (c_int64, [c_int, c_void_p, c_void_p, c_double]),
+    "send_blocks": (c_int64, [c_int, c_void_p, c_double]),
 }
 """Return type and arguments of each function; csrc/ says what they mean."""
 

@@ -20,9 +20,11 @@ def send_blocks(connection: FrameSocket, source: PoolBlocks, layers: range) -> N
         connection.send_views(_views(source, layers))
         return
     order = native_order(source, None, layers)
-    connection.move(
-        lambda fd, deadline_s: int(native.send_blocks(fd, order, deadline_s)), what="a peer to take its blocks"
-    )
+
+    def send(fd: int, deadline_s: float) -> int:
+        return int(native.send_blocks(fd, order.buffer_info()[0], deadline_s))
+
+    connection.move(send, what="a peer to take its blocks")
 
 
 def receive_blocks(
@@ -39,9 +41,11 @@ def receive_blocks(
         return
     order = native_order(into, None, layers)
     address = sums.fed(len(into.ids))
-    connection.move(
-        lambda fd, deadline_s: int(native.receive_blocks(fd, order, address, deadline_s)), what="bytes of a peer"
-    )
+
+    def receive(fd: int, deadline_s: float) -> int:
+        return int(native.receive_blocks(fd, order.buffer_info()[0], address, deadline_s))
+
+    connection.move(receive, what="bytes of a peer")
 
 
 def _views(blocks: PoolBlocks, layers: range) -> list[memoryview]:

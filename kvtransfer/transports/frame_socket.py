@@ -38,6 +38,8 @@ class FrameSocket:
         self._progress_timeout_s = progress_timeout_s
         self._deadline = _NEVER
         self._timeout_s = 0.0
+        self._idle = select.poll()
+        self._idle.register(sock, select.POLLIN)
         sock.setblocking(True)
         if sock.family in {socket.AF_INET, socket.AF_INET6}:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -49,14 +51,16 @@ class FrameSocket:
 
     def limit_waits(self, deadline: Deadline) -> None:
         """From here on each system call waits until `deadline`, and at most the progress timeout."""
-        deadline.check("a peer")
+        left_s = deadline.left_s()
+        if left_s == 0.0:
+            deadline.check("a peer")
         self._deadline = deadline
-        self._set_timeouts(min(deadline.left_s(), self._progress_timeout_s))
+        self._set_timeouts(min(left_s, self._progress_timeout_s))
 
     def wait_for_ever(self) -> None:
-        """Only for an idle connection, whose owner shuts it to end the wait."""
+        """Until the peer says something or closes. Only for an idle connection; its owner shuts it to end the wait."""
         self._deadline = _NEVER
-        self._set_timeouts(0.0)
+        self._idle.poll()
 
     @property
     def progress_timeout_s(self) -> float:
@@ -87,7 +91,12 @@ class FrameSocket:
         return any(descriptor == self._sock.fileno() for descriptor, _ in ready)
 
     def send(self, frame: bytes) -> None:
-        self.send_views([memoryview(frame)])
+        try:
+            sent = self._sock.send(frame)
+        except OSError as error:
+            raise self._lost(error) from error
+        if sent < len(frame):
+            self.send_views([memoryview(frame)[sent:]])
 
     def send_views(self, views: Sequence[memoryview]) -> None:
         """Send all of `views`, in order, without copying them together."""
@@ -171,19 +180,31 @@ class FrameSocket:
         self._sock.close()
 
     def _receive(self, length: int) -> bytes:
-        received = bytearray(length)
-        if length:
-            self.receive_into([memoryview(received)])
-        return bytes(received)
+        if length == 0:
+            return b""
+        try:
+            first = self._sock.recv(length, socket.MSG_WAITALL)
+        except OSError as error:
+            raise self._lost(error) from error
+        if len(first) == length:
+            return first
+        if not first:
+            raise PeerLost("the peer closed the connection")
+        rest = bytearray(length - len(first))
+        self.receive_into([memoryview(rest)])
+        return first + rest
 
     @contextlib.contextmanager
     def _broken_as_peer_lost(self) -> Iterator[None]:
         try:
             yield
-        except BlockingIOError as error:
-            raise PeerLost(f"the peer moved no byte for {self._progress_timeout_s} s") from error
         except OSError as error:
-            raise PeerLost(f"the link broke: {error}") from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: OSError) -> PeerLost:
+        if isinstance(error, BlockingIOError):
+            return PeerLost(f"the peer moved no byte for {self._progress_timeout_s} s")
+        return PeerLost(f"the link broke: {error}")
 
     def _set_timeouts(self, seconds: float) -> None:
         """0 waits for ever, as the kernel has it."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from typing import Protocol
 
-from disaggregated.errors import PeerLost, TransferError
+from disaggregated.errors import PeerLost
 from kvtransfer.deadline import Deadline
 from kvtransfer.runs import runs
 from kvtransfer.transport import BlockRead, LinkCounters, ReadStop
@@ -53,24 +51,29 @@ class FramedLink:
     def transport(self) -> str:
         return self._transport
 
+    @property
+    def can_stop(self) -> bool:
+        return True
+
     def open(self, *, deadline: Deadline) -> None:
         """Dial once, so that what is wrong with this way shows before it is chosen."""
         self._idle.append(self._dialler.dial(deadline=deadline))
 
     def read(self, read: BlockRead, *, stop: ReadStop, deadline: Deadline) -> None:
         begin_s = time.monotonic()
-        with self._counted(stop):
-            try:
-                with self._connection(deadline) as connection, connection.stopped_by(stop):
-                    self._ask(connection, read)
-                    self._dialler.land(connection, read, stop=stop)
-            except PeerLost:
-                stop.check()  # It was us who shut the socket.
-                raise
-        with self._changed:
-            self._counters.reads_total += 1
-            self._counters.bytes_total += len(read.source) * len(read.layers) * self._block_bytes
-            self._counters.seconds_total += time.monotonic() - begin_s
+        self._begin(stop)
+        num_bytes, num_failures = 0, 1
+        try:
+            self._read(read, stop, deadline)
+            num_bytes, num_failures = len(read.source) * len(read.layers) * self._block_bytes, 0
+        except PeerLost:
+            stop.check()  # It was us who shut the socket.
+            raise
+        finally:
+            with self._changed:
+                self._running.remove(stop)
+                self._changed.notify_all()
+                self._counters.count(num_bytes, time.monotonic() - begin_s, num_failures)
 
     def drain(self, *, deadline: Deadline) -> None:
         with self._changed:
@@ -103,32 +106,22 @@ class FramedLink:
         if length != (expected := self._dialler.num_bytes_sent(read)):
             raise MalformedFrame(f"{length} bytes of blocks where {expected} were asked for")
 
-    @contextlib.contextmanager
-    def _counted(self, stop: ReadStop) -> Iterator[None]:
+    def _begin(self, stop: ReadStop) -> None:
         with self._changed:
             if self._closing:
                 raise PeerLost("the link to this source has been closed")
             self._running.add(stop)
-        try:
-            yield
-        except TransferError:
-            with self._changed:
-                self._counters.failures_total += 1
-            raise
-        finally:
-            with self._changed:
-                self._running.remove(stop)
-                self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def _connection(self, deadline: Deadline) -> Iterator[FrameSocket]:
-        """An idle connection or a new one; it is kept only after a read that went well."""
+    def _read(self, read: BlockRead, stop: ReadStop, deadline: Deadline) -> None:
+        """Over an idle connection or a new one; it is kept only after a read that went well."""
         with self._changed:
             connection = self._idle.pop() if self._idle else None
         connection = connection or self._dialler.dial(deadline=deadline)
         try:
             connection.limit_waits(deadline)
-            yield connection
+            with connection.stopped_by(stop):
+                self._ask(connection, read)
+                self._dialler.land(connection, read, stop=stop)
         except BaseException:
             connection.close()
             raise

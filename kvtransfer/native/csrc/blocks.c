@@ -89,10 +89,10 @@ static void take(checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_by
 
 void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes) { take(sum, from, NULL, num_bytes, ONLY_SUM); }
 
-static int is_sound(const blocks *of, int64_t count)
+static int is_sound(const pool *of, const int64_t *ids, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
-        if (of->ids[i] < 0 || of->ids[i] >= of->num_blocks)
+        if (ids[i] < 0 || ids[i] >= of->num_blocks)
             return 0;
     return 1;
 }
@@ -100,8 +100,9 @@ static int is_sound(const blocks *of, int64_t count)
 int order_is_sound(const order *what)
 {
     return what->block_bytes > 0 && what->first_layer >= 0 && what->num_layers >= 0 &&
-           what->first_layer + what->num_layers <= what->pool_layers && is_sound(&what->from, what->count) &&
-           (!what->to.base || is_sound(&what->to, what->count));
+           what->first_layer + what->num_layers <= what->pool_layers &&
+           is_sound(&what->from, what->ids, what->count) &&
+           (!what->to.base || is_sound(&what->to, what->ids + what->count, what->count));
 }
 
 /* Adds blocks to `sums`, one a block, and copies them from one pool to another where there is another. Block by block,
@@ -122,7 +123,7 @@ EXPORT int64_t take_blocks(const order *what, checksum *sums, const volatile int
                 if (*stop)
                     return STOPPED;
             }
-            take(&sums[i], place(&what->from, what, layer, i), place(&what->to, what, layer, i), what->block_bytes, kind);
+            take(&sums[i], from_place(what, layer, i), to_place(what, layer, i), what->block_bytes, kind);
             taken += what->block_bytes;
         }
     }

@@ -4,20 +4,20 @@
 
 #include "xxh3.h"
 
-/* Mirrored by Blocks in library.py. */
+/* Of one pool. */
 typedef struct {
-    uint8_t *base;      /* of the pool */
+    uint8_t *base;      /* of the pool; NULL: of none */
     int64_t num_blocks; /* of a layer of the pool */
-    const int64_t *ids; /* `count` of them */
-} blocks;
+} pool;
 
-/* Mirrored by Order in library.py. */
+/* Made by native_order in checksum.py: one array of 64-bit integers. */
 typedef struct {
-    blocks from, to;    /* `to.base` is NULL where nothing is copied */
+    pool from, to;      /* no pool `to` where nothing is copied */
     int64_t count;      /* blocks */
     int64_t block_bytes;
     int64_t pool_layers, first_layer, num_layers;
     int64_t past_cache; /* not 0: what is copied is more than the caches hold, and goes past them */
+    int64_t ids[];      /* `count` blocks of the pool `from`, then as many of the pool `to` */
 } order;
 
 enum { DONE = 0, STOPPED = 1, UNSOUND = 2, CLOSED = 3, LATE = 4 };
@@ -30,7 +30,16 @@ void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes);
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-INLINE uint8_t *place(const blocks *of, const order *what, int64_t layer, int64_t i)
+/* Where block `i` of the order lies. */
+INLINE uint8_t *from_place(const order *what, int64_t layer, int64_t i)
 {
-    return of->base ? of->base + (layer * of->num_blocks + of->ids[i]) * what->block_bytes : NULL;
+    return what->from.base + (layer * what->from.num_blocks + what->ids[i]) * what->block_bytes;
+}
+
+/* Where it goes; NULL where nothing is copied. */
+INLINE uint8_t *to_place(const order *what, int64_t layer, int64_t i)
+{
+    if (!what->to.base)
+        return NULL;
+    return what->to.base + (layer * what->to.num_blocks + what->ids[what->count + i]) * what->block_bytes;
 }

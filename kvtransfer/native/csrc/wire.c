@@ -25,7 +25,7 @@ typedef struct {
 
 INLINE int has_more(const cursor *at) { return at->layer < at->what->first_layer + at->what->num_layers; }
 
-INLINE uint8_t *bytes_at(const cursor *at) { return place(&at->what->from, at->what, at->layer, at->i) + at->offset; }
+INLINE uint8_t *bytes_at(const cursor *at) { return from_place(at->what, at->layer, at->i) + at->offset; }
 
 /* Skip bytes of one block, at most up to its end. */
 INLINE void skip(cursor *at, int64_t num_bytes)

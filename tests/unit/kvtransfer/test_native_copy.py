@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 from disaggregated.native_build import NativeUnavailable
 from kvtransfer.checksum import NativeSums
 from kvtransfer.native import library
-from kvtransfer.native.library import ISAS, Blocks, Order
+from kvtransfer.native.library import ISAS, Outcome
 
 if library.library() is None:
     pytest.skip("no native code here", allow_module_level=True)
 
-DONE, STOPPED, UNSOUND = 0, 1, 2
+Noise = npt.NDArray[np.uint8]
+DONE, STOPPED, UNSOUND = Outcome.DONE, Outcome.STOPPED, Outcome.UNSOUND
+COUNT = 4
+"""Where an order says of how many blocks it is."""
 PIECES = (1, 7, 32, 63, 64, 65, 128, 1000, 1023, 1024, 1025, 4096)
 thorough = settings(max_examples=100, deadline=None)
 
@@ -49,36 +53,32 @@ class Sums:
         self._sums = NativeSums(native, count, length)
         self.values = self._sums.values
 
-    def take(self, order: Order, *, is_stopped: bool = False) -> int:
+    def take(self, order: array.array[int], *, is_stopped: bool = False) -> int:
         stop = ctypes.c_int32(is_stopped)
-        return int(self._native.take_blocks(order, self._sums._address, ctypes.addressof(stop)))
+        address = self._sums.fed(order[COUNT])
+        return int(self._native.take_blocks(order.buffer_info()[0], address, ctypes.addressof(stop)))
 
 
 def order_of(
-    source: np.ndarray,
-    into: np.ndarray | None = None,
+    source: Noise,
+    into: Noise | None = None,
     *,
     ids: Sequence[int] = (0,),
     into_ids: Sequence[int] = (0,),
     begin: int = 0,
     block_bytes: int,
     **fields: int,
-) -> Order:
+) -> array.array[int]:
     """Blocks of `source` from byte `begin` on, into the same places of `into`; one layer of one block by default."""
-    both = array.array("q", (*ids, *into_ids))
-    address = both.buffer_info()[0]
-    order = Order(count=len(ids), block_bytes=block_bytes, pool_layers=fields.get("pool_layers", 1))
-    order.num_layers, order.first_layer = fields.get("num_layers", 1), fields.get("first_layer", 0)
-    order.past_cache = fields.get("past_cache", 0)
     num_blocks = fields.get("num_blocks", 1)
-    order.from_ = Blocks(base=source.ctypes.data + begin, num_blocks=num_blocks, ids=address)
-    if into is not None:
-        order.to = Blocks(base=into.ctypes.data + begin, num_blocks=num_blocks, ids=address + 8 * len(ids))
-    order.keeps = both
+    to = 0 if into is None else into.ctypes.data + begin
+    order = array.array("q", (source.ctypes.data + begin, num_blocks, to, num_blocks, len(ids), block_bytes))
+    order.extend((fields.get("pool_layers", 1), fields.get("first_layer", 0), fields.get("num_layers", 1)))
+    order.extend((fields.get("past_cache", 0), *ids, *into_ids))
     return order
 
 
-def noise(num_bytes: int, seed: int = 1) -> np.ndarray:
+def noise(num_bytes: int, seed: int = 1) -> Noise:
     """Its first byte lies on a page: numpy alone promises less than a streaming store needs."""
     page = 4096
     room = np.random.default_rng(seed).integers(0, 256, num_bytes + page, dtype=np.uint8)

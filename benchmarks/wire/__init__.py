@@ -1,0 +1,1 @@
+"""What `benchmarks.transfer` measures: our transports, raw sockets, and other libraries, all moving the same blocks."""
