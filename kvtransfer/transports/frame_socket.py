@@ -63,6 +63,11 @@ class FrameSocket:
         self._idle.poll()
 
     @property
+    def is_quiet(self) -> bool:
+        """Nothing has come that nobody has read: the peer is there, and owes no answer, as far as can be seen here."""
+        return not self._idle.poll(0)
+
+    @property
     def progress_timeout_s(self) -> float:
         return self._progress_timeout_s
 

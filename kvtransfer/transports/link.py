@@ -106,6 +106,18 @@ class FramedLink:
         if length != (expected := self._dialler.num_bytes_sent(read)):
             raise MalformedFrame(f"{length} bytes of blocks where {expected} were asked for")
 
+    def _take_idle(self) -> FrameSocket | None:
+        """One whose peer is there and owes nothing. What has hung up meanwhile, or has an answer in it that nobody
+        waits for, is closed: its next answer would be the answer to another question."""
+        while True:
+            with self._changed:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            if connection.is_quiet:
+                return connection
+            connection.close()
+
     def _begin(self, stop: ReadStop) -> None:
         with self._changed:
             if self._closing:
@@ -114,9 +126,7 @@ class FramedLink:
 
     def _read(self, read: BlockRead, stop: ReadStop, deadline: Deadline) -> None:
         """Over an idle connection or a new one; it is kept only after a read that went well."""
-        with self._changed:
-            connection = self._idle.pop() if self._idle else None
-        connection = connection or self._dialler.dial(deadline=deadline)
+        connection = self._take_idle() or self._dialler.dial(deadline=deadline)
         try:
             connection.limit_waits(deadline)
             with connection.stopped_by(stop):
