@@ -6,8 +6,8 @@ else. So an idle connection costs nothing, two reads share no lock, and once a l
     the thread ── progress ── nothing left to do? ── arm ── sleep until the worker's descriptor or the control socket
 
 UCX's error handling is on: only then can an endpoint be closed by force, which ends every transfer in it at once, also
-when the peer is stopped and will never answer. The price is that UCX then leaves its shared-memory lanes aside, a third
-of what one host can do; on one host our own SHM is faster than those, too.
+when the peer is stopped and will never answer. The price is that UCX then leaves its shared-memory lanes aside, two
+thirds of what one host can do; on one host our own SHM is faster than those, too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Sequence
 from typing import Any, Final
 
 from disaggregated import logs
 from disaggregated.errors import PeerLost, TransferError
+from kvtransfer.deadline import Deadline
 from kvtransfer.transports.frame_socket import FrameSocket
+from kvtransfer.transports.packed import heed
 
 log = logs.get(__name__)
 
@@ -29,7 +30,7 @@ _CLOSE_ROUNDS_MAX: Final = 100
 """Of progress, until what was in flight has to have ended. A forced close takes one or two."""
 _making = threading.Lock()
 _never_ended: list[object] = []
-"""What a library did not let go of, kept from being freed. Empty unless UCX breaks its word; see `UcxLane.close`."""
+"""What UCX did not let go of, kept from being freed. Empty unless UCX breaks its word; see `UcxLane.close`."""
 
 
 @functools.cache
@@ -38,6 +39,7 @@ def library() -> Any:
     os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")  # Else memory that was given back piles up.
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # ucxx sets some that this build of UCX does not know.
     try:
+        importlib.import_module("ucxx._lib.arr")
         return importlib.import_module("ucxx._lib.libucxx")
     except (ImportError, OSError) as error:
         raise TransferError(f"UCX: ucxx cannot be loaded: {error}") from error
@@ -45,7 +47,7 @@ def library() -> Any:
 
 @functools.cache
 def _context(loopback_only: bool) -> Any:
-    """One for the process: UCX looks for devices once. Without a word from the user it opens no device but its own."""
+    """Made once: UCX looks for devices then. Without a word from the user it opens none but loopback's for loopback."""
     ucx = library()
     options = {"NET_DEVICES": "lo"} if loopback_only and "UCX_NET_DEVICES" not in os.environ else {}
     try:
@@ -55,14 +57,16 @@ def _context(loopback_only: bool) -> Any:
 
 
 class UcxLane:
-    """Not thread-safe, but for `close` after the thread that used it has gone.
+    """Used by one thread at a time.
 
-    Invariant: every request that was posted is in `_posted` until it has ended.
+    Invariant: each request that was posted is in `_posted` until it has ended.
     """
 
     def __init__(self, *, loopback_only: bool) -> None:
         """Raises TransferError when UCX cannot start here."""
         self._ucx = library()
+        self._array = importlib.import_module("ucxx._lib.arr").Array
+        self._tag = self._ucx.UCXXTag(0)  # One for all: a lane keeps their order.
         self._endpoint: Any = None
         self._posted: list[Any] = []
         self._has_let_go = True
@@ -76,45 +80,37 @@ class UcxLane:
 
     @property
     def address(self) -> bytes:
-        """For the peer's `connect`; a few hundred bytes."""
+        """A few hundred bytes."""
         return bytes(self._worker.address.tobytes())
 
-    def connect(self, peer_address: bytes) -> None:
-        """Returns at once; the two workers find each other when something is sent. Raises TransferError."""
+    def connect(self, peer: bytes, *, deadline: Deadline) -> None:
+        """Returns at once; the two workers find each other when something is sent."""
         try:
-            address = self._ucx.UCXAddress.create_from_buffer(peer_address)
+            address = self._ucx.UCXAddress.create_from_buffer(peer)
             self._endpoint = self._ucx.UCXEndpoint.create_from_worker_address(self._worker, address, True)
         except (self._ucx.UCXError, IndexError, ValueError) as error:
             raise TransferError(f"UCX cannot reach the peer's worker: {error}") from error
 
-    def send(self, message: memoryview, tag: int) -> Any:
-        """`message` must not change before `wait` has returned for this request."""
-        array = importlib.import_module("ucxx._lib.arr").Array
-        return self._post(lambda: self._endpoint.tag_send(array(message), self._ucx.UCXXTag(tag)))
+    def send(self, message: memoryview) -> UcxPassage:
+        if self._endpoint is None:
+            raise TransferError("the peer has told no address of a UCX worker")
+        try:
+            return self._posting(self._endpoint.tag_send(self._array(message), self._tag))
+        except self._ucx.UCXError as error:
+            raise self._lost(error) from error
 
-    def receive(self, into: memoryview, tag: int) -> Any:
-        """A message of exactly `len(into)` bytes. It may be written until this request has ended."""
-        array = importlib.import_module("ucxx._lib.arr").Array
-        return self._post(lambda: self._worker.tag_recv(array(into), self._ucx.UCXXTag(tag)))
+    def receive(self, message: memoryview) -> UcxPassage:
+        try:
+            return self._posting(self._worker.tag_recv(self._array(message), self._tag))
+        except self._ucx.UCXError as error:
+            raise self._lost(error) from error
 
-    def wait(self, request: Any, control: FrameSocket, *, while_it_may_speak: bool = False) -> None:
-        """Until `request` has ended well, while `control` is silent, unless the peer `may_speak`.
-
-        Raises:
-            PeerLost: the request failed, the peer closed `control`, or nothing moved for the progress timeout.
-            TransferTimeout: the deadline of `control` passed.
-        """
-        while not self._has_ended(request):
-            if self._sleep(control, listening=not while_it_may_speak):
-                control.receive_frame()  # Whatever it is, it is not what belongs here: raises.
-
-    def wait_for_word(self, control: FrameSocket) -> None:
-        """Until the peer speaks on `control`, or closes it. What is in flight goes on. Raises as `wait` does."""
+    def hear(self, connection: FrameSocket) -> None:
         self._worker.progress()
-        while not self._sleep(control):
+        while not self._worker.arm() or not connection.watch(self._worker.epoll_file_descriptor):
             self._worker.progress()
 
-    def _has_ended(self, request: Any) -> bool:
+    def has_ended(self, request: Any) -> bool:
         """After doing what there is to do. Raises PeerLost when it ended badly."""
         self._worker.progress()
         if not request.completed:
@@ -123,13 +119,18 @@ class UcxLane:
         try:
             request.check_error()
         except self._ucx.UCXError as error:
-            raise PeerLost(f"UCX lost the peer: {error or type(error).__name__}") from error
+            raise self._lost(error) from error
         return True
 
-    def close(self) -> bool:
-        """End whatever is in flight and let go of the worker. True when UCX has: nothing can be written any more.
+    def sleep(self, connection: FrameSocket, *, listening: bool) -> None:
+        """Until UCX has something to do. Raises when the peer has gone, or, `listening`, speaks."""
+        if self._worker.arm():
+            heed(connection, self._worker.epoll_file_descriptor, listening=listening)
 
-        False, which has not been seen: some request did not end. It is never driven again, and never freed. Idempotent.
+    def close(self) -> bool:
+        """End whatever is in flight and let go of the worker: when this is True, nothing can be written any more.
+
+        False has not been seen: some request did not end. Its worker is never driven again, and never freed.
         """
         if self._worker is None:
             return self._has_let_go
@@ -151,23 +152,21 @@ class UcxLane:
         self._endpoint = self._worker = None
         return self._has_let_go
 
-    def _post(self, posting: Any) -> Any:
-        if self._endpoint is None:
-            raise TransferError("the peer has told no address of a UCX worker")
-        try:
-            request = posting()
-        except self._ucx.UCXError as error:
-            raise PeerLost(f"UCX lost the peer: {error or type(error).__name__}") from error
+    def _posting(self, request: Any) -> UcxPassage:
         self._posted.append(request)
-        return request
+        return UcxPassage(self, request)
 
-    def _sleep(self, control: FrameSocket, *, listening: bool = True) -> bool:
-        """Until UCX has something to do, or the peer has said something (True)."""
-        if not self._worker.arm():
-            return False
-        return control.watch(self._worker.epoll_file_descriptor, listening=listening)
+    def _lost(self, error: Exception) -> PeerLost:
+        return PeerLost(f"UCX lost the peer: {error or type(error).__name__}")
 
 
-def quarantined() -> Sequence[object]:
-    """What is kept because UCX did not let go of it."""
-    return tuple(_never_ended)
+class UcxPassage:
+    """A request of a lane, and how to wait for it: by driving the lane."""
+
+    def __init__(self, lane: UcxLane, request: Any) -> None:
+        self._lane = lane
+        self._request = request
+
+    def wait(self, connection: FrameSocket, *, listening: bool) -> None:
+        while not self._lane.has_ended(self._request):
+            self._lane.sleep(connection, listening=listening)
