@@ -19,7 +19,7 @@ import ctypes
 import dataclasses
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from disaggregated.errors import TransferError
@@ -138,6 +138,7 @@ class ReadStop:
         self._lock = threading.Lock()
         self._requested = ctypes.c_int32(0)
         self._socket: socket.socket | None = None
+        self._waker: Callable[[], None] | None = None
 
     @property
     def flag_address(self) -> int:
@@ -150,6 +151,21 @@ class ReadStop:
             self._requested.value = 1
             if self._socket is not None:
                 _shut(self._socket)
+            if self._waker is not None:
+                self._waker()
+
+    @contextlib.contextmanager
+    def waking(self, waker: Callable[[], None]) -> Iterator[None]:
+        """While inside, `request` calls `waker`, for whoever waits for something of this process: it then looks at
+        `check`. One at a time; `waker` must not use this object."""
+        with self._lock:
+            assert self._waker is None, "one read waits for two things"
+            self._waker = waker
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waker = None
 
     def check(self) -> None:
         """Raises ReadStopped once a stop was requested."""
