@@ -8,7 +8,8 @@ destination; staging, staged_source for pools in a device's memory.
 """
 
 from kvtransfer.destination.peer import PeerStatistics, Ticket
-from kvtransfer.destination.pull import Landed
+from kvtransfer.destination.landed import Landed
+from kvtransfer.destination.pending import PendingTransfer
 from kvtransfer.destination.transfer_destination import TransferDestination
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
@@ -22,6 +23,7 @@ __all__ = [
     "Landed",
     "News",
     "PeerStatistics",
+    "PendingTransfer",
     "Preference",
     "Publisher",
     "Region",

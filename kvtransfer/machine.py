@@ -100,14 +100,31 @@ class DestinationPhase(enum.StrEnum):
 class CancelResult(enum.Enum):
     """What a cancel found, and with it whether the blocks may be given back."""
 
+    NOT_FOUND = enum.auto()
+    """No such transfer, or one that is over and forgotten: nothing of it is here."""
     ALREADY_COMPLETE = enum.auto()
     CANCELLED_BEFORE_ADVERTISE = enum.auto()
+    """The source had not been asked for anything."""
     CANCELLED_WHILE_QUIET = enum.auto()
+    """Between two reads."""
     REQUESTED_IN_FLIGHT = enum.auto()
+    """A read was told to stop, and has not ended."""
+    NOT_CANCELLABLE = enum.auto()
+    """A read is running that cannot be told to stop: it has to come to its own end."""
+    BACKEND_UNHEALTHY = enum.auto()
+    """A read was told to stop so long ago that nobody knows whether it ever will."""
 
     @property
     def may_free(self) -> bool:
-        return self is not CancelResult.REQUESTED_IN_FLIGHT
+        """Only when no byte can land any more."""
+        return self not in _MUST_KEEP
+
+
+_MUST_KEEP: Final = frozenset(
+    {CancelResult.REQUESTED_IN_FLIGHT, CancelResult.NOT_CANCELLABLE, CancelResult.BACKEND_UNHEALTHY}
+)
+STUCK_AFTER_S: Final = 5.0
+"""A read that was stopped ends at its next piece, or with its sockets: well within that. One that has not is stuck."""
 
 
 _DESTINATION_ENDS: Final = frozenset({DestinationPhase.LANDED, DestinationPhase.CANCELLED, DestinationPhase.FAILED})
@@ -128,6 +145,8 @@ class DestinationTransfer:
     """Invariant: blocks are writable exactly in READING and STOPPING, which are left only when the read has ended."""
 
     transfer_id: str
+    can_stop: bool = True
+    """Whether a read that is running can be told to stop."""
     phase: DestinationPhase = DestinationPhase.RESERVED
     story: list[tuple[float, DestinationPhase]] = dataclasses.field(default_factory=list)
     _decided: DestinationPhase = DestinationPhase.FAILED
@@ -163,11 +182,20 @@ class DestinationTransfer:
         if self.is_over:
             return CancelResult.ALREADY_COMPLETE
         if self.phase is DestinationPhase.STOPPING:
-            return CancelResult.REQUESTED_IN_FLIGHT
+            return self._in_flight(now_s)
         if self.phase is DestinationPhase.READING:
             self._decided = outcome
             self.advance(DestinationPhase.STOPPING, now_s=now_s)
-            return CancelResult.REQUESTED_IN_FLIGHT
+            return self._in_flight(now_s)
         before = self.phase is DestinationPhase.RESERVED
         self.advance(outcome, now_s=now_s)
         return CancelResult.CANCELLED_BEFORE_ADVERTISE if before else CancelResult.CANCELLED_WHILE_QUIET
+
+    def _in_flight(self, now_s: float) -> CancelResult:
+        if self.stuck_s(now_s) > STUCK_AFTER_S:
+            return CancelResult.BACKEND_UNHEALTHY
+        return CancelResult.REQUESTED_IN_FLIGHT if self.can_stop else CancelResult.NOT_CANCELLABLE
+
+    def stuck_s(self, now_s: float) -> float:
+        """For how long a read has been running whose outcome does not matter any more; 0 when none is."""
+        return now_s - self.story[-1][0] if self.phase is DestinationPhase.STOPPING else 0.0

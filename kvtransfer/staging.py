@@ -87,10 +87,10 @@ class LandingPlace(Protocol):
         """Blocks that can be received in one part."""
 
     def receiving(
-        self, into: Sequence[int], *, stop: ReadStop, deadline: Deadline
+        self, into: Sequence[int], *, layers: range, stop: ReadStop, deadline: Deadline
     ) -> contextlib.AbstractContextManager[Sequence[int]]:
-        """Gives blocks of the region to read into and verify in. When it is left without an error, `into` of the pool
-        holds them; when it is left at all, nothing will be written any more."""
+        """Gives blocks of the region to read `layers` into and verify them in. When it is left without an error, `into`
+        of the pool holds them; when it is left at all, nothing will be written any more."""
 
 
 class InPlace:
@@ -99,7 +99,9 @@ class InPlace:
     part_blocks_max: Final = 1 << 30
 
     @contextlib.contextmanager
-    def receiving(self, into: Sequence[int], *, stop: ReadStop, deadline: Deadline) -> Iterator[Sequence[int]]:
+    def receiving(
+        self, into: Sequence[int], *, layers: range, stop: ReadStop, deadline: Deadline
+    ) -> Iterator[Sequence[int]]:
         yield into
 
 
@@ -115,7 +117,9 @@ class Staged:
         return self._blocks.num_blocks
 
     @contextlib.contextmanager
-    def receiving(self, into: Sequence[int], *, stop: ReadStop, deadline: Deadline) -> Iterator[Sequence[int]]:
+    def receiving(
+        self, into: Sequence[int], *, layers: range, stop: ReadStop, deadline: Deadline
+    ) -> Iterator[Sequence[int]]:
         host_blocks = self._blocks.take(len(into), deadline=deadline)
         try:
             stop.check()

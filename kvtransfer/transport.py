@@ -91,9 +91,7 @@ class BlockRead:
 class ReadGate(Protocol):
     """Asked by an endpoint, on its own threads, before it serves a byte."""
 
-    def check_read(
-        self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str
-    ) -> None:
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str) -> None:
         """Returns when each of `blocks` is published, in `layers`, under a live lease. `peer_id` is who asks, proven.
 
         Raises StaleEpoch, LeaseExpired (or never was), or TransferError for blocks the lease does not hold, and for a

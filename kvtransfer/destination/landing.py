@@ -32,7 +32,7 @@ class Lander:
         Raises what `PeerLink.read` raises, and ChecksumMismatch for bytes that are not those that were published.
         """
         for part in self._parts(batch):
-            with self.place.receiving(part.into, stop=stop, deadline=deadline) as into:
+            with self.place.receiving(part.into, layers=part.layers, stop=stop, deadline=deadline) as into:
                 self._receive(dataclasses.replace(part, into=tuple(into)), stop, deadline)
 
     def _receive(self, part: BlockBatch, stop: ReadStop, deadline: Deadline) -> None:

@@ -23,9 +23,12 @@ from disaggregated.errors import (
     TransferTimeout,
 )
 from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_shard import KVHolding
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer import negotiate
+from kvtransfer.conversion.planner import refusal
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.foreign import ForeignPools, StagingRegion
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.off_loop import run_to_end
 from kvtransfer.transport import DestinationTransport, LinkCounters, Offer, PeerLink, SourceIdentity
@@ -101,8 +104,16 @@ class Destination:
     instance_id: str
     epoch: int
     fingerprint: str
-    layout: KVLayout
+    holding: KVHolding
     device: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Into:
+    """What we can read into: our own pool, and staging regions for pools unlike it."""
+
+    pool: OurTransports
+    foreign: ForeignPools
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -113,6 +124,9 @@ class SourcePeer:
     our_id: str
     """What the source calls us."""
     identity: SourceIdentity
+    holding: KVHolding
+    staging: StagingRegion | None
+    """Where it is unlike us: what `link` reads into. None: our pool."""
     lease_s: float
     channel: grpc.aio.Channel
     stub: kv_pb2_grpc.KVSourceAsyncStub
@@ -145,7 +159,7 @@ def source_errors(address: str) -> Iterator[None]:
 async def connect(
     ticket: Ticket,
     us: Destination,
-    transports: OurTransports,
+    ours: Into,
     executor: concurrent.futures.Executor,
     *,
     deadline: Deadline,
@@ -161,11 +175,14 @@ async def connect(
     channel = rpc.open_channel(ticket.address)
     try:
         stub = kv_pb2_grpc.KVSourceStub(channel)
-        reply = await _introduce(stub, ticket, us, transports.names, deadline)
+        reply = await _introduce(stub, ticket, us, ours.pool.names, deadline)
         identity = SourceIdentity(
             instance_id=reply.instance_id, epoch=reply.epoch, layout=KVLayout.from_proto(reply.layout)
         )
-        _check(identity, ticket, us.layout)
+        holding = KVHolding.from_proto(reply.layout, reply.shard if reply.HasField("shard") else None)
+        _check(identity, holding, ticket, us.holding)
+        staging = ours.foreign.staging_for(holding)
+        transports = staging.transports if staging else ours.pool
         offers = [_to_offer(offer, ticket.address) for offer in reply.offers]
         ways = negotiate.candidates(transports.preference, offers, our_host_key=shm.host_key())
         link, statistics = await _first_that_connects(ways, identity, transports, executor, deadline)
@@ -175,12 +192,15 @@ async def connect(
             source=reply.instance_id,
             transport=statistics.transport,
             devices=statistics.devices,
+            converted=f"{holding.describe()} -> {us.holding.describe()}" if staging else "",
             why=statistics.why,
         )
         return SourcePeer(
             address=ticket.address,
             our_id=us.instance_id,
             identity=identity,
+            holding=holding,
+            staging=staging,
             lease_s=reply.lease_s,
             channel=channel,
             stub=stub,
@@ -203,7 +223,8 @@ async def _introduce(
         peer_id=us.instance_id,
         peer_epoch=us.epoch,
         fingerprint=us.fingerprint,
-        layout=us.layout.to_proto(),
+        layout=us.holding.layout.to_proto(),
+        shard=us.holding.shard.to_proto(),
         transports=transports,
         host_key=shm.host_key(),
     )
@@ -211,14 +232,14 @@ async def _introduce(
         return await stub.Connect(request, timeout=deadline.no_later_than(CONNECT_TIMEOUT_S).left_s())
 
 
-def _check(identity: SourceIdentity, ticket: Ticket, layout: KVLayout) -> None:
+def _check(identity: SourceIdentity, holding: KVHolding, ticket: Ticket, ours: KVHolding) -> None:
     if (identity.instance_id, identity.epoch) != (ticket.instance_id, ticket.epoch):
         raise StaleEpoch(
             f"{ticket.address} is {identity.instance_id} epoch {identity.epoch}, "
             f"the ticket is for {ticket.instance_id} epoch {ticket.epoch}"
         )
-    if difference := layout.difference(identity.layout):
-        raise LayoutMismatch(f"destination here, source {identity.instance_id} there: {difference}")
+    if reason := refusal(holding, ours):
+        raise LayoutMismatch(f"destination here, source {identity.instance_id} there: {reason}")
 
 
 def _to_offer(offer: kv_pb2.TransportOffer, reached_by: str) -> Offer:

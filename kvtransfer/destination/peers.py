@@ -14,8 +14,7 @@ import grpc
 from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
 from kvtransfer.deadline import Deadline
-from kvtransfer.destination.our_transports import OurTransports
-from kvtransfer.destination.peer import Destination, PeerStatistics, SourcePeer, Ticket, close_peer, connect
+from kvtransfer.destination.peer import Destination, Into, PeerStatistics, SourcePeer, Ticket, close_peer, connect
 
 log = logs.get(__name__)
 
@@ -37,11 +36,11 @@ class SourcePeers:
     def __init__(
         self,
         us: Destination,
-        transports: OurTransports,
+        ours: Into,
         executor: concurrent.futures.Executor,
     ) -> None:
         self._us = us
-        self._transports = transports
+        self._ours = ours
         self._executor = executor
         self._current: dict[str, SourcePeer] = {}
         self._open: list[SourcePeer] = []
@@ -51,7 +50,7 @@ class SourcePeers:
 
     @property
     def transports(self) -> tuple[str, ...]:
-        return self._transports.names
+        return self._ours.pool.names
 
     def statistics(self) -> list[PeerStatistics]:
         return [peer.statistics for peer in self._current.values()]
@@ -65,7 +64,7 @@ class SourcePeers:
             if peer is not None:
                 self._forget(peer)
                 await self._close_unused(peer)
-            peer = await connect(ticket, self._us, self._transports, self._executor, deadline=deadline)
+            peer = await connect(ticket, self._us, self._ours, self._executor, deadline=deadline)
             self._count_on(peer)
             self._current[ticket.address] = peer
             self._open.append(peer)

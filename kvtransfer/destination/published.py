@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from disaggregated.errors import TransferError
@@ -57,11 +57,21 @@ class PublishedBlocks:
     blocks that exist, and fit our own table.
     """
 
-    def __init__(self, *, epoch: int, source_layout: KVLayout, into: Sequence[int], skip_blocks: int) -> None:
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        source_layout: KVLayout,
+        into: Sequence[int],
+        skip_blocks: int,
+        is_wanted: Callable[[int, range], bool] | None = None,
+    ) -> None:
+        """`is_wanted` is asked about each block, by its number in the prompt, and its layers: others are not read."""
         self._epoch = epoch
         self._source_layout = source_layout
         self._into = into
         self._skip_blocks = skip_blocks
+        self._is_wanted = is_wanted
         self._lease_key = b""
         self._num_whole = 0
         """Blocks published in every layer."""
@@ -123,16 +133,20 @@ class PublishedBlocks:
             raise TransferError(f"{end} blocks were published, {len(self._into)} are reserved here")
 
     def _await(self, first: int, source: tuple[int, ...], checksums: tuple[int, ...], layers: range) -> None:
-        """Add what is not here yet to what waits to be read; whole blocks join those before them."""
-        here = min(max(0, self._skip_blocks - first), len(source))
-        if here == len(source):
+        """Add what is wanted and not here yet to what waits to be read; whole blocks join those before them."""
+        here = range(min(max(0, self._skip_blocks - first), len(source)), len(source))
+        if self._is_wanted is not None:
+            chosen = [number for number in here if self._is_wanted(first + number, layers)]
+        else:
+            chosen = list(here)
+        if not chosen:
             return
         batch = BlockBatch(
             lease_key=self._lease_key,
             epoch=self._epoch,
-            source=source[here:],
-            into=tuple(self._into[first + here : first + len(source)]),
-            checksums=checksums[here:],
+            source=tuple(source[number] for number in chosen),
+            into=tuple(self._into[first + number] for number in chosen),
+            checksums=tuple(checksums[number] for number in chosen),
             layers=layers,
         )
         is_whole = len(layers) == self._source_layout.num_layers

@@ -23,10 +23,12 @@ import grpc
 from disaggregated.errors import ChecksumMismatch, LeaseExpired, PeerLost, SourceFailed, TransferError
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.peer import SourcePeer, source_errors
+from kvtransfer.destination.pending import Strand
 from kvtransfer.destination.published import BlockBatch, PublishedBlocks
-from kvtransfer.machine import DestinationPhase, DestinationTransfer
+from kvtransfer.machine import DestinationPhase
 from kvtransfer.off_loop import run_to_end
 from kvtransfer.transport import ReadStop
 
@@ -34,22 +36,6 @@ _PUBLICATIONS_MAX: Final = 256
 """Received and not yet read. When full we stop receiving, and gRPC's flow control makes the source wait."""
 _RENEWALS_PER_LEASE: Final = 3
 _PROBE_INTERVAL_S: Final = 1.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Landed:
-    """A transfer of which every byte is here, verified, and confirmed by its source."""
-
-    first_token: int
-    num_tokens: int
-    """Of the prompt."""
-    num_bytes: int
-    """That travelled; blocks that were skipped did not."""
-    transfer_s: float
-    """First block asked for to last block verified; 0 when nothing travelled."""
-    exposed_s: float
-    """Last publication received to last block verified: what the prefill did not hide."""
-    transport: str
 
 
 @dataclasses.dataclass(slots=True)
@@ -65,7 +51,7 @@ class Pull:
     def __init__(
         self,
         peer: SourcePeer,
-        transfer: DestinationTransfer,
+        strand: Strand,
         published: PublishedBlocks,
         lander: Lander,
         executor: concurrent.futures.Executor,
@@ -80,7 +66,8 @@ class Pull:
         `block_hashes`: of a transfer that the source opens for us, of what it holds of these blocks.
         """
         self._peer = peer
-        self._transfer = transfer
+        self._strand = strand
+        self._transfer = strand.transfer
         self._published = published
         self._lander = lander
         self._executor = executor
@@ -93,7 +80,10 @@ class Pull:
         self._num_bytes = 0
 
     async def run(self) -> Landed:
-        """Raises a TransferError when it did not land; then, and when cancelled, nothing can land any more."""
+        """Raises a TransferError when it did not land; then, and when cancelled, nothing can land any more.
+
+        The outcome is decided where a failure is seen, which is before this ends when a read has to be stopped first.
+        """
         request = kv_pb2.FollowRequest(
             transfer_id=self._transfer.transfer_id,
             epoch=self._peer.identity.epoch,
@@ -111,11 +101,8 @@ class Pull:
                 await self._confirm()
                 receiving.cancel()
         except BaseExceptionGroup as group_error:
-            self._transfer.fail(now_s=time.monotonic())
-            raise group_error.exceptions[0] from group_error
-        except asyncio.CancelledError:
-            self._transfer.cancel(now_s=time.monotonic())
-            raise
+            with self._deciding_failure():
+                raise group_error.exceptions[0] from group_error
         finally:
             follow.cancel()  # Before a release this tells the source that we have given up.
             assert not self._transfer.is_writable, f"a pull ends while it can write: {self._transfer.story}"
@@ -170,13 +157,13 @@ class Pull:
         try:
             await run_to_end(self._executor, job, stop=decide_and_stop)
         except ChecksumMismatch as error:
-            self._transfer.read_ended(now_s=time.monotonic())
+            self._strand.read_ended()
             await self._explain(error)
             raise
         except BaseException:
-            self._transfer.read_ended(now_s=time.monotonic())
+            self._strand.read_ended()
             raise
-        self._transfer.read_ended(now_s=time.monotonic())
+        self._strand.read_ended()
         self._num_bytes += sum(batch.num_block_layers for batch in batches) * self._lander.layout.block_bytes
 
     async def _explain(self, mismatch: ChecksumMismatch) -> None:
@@ -210,12 +197,12 @@ class Pull:
         """The outcome is decided where the failure is seen; the cancelled read beside it only completes it."""
         try:
             yield
-        except TransferError:
-            self._transfer.fail(now_s=time.monotonic())
+        except TransferError as error:
+            self._strand.fail(error)
             raise
 
     def _advance(self, to: DestinationPhase) -> None:
-        self._transfer.advance(to, now_s=time.monotonic())
+        self._strand.advance(to)
 
     def _landed(self) -> Landed:
         landing = self._published.landing

@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
-from disaggregated.errors import LeaseExpired, PeerLost, SourceFailed, StaleEpoch, TransferTimeout
+from disaggregated.errors import DisaggregatedError, LeaseExpired, PeerLost, SourceFailed, StaleEpoch, TransferTimeout
 from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_shard import KVHolding, KVShard
+from kvtransfer.conversion.executor import PoolView
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination import joint
 from kvtransfer.destination.farewell import Farewells
+from kvtransfer.destination.foreign import ForeignPools
+from kvtransfer.destination.joint import OurShare, Part
+from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.our_transports import OurTransports
-from kvtransfer.destination.peer import Destination, PeerStatistics, SourcePeer, Ticket
+from kvtransfer.destination.peer import Destination, Into, PeerStatistics, SourcePeer, Ticket
 from kvtransfer.destination.peers import SourcePeers
-from kvtransfer.destination.published import PublishedBlocks
-from kvtransfer.destination.pull import Landed, Pull
-from kvtransfer.machine import DestinationTransfer
+from kvtransfer.destination.pending import PendingTransfer, Strand
+from kvtransfer.destination.pull import Pull
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
 from kvtransfer.staging import DeviceCopier, InPlace, Staged, StagingBlocks
-from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd
+from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd, PeerLink
 
 PART_BYTES: Final = 16 << 20
 """In flight of one transfer, unless `max_tokens_in_buffer` says otherwise."""
@@ -33,6 +39,16 @@ SOURCE_KNOWS: Final = (PeerLost, StaleEpoch, LeaseExpired, SourceFailed)
 """Errors after which there is nobody to tell that we gave up, or who told us so."""
 READERS_MAX: Final = 16
 """Threads. A read beyond waits for one, within its deadline; a dead source holds one for the progress timeout."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _How:
+    pending: PendingTransfer
+    deadline: Deadline
+    deadline_s: float
+    """How far away it was."""
+    overlap: bool
+    block_hashes: bytes
 
 
 class TransferDestination:
@@ -52,41 +68,55 @@ class TransferDestination:
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         transports: Sequence[DestinationTransport] | None = None,
         copier: DeviceCopier | None = None,
+        shard: KVShard | None = None,
     ) -> None:
         """A source that moves no byte and answers nothing for `progress_timeout_s` is lost. `transports` replaces ours.
 
         With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
+        `shard` is the part of the model that our pool holds; None: all of it.
 
         Raises ConfigError when `preference` cannot be honoured.
         """
         self._pool = region.buffer
         self._layout = layout
-        us = Destination(instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, layout=layout, device=device)
+        self._holding = KVHolding(layout=layout, shard=shard or KVShard.whole(layout))
+        us = Destination(
+            instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, holding=self._holding, device=device
+        )
         ours = OurEnd(region=region, layout=layout, peer_id=instance_id, progress_timeout_s=progress_timeout_s)
         ours_by_name = OurTransports(ours, preference, given=transports or ())
         self._progress_timeout_s = progress_timeout_s
         self._part_bytes = PART_BYTES if max_tokens_in_buffer is None else max_tokens_in_buffer * layout.token_bytes
         self._executor = concurrent.futures.ThreadPoolExecutor(READERS_MAX, thread_name_prefix="kv-pull")
-        self._peers = SourcePeers(us, ours_by_name, self._executor)
+        part_tokens = max_tokens_in_buffer or self._part_bytes // layout.token_bytes
+        self._foreign = ForeignPools(self._holding, ours_by_name, part_tokens=part_tokens)
+        self._peers = SourcePeers(us, Into(ours_by_name, self._foreign), self._executor)
         self._place = InPlace() if copier is None else Staged(StagingBlocks(layout.num_blocks), copier)
+        self._view = PoolView(self._pool, layout) if copier is None else None
         self._farewells = Farewells(instance_id)
+        self._pending: set[PendingTransfer] = set()
         self._closed = False
 
     async def pull(
         self,
-        ticket: Ticket,
+        tickets: Ticket | Sequence[Ticket],
         into: Sequence[int],
         *,
         deadline_s: float,
         skip_blocks: int = 0,
         overlap: bool = True,
         block_hashes: bytes = b"",
+        num_tokens: int | None = None,
     ) -> Landed:
         """Bring the KV of a prompt here, chunk by chunk while it is computed there.
 
         `into` is our whole block table: block i of the prompt lands in `into[i]`, for i from `skip_blocks` on; the ones
         before are here already and are not touched. `into` may be longer than the prompt. The blocks must be the
         caller's alone until this returns or raises, and can be used or given back at once then.
+
+        Several tickets are those of the ranks that computed the prompt together: it lands when all have brought their
+        part, and fails when one fails. Blocks of other ranks, sizes or dtypes are converted; `num_tokens` of the prompt
+        must be told where its length decides which rank holds what.
 
         `block_hashes` asks for content instead of a prompt that is computed there: what the source holds of these
         blocks, from the first on, lands in `into`; how many that are, `num_tokens` of the result tells, maybe 0.
@@ -97,21 +127,62 @@ class TransferDestination:
             PeerLost, LeaseExpired, ChecksumMismatch, SourceFailed, TransferError: it did not land.
             TransferTimeout: it did not land within `deadline_s`.
         """
-        assert not self._closed, "a pull after close"
+        pending = self.start(
+            tickets,
+            into,
+            deadline_s=deadline_s,
+            skip_blocks=skip_blocks,
+            overlap=overlap,
+            block_hashes=block_hashes,
+            num_tokens=num_tokens,
+        )
         try:
-            return await self._pull(
-                ticket,
-                into,
-                deadline_s=deadline_s,
-                skip_blocks=skip_blocks,
-                overlap=overlap,
-                block_hashes=block_hashes,
-            )
-        except SOURCE_KNOWS:
-            raise
-        except BaseException as error:
+            return await pending.outcome()
+        finally:
+            pending.cancel()
+            await pending.ended()
+
+    def start(
+        self,
+        tickets: Ticket | Sequence[Ticket],
+        into: Sequence[int],
+        *,
+        deadline_s: float,
+        skip_blocks: int = 0,
+        overlap: bool = True,
+        block_hashes: bytes = b"",
+        num_tokens: int | None = None,
+    ) -> PendingTransfer:
+        """As `pull`, for who wants to hear the outcome before the blocks are quiet. Returns at once.
+
+        The blocks are lent to it: they come back with an outcome that is `Landed`, or else when it is quiet.
+        """
+        assert not self._closed, "a pull after close"
+        assert len(set(into)) == len(into), "a block is to be filled twice"
+        assert 0 <= skip_blocks <= len(into), f"{skip_blocks} blocks of {len(into)} are here"
+        ranks = tickets if isinstance(tickets, Sequence) else [tickets]
+        ours = self._share(into, skip_blocks, num_tokens)
+        pending = PendingTransfer(
+            ranks[0].transfer_id,
+            into,
+            on_decided=lambda decided: self._tell_sources(ranks, decided.error),
+            on_ended=self._pending.discard,
+        )
+        how = _How(pending, Deadline.after(deadline_s), deadline_s, overlap, block_hashes)
+        late = f"{pending.transfer_id} from {ranks[0].instance_id} did not land within {deadline_s} s"
+        pending.begin(
+            self._pull(ranks, ours, how),
+            deadline_s=deadline_s,
+            late=lambda: TransferTimeout(f"{late}; story={pending.story}"),
+        )
+        self._pending.add(pending)
+        return pending
+
+    def _tell_sources(self, ranks: Sequence[Ticket], error: DisaggregatedError | None) -> None:
+        if error is None or (isinstance(error, SOURCE_KNOWS) and len(ranks) == 1):
+            return
+        for ticket in ranks:  # One of several may know; the others do not.
             self.decline(ticket, error)
-            raise
 
     def decline(self, ticket: Ticket, why: BaseException | None = None) -> None:
         """We shall not pull this one: its source is told, soon, and need not wait for its lease to run out.
@@ -121,37 +192,28 @@ class TransferDestination:
         if not self._closed:
             self._farewells.say(ticket, why)
 
-    async def _pull(
-        self,
-        ticket: Ticket,
-        into: Sequence[int],
-        *,
-        deadline_s: float,
-        skip_blocks: int,
-        overlap: bool,
-        block_hashes: bytes,
-    ) -> Landed:
-        assert len(set(into)) == len(into), "a block is to be filled twice"
-        assert 0 <= skip_blocks <= len(into), f"{skip_blocks} blocks of {len(into)} are here"
-        deadline = Deadline.after(deadline_s)
+    async def _pull(self, tickets: Sequence[Ticket], ours: OurShare, how: _How) -> Landed:
+        peers = [await self._peers.connected(ticket, deadline=how.deadline) for ticket in tickets]
+        pulls = joint.parts(peers, tickets, ours)
+        if len(pulls) == 1:
+            return joint.joined([await self._pull_part(pulls[0], how)], peers)
         try:
-            async with asyncio.timeout(deadline_s):
-                peer = await self._peers.connected(ticket, deadline=deadline)
-        except TimeoutError as error:
-            raise TransferTimeout(f"{ticket.address} was not connected within {deadline_s} s") from error
-        async with self._peers.keeping(peer):
-            published = PublishedBlocks(
-                epoch=ticket.epoch, source_layout=peer.identity.layout, into=into, skip_blocks=skip_blocks
-            )
-            transfer = DestinationTransfer(ticket.transfer_id)
-            pull = self._make_pull(peer, transfer, published, deadline, overlap=overlap, block_hashes=block_hashes)
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(self._pull_part(part, how)) for part in pulls]
+        except BaseExceptionGroup as failed:  # The first one stopped the others, whose reads have ended as well.
+            raise failed.exceptions[0] from failed
+        return joint.joined([task.result() for task in running], peers)
+
+    async def _pull_part(self, part: Part, how: _How) -> Landed:
+        async with self._peers.keeping(part.peer):
+            strand = how.pending.strand(part.ticket.transfer_id, can_stop=part.peer.link.can_stop)
             try:
-                async with asyncio.timeout(deadline.left_s()):
-                    landed = await pull.run()
-            except TimeoutError as error:
-                late = f"{ticket.transfer_id} from {ticket.instance_id} did not land within {deadline_s} s"
-                raise TransferTimeout(f"{late}; story={transfer.story}") from error
-            self._count(peer, landed)
+                landed = await self._make_pull(part, strand, how).run()
+            except asyncio.CancelledError:
+                if how.pending.error is not None:
+                    raise how.pending.error from None
+                raise
+            self._count(part.peer, landed)
             return landed
 
     @property
@@ -168,34 +230,39 @@ class TransferDestination:
         if self._closed:
             return
         self._closed = True
+        for pending in tuple(self._pending):
+            pending.cancel()
+            await pending.ended()
         await self._farewells.close()
         await self._peers.close()
+        self._foreign.close()
         await asyncio.to_thread(self._executor.shutdown)
 
-    def _make_pull(
-        self,
-        peer: SourcePeer,
-        transfer: DestinationTransfer,
-        published: PublishedBlocks,
-        deadline: Deadline,
-        *,
-        overlap: bool,
-        block_hashes: bytes,
-    ) -> Pull:
-        lander = Lander(
-            link=peer.link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes, place=self._place
-        )
+    def _make_pull(self, part: Part, strand: Strand, how: _How) -> Pull:
         return Pull(
-            peer,
-            transfer,
-            published,
-            lander,
+            part.peer,
+            strand,
+            part.published,
+            part.lander,
             self._executor,
-            deadline=deadline,
+            deadline=how.deadline,
             progress_timeout_s=self._progress_timeout_s,
-            overlap=overlap,
-            block_hashes=block_hashes,
+            overlap=how.overlap,
+            block_hashes=how.block_hashes,
         )
+
+    def _share(self, table: Sequence[int], skip_blocks: int, num_tokens: int | None) -> OurShare:
+        return OurShare(
+            holding=self._holding,
+            pool=self._view,
+            make_lander=self._make_lander,
+            table=table,
+            skip_blocks=skip_blocks,
+            num_tokens=num_tokens,
+        )
+
+    def _make_lander(self, link: PeerLink) -> Lander:
+        return Lander(link=link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes, place=self._place)
 
     def _count(self, peer: SourcePeer, landed: Landed) -> None:
         peer.statistics.landed(num_bytes=landed.num_bytes, seconds=landed.transfer_s, read=peer.link.statistics())

@@ -165,6 +165,8 @@ async def test_a_pull_that_never_connects_ends_in_time_and_leaves_nothing(cancel
                 await pulling
             assert landing.statistics() == []
     writer.close()
+    while not accepted.empty():  # It tells who might be there that it gave up.
+        accepted.get_nowait().close()
     server.close()
 
 

@@ -20,6 +20,7 @@ class CopyingLink:
     into: Region
     reads: list[BlockRead] = dataclasses.field(default_factory=list)
     transport: str = "COPY"
+    can_stop: bool = True
 
     def read(self, read: BlockRead, *, stop: ReadStop, deadline: Deadline) -> None:
         stop.check()

@@ -7,15 +7,17 @@ import concurrent.futures
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
-from disaggregated.errors import LeaseExpired
+from disaggregated.errors import LeaseExpired, TransferTimeout
 from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_shard import KVHolding, KVShard
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.peer import PeerStatistics, SourcePeer
+from kvtransfer.destination.pending import PendingTransfer
 from kvtransfer.destination.published import PublishedBlocks
 from kvtransfer.destination.pull import Pull
-from kvtransfer.machine import DestinationPhase, DestinationTransfer
+from kvtransfer.machine import DestinationPhase
 from kvtransfer.transport import SourceIdentity
 from tests.support.virtual_time import run_in_virtual_time
 
@@ -56,24 +58,31 @@ def test_a_release_is_not_undone_by_a_renewal_that_comes_after_it() -> None:
             address="host:1",
             our_id="destination",
             identity=SourceIdentity(instance_id="source", epoch=1, layout=LAYOUT),
+            holding=KVHolding(layout=LAYOUT, shard=KVShard.whole(LAYOUT)),
+            staging=None,
             lease_s=30.0,
             channel=cast(Any, None),
             stub=cast(Any, SlowSource()),
             link=cast(Any, type("Link", (), {"transport": "NONE"})()),
             statistics=PeerStatistics("source", transport="NONE", why=""),
         )
-        transfer = DestinationTransfer("t")
+        pending = PendingTransfer("t", [0], on_decided=lambda _: None, on_ended=lambda _: None)
+        strand = pending.strand("t")
         with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            landed = await Pull(
+            pull = Pull(
                 peer,
-                transfer,
+                strand,
                 PublishedBlocks(epoch=1, source_layout=LAYOUT, into=[0], skip_blocks=0),
                 Lander(link=peer.link, pool=memoryview(b""), layout=LAYOUT, part_bytes=1),
                 executor,
                 deadline=Deadline.after(60.0),
                 progress_timeout_s=5.0,
                 overlap=True,
-            ).run()
-        assert (landed.first_token, transfer.phase) == (7, DestinationPhase.LANDED)
+            )
+            pending.begin(pull.run(), deadline_s=60.0, late=lambda: TransferTimeout("late"))
+            landed = await pending.outcome()
+            await pending.ended()
+        assert (landed.first_token, strand.transfer.phase) == (7, DestinationPhase.LANDED)
+        assert pending.is_quiet
 
     run_in_virtual_time(play())

@@ -1,0 +1,214 @@
+"""A transfer that lands here, as whoever lent it its blocks sees it: it has an outcome, and it becomes quiet.
+
+    started ──▶ outcome: landed ─────────────────────────────▶ the blocks hold the prompt, and are the caller's
+        └─────▶ outcome: failed │ timed out │ cancelled ──▶ quiet ──▶ the blocks are the caller's, whatever they hold
+
+These are two moments. The outcome is decided once and told at once, so that a request never waits for a dead peer; the
+blocks come back when the last read into them has ended, which may be later: until then they are in quarantine, lent
+still and counted. An outcome that was decided stays, also when the read that was under way ends well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from disaggregated import logs
+from disaggregated.errors import DisaggregatedError, RequestCancelled, TransferError
+from kvtransfer.destination.landed import Landed
+from kvtransfer.machine import CancelResult, DestinationPhase, DestinationTransfer
+
+log = logs.get(__name__)
+
+_MOST_SEVERE_FIRST: Final = (
+    CancelResult.BACKEND_UNHEALTHY,
+    CancelResult.NOT_CANCELLABLE,
+    CancelResult.REQUESTED_IN_FLIGHT,
+    CancelResult.CANCELLED_WHILE_QUIET,
+    CancelResult.CANCELLED_BEFORE_ADVERTISE,
+    CancelResult.ALREADY_COMPLETE,
+)
+
+
+class PendingTransfer:
+    """Lives on one event loop. None of its methods blocks; `outcome` and `quiet` wait.
+
+    Invariants: it is quiet only when it is decided; once quiet, no byte can land any more.
+    """
+
+    def __init__(
+        self,
+        transfer_id: str,
+        blocks: Sequence[int],
+        *,
+        on_decided: Callable[[PendingTransfer], None],
+        on_ended: Callable[[PendingTransfer], None],
+    ) -> None:
+        """Each is called once, on the event loop: when the outcome stands, and when all of it has been cleared away."""
+        self.transfer_id = transfer_id
+        self.blocks = tuple(blocks)
+        """Lent from the start until it has landed or is quiet."""
+        self.error: DisaggregatedError | None = None
+        """What it failed with; None while it is not decided, and when it has landed."""
+        self.decided_s: float | None = None
+        self._on_decided = on_decided
+        self._on_ended = on_ended
+        self._strands: list[DestinationTransfer] = []
+        self._outcome: asyncio.Future[Landed] = asyncio.get_running_loop().create_future()
+        self._quiet = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None]
+
+    # For whoever lent the blocks.
+
+    async def outcome(self) -> Landed:
+        """Wait until it is decided. Whoever stops waiting cancels nothing.
+
+        Raises:
+            RequestCancelled: `cancel` was called before it had landed.
+            TransferError: it did not land.
+        """
+        return await asyncio.shield(self._outcome)
+
+    async def quiet(self) -> None:
+        """Wait until no byte can land any more: the blocks are the caller's again. Never raises for how it ended."""
+        await self._quiet.wait()
+
+    async def ended(self) -> None:
+        """Wait until it is quiet and everything of it has been cleared away.
+
+        Goes on through every cancellation of the caller's own, the last of which is raised then.
+        """
+        cancelled: asyncio.CancelledError | None = None
+        while not self._task.done():
+            try:
+                await asyncio.wait([self._task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    @property
+    def is_decided(self) -> bool:
+        return self._outcome.done()
+
+    @property
+    def is_quarantined(self) -> bool:
+        """It did not land, and its blocks can still be written into."""
+        return self.is_decided and not self.is_quiet
+
+    @property
+    def is_quiet(self) -> bool:
+        return self._quiet.is_set()
+
+    def cancel(self) -> CancelResult:
+        """Decide it now, unless it is decided; tells whether the blocks may be given back at once."""
+        return self._decide(RequestCancelled(f"the transfer {self.transfer_id} was cancelled"))
+
+    # For the transfer itself.
+
+    def begin(self, work: Coroutine[Any, Any, Landed], *, deadline_s: float, late: Callable[[], TransferError]) -> None:
+        """Run `work` to its end, or until it is decided otherwise: by `late` after `deadline_s`, or by a cancel."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(deadline_s, lambda: self.fail(late()))
+        self._task = loop.create_task(self._run(work), name=f"kv-pull-{self.transfer_id}")
+        self._task.add_done_callback(lambda _: self._on_ended(self))
+
+    def strand(self, name: str, *, can_stop: bool = True) -> Strand:
+        """One of the reads that it is made of, from one source."""
+        transfer = DestinationTransfer(name, can_stop=can_stop)
+        self._strands.append(transfer)
+        return Strand(self, transfer)
+
+    def fail(self, error: DisaggregatedError) -> CancelResult:
+        """Decide it, where the failure is seen. The first outcome stands."""
+        return self._decide(error)
+
+    def check_quiet(self) -> None:
+        """A read has ended."""
+        if self.is_decided and not self.is_quiet and not any(strand.is_writable for strand in self._strands):
+            self._quiet.set()
+
+    @property
+    def story(self) -> list[list[tuple[float, DestinationPhase]]]:
+        return [strand.story for strand in self._strands]
+
+    def _decide(self, error: DisaggregatedError) -> CancelResult:
+        """Also for one that is decided: what a cancel finds may be another thing by now."""
+        now_s = time.monotonic()
+        cancelled = isinstance(error, RequestCancelled)
+        found = [strand.cancel(now_s=now_s) if cancelled else strand.fail(now_s=now_s) for strand in self._strands]
+        if self.is_decided:
+            return _worst(found, CancelResult.ALREADY_COMPLETE)
+        self._decided(error)
+        self._outcome.set_exception(error)
+        self._outcome.exception()  # Whoever waits is told; that nobody does is no mistake.
+        self._task.cancel()
+        self._on_decided(self)
+        self.check_quiet()
+        return _worst(found, CancelResult.CANCELLED_BEFORE_ADVERTISE)
+
+    def _decided(self, error: DisaggregatedError | None) -> None:
+        self.error = error
+        self.decided_s = time.monotonic()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _run(self, work: Coroutine[Any, Any, Landed]) -> None:
+        try:
+            landed = await work
+        except asyncio.CancelledError:
+            self._decide(RequestCancelled(f"the transfer {self.transfer_id} was cancelled from outside"))
+        except DisaggregatedError as error:
+            self._decide(error)
+        except BaseException as error:
+            self._broke(error)
+            raise
+        else:
+            self._landed(landed)
+        finally:
+            self.check_quiet()
+
+    def _landed(self, landed: Landed) -> None:
+        """A completion that comes after the outcome was decided changes nothing."""
+        if not self.is_decided:
+            self._decided(None)
+            self._outcome.set_result(landed)
+            self._on_decided(self)
+
+    def _broke(self, error: BaseException) -> None:
+        """Our own mistake: it reaches whoever waits for the outcome, and the process's edge."""
+        log.error("kv_transfer_broke", transfer_id=self.transfer_id, error=repr(error))
+        if not self.is_decided:
+            self._decided(None)
+            self._outcome.set_exception(error)
+            self._on_decided(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Strand:
+    """One source's half of a transfer, which is all of it unless it comes from several."""
+
+    pending: PendingTransfer
+    transfer: DestinationTransfer
+
+    def advance(self, to: DestinationPhase) -> None:
+        """Raises what was decided meanwhile: nothing is begun, and nothing lands, after that."""
+        if self.pending.error is not None:
+            raise self.pending.error
+        self.transfer.advance(to, now_s=time.monotonic())
+
+    def read_ended(self) -> None:
+        """It can write no more, whether it went well or not."""
+        self.transfer.read_ended(now_s=time.monotonic())
+        self.pending.check_quiet()
+
+    def fail(self, error: DisaggregatedError) -> None:
+        self.pending.fail(error)
+
+
+def _worst(found: Sequence[CancelResult], if_none: CancelResult) -> CancelResult:
+    return next((result for result in _MOST_SEVERE_FIRST if result in found), if_none)
