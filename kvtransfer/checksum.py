@@ -13,15 +13,15 @@ costs nothing, the second a third of the time (docs/decisions/0011).
 from __future__ import annotations
 
 import array
+import copy
 import ctypes
-import dataclasses
 from collections.abc import Sequence
-from typing import Final, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 import xxhash
 
 from disaggregated.kv_layout import KVLayout
-from kvtransfer.native.library import CHECKSUM_BYTES, Outcome, library
+from kvtransfer.native.library import CHECKSUM_WORDS, TAKEN_WORD, VALUE_WORD, Outcome, library
 from kvtransfer.region import address_of, copy_bytes, memory_at
 from kvtransfer.runs import run_pairs
 from kvtransfer.transport import ReadStop
@@ -32,11 +32,9 @@ _COPY_BYTES_MAX: Final = 4 << 20
 """Between two looks at the stop, without native code: under a millisecond of memcpy."""
 _SHORT_BYTES_MAX: Final = 240
 """XXH3 has another algorithm for inputs up to this; no model's blocks are so small."""
-_CACHE_LINE: Final = 64
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolBlocks:
+class PoolBlocks(NamedTuple):
     """Blocks of a pool at `address` in this process, which whoever made this keeps mapped."""
 
     address: int
@@ -99,14 +97,12 @@ class NativeSums:
     """Copies and sums up in one pass, or sums up at the speed of memory, with the interpreter lock released."""
 
     def __init__(self, native: ctypes.CDLL, count: int, length: int) -> None:
-        memory = ctypes.create_string_buffer(count * CHECKSUM_BYTES + _CACHE_LINE)
-        begin = ctypes.addressof(memory)
         self._native = native
-        self._memory = memory
-        self._address = begin + -begin % _CACHE_LINE
+        self._words = array.array("Q", bytes(8 * CHECKSUM_WORDS * count))
+        self._first = 0
         self._count = count
+        self._length = length
         self._touched = [False]
-        native.checksums_begin(self._address, count, length)
 
     @property
     def is_untouched(self) -> bool:
@@ -114,54 +110,59 @@ class NativeSums:
 
     def part(self, begin: int, end: int) -> Self:
         assert 0 <= begin <= end <= self._count, f"blocks {begin} to {end} of {self._count}"
-        part = object.__new__(type(self))
-        part._native, part._memory, part._touched = self._native, self._memory, self._touched
-        part._address, part._count = self._address + begin * CHECKSUM_BYTES, end - begin
+        part = copy.copy(self)  # The words are the same ones.
+        part._first, part._count = self._first + begin, end - begin
         return part
 
     def copy(self, source: PoolBlocks, into: PoolBlocks, layers: range, stop: ReadStop) -> None:
         assert source.layout.block_bytes == into.layout.block_bytes, "pools of unlike blocks"
         assert source.layout.num_layers == into.layout.num_layers, "pools of unlike layers"
         assert len(source.ids) == len(into.ids), f"{len(source.ids)} blocks into {len(into.ids)}"
-        self.fed(len(source.ids))
-        self._run(native_order(source, into, layers), stop)
+        self._run(self.order(source, into, layers), stop)
 
-    def fed(self, count: int) -> int:
-        """The address of the running checksums of `count` blocks, for native code that feeds them from here on."""
-        assert count == self._count, f"{count} blocks, {self._count} checksums"
+    def order(self, source: PoolBlocks, into: PoolBlocks | None, layers: range) -> array.array[int]:
+        """For native code that feeds these checksums; the pools are its caller's to keep mapped."""
+        assert len(source.ids) == self._count, f"{len(source.ids)} blocks, {self._count} checksums"
         self._touched[0] = True
-        return self._address
+        return native_order(source, into, layers, length=self._length)
+
+    def address(self) -> int:
+        """Of the first running checksum, while this object lives."""
+        return self._words.buffer_info()[0] + 8 * CHECKSUM_WORDS * self._first
 
     def take(self, blocks: PoolBlocks, layers: range, stop: ReadStop) -> None:
-        self.fed(len(blocks.ids))
-        self._run(native_order(blocks, None, layers), stop)
+        self._run(self.order(blocks, None, layers), stop)
 
     def values(self) -> tuple[int, ...]:
-        values = array.array("Q", bytes(8 * self._count))
-        missing = self._native.checksums_values(self._address, self._count, values.buffer_info()[0])
-        assert missing < 0, f"bytes of block {missing} of {self._count} have not come"
-        return tuple(values)
+        begin = self._first * CHECKSUM_WORDS
+        words = self._words[begin : begin + self._count * CHECKSUM_WORDS]
+        taken = words[TAKEN_WORD::CHECKSUM_WORDS]
+        assert all(num_bytes == self._length for num_bytes in taken), f"{list(taken)} of {self._length} bytes have come"
+        return tuple(words[VALUE_WORD::CHECKSUM_WORDS])
 
     def _run(self, order: array.array[int], stop: ReadStop) -> None:
         stop.check()
-        outcome = self._native.take_blocks(order.buffer_info()[0], self._address, stop.flag_address)
+        outcome = self._native.take_blocks(order.buffer_info()[0], self.address(), stop.flag_address)
         assert outcome != Outcome.UNSOUND, "a block or layer that is not in its pool"
         if outcome == Outcome.STOPPED:
             stop.check()
 
 
-def native_order(source: PoolBlocks, into: PoolBlocks | None, layers: range) -> array.array[int]:
-    """`order` of csrc/blocks.h. The pools are its caller's to keep mapped."""
-    layout = source.layout
-    block_bytes, count = layout.block_bytes, len(source.ids)
-    to = (0, 0) if into is None else (into.address, into.layout.num_blocks)
-    past_cache = count * len(layers) * block_bytes >= PAST_CACHE_BYTES
-    order = array.array("q", (source.address, layout.num_blocks, *to, count, block_bytes, layout.num_layers))
-    order.extend((layers.start, len(layers), past_cache))
-    order.extend(source.ids)
-    if into is not None:
-        order.extend(into.ids)
-    return order
+def native_order(source: PoolBlocks, into: PoolBlocks | None, layers: range, *, length: int = 0) -> array.array[int]:
+    """`order` of csrc/blocks.h; `length` is of the whole input of each checksum that it feeds."""
+    address, layout, ids = source
+    block_bytes, count, num_layers = layout.block_bytes, len(ids), len(layers)
+    past_cache = count * num_layers * block_bytes >= PAST_CACHE_BYTES
+    to_address, to_num_blocks, to_ids = (0, 0, ()) if into is None else (into.address, into.layout.num_blocks, into.ids)
+    return array.array(
+        "q",
+        (
+            *(address, layout.num_blocks, to_address, to_num_blocks),
+            *(count, block_bytes, layout.num_layers, layers.start, num_layers, past_cache, length),
+            *ids,
+            *to_ids,
+        ),
+    )
 
 
 class PlainSums:

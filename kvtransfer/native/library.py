@@ -21,8 +21,12 @@ log = logs.get(__name__)
 SOURCES: Final = Path(__file__).parent / "csrc"
 ISAS: Final = ("plain", "avx2", "avx512")
 """In the order of `choose_isa` in csrc/blocks.c. One library holds them all; the CPU decides."""
-CHECKSUM_BYTES: Final = 256
-"""Of one running checksum: `checksum` in csrc/xxh3.h."""
+CHECKSUM_WORDS: Final = 32
+"""Of one running checksum, `checksum` in csrc/xxh3.h: 64 bits each, all 0 at first."""
+TAKEN_WORD: Final = 9
+"""Where it counts the bytes that have come."""
+VALUE_WORD: Final = 10
+"""Where its value is, once all have."""
 VARIABLE: Final = "DISAGG_TRANSFER_ISA"
 """One of ISAS, or `none` for no native code at all."""
 
@@ -40,8 +44,6 @@ class Outcome(enum.IntEnum):
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "choose_isa": (c_int64, [c_int64]),
     "checksum_bytes": (c_int64, []),
-    "checksums_begin": (None, [c_void_p, c_int64, c_int64]),
-    "checksums_values": (c_int64, [c_void_p, c_int64, c_void_p]),
     "take_blocks": (c_int64, [c_void_p, c_void_p, c_void_p]),
     "receive_blocks": (c_int64, [c_int, c_void_p, c_void_p, c_double]),
     "send_blocks": (c_int64, [c_int, c_void_p, c_double]),
@@ -70,6 +72,6 @@ def opened(isa: str = ISAS[-1]) -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
-    assert found.checksum_bytes() == CHECKSUM_BYTES, "library.py and csrc/xxh3.h disagree"
+    assert found.checksum_bytes() == 8 * CHECKSUM_WORDS, "library.py and csrc/xxh3.h disagree"
     found.choose_isa(ISAS.index(isa))
     return found

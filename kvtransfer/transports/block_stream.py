@@ -39,11 +39,10 @@ def receive_blocks(
         connection.receive_into(_views(into, layers))
         sums.take(into, layers, stop)
         return
-    order = native_order(into, None, layers)
-    address = sums.fed(len(into.ids))
+    order = sums.order(into, None, layers)
 
     def receive(fd: int, deadline_s: float) -> int:
-        return int(native.receive_blocks(fd, order.buffer_info()[0], address, deadline_s))
+        return int(native.receive_blocks(fd, order.buffer_info()[0], sums.address(), deadline_s))
 
     connection.move(receive, what="bytes of a peer")
 

@@ -36,21 +36,11 @@ EXPORT int64_t choose_isa(int64_t isa)
 
 EXPORT int64_t checksum_bytes(void) { return sizeof(checksum); }
 
-EXPORT void checksums_begin(checksum *sums, int64_t count, int64_t length)
+void begin_sums(const order *what, checksum *sums)
 {
-    for (int64_t i = 0; i < count; i++)
-        checksum_begin(&sums[i], length);
-}
-
-/* -1, or the first of them of which bytes are missing. */
-EXPORT int64_t checksums_values(const checksum *sums, int64_t count, uint64_t *values)
-{
-    for (int64_t i = 0; i < count; i++) {
-        if (sums[i].taken != sums[i].length)
-            return i;
-        values[i] = checksum_value(&sums[i]);
-    }
-    return -1;
+    for (int64_t i = 0; i < what->count; i++)
+        if (sums[i].length == 0)
+            checksum_begin(&sums[i], what->length);
 }
 
 INLINE void copied(uint8_t *to, const uint8_t *from, int64_t num_bytes)
@@ -85,6 +75,8 @@ static void take(checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_by
         from += num;
         to = to ? to + num : NULL;
     }
+    if (sum->taken == sum->length)
+        sum->value = checksum_value(sum);
 }
 
 void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes) { take(sum, from, NULL, num_bytes, ONLY_SUM); }
@@ -116,6 +108,7 @@ EXPORT int64_t take_blocks(const order *what, checksum *sums, const volatile int
     int is_aligned = (uintptr_t)what->to.base % STRIPE_BYTES == 0 && what->block_bytes % STRIPE_BYTES == 0;
     destination_kind kind = !what->to.base ? ONLY_SUM : what->past_cache && is_aligned ? STREAM : STORE;
     int64_t taken = 0;
+    begin_sums(what, sums);
     for (int64_t i = 0; i < what->count; i++) {
         for (int64_t layer = what->first_layer; layer < what->first_layer + what->num_layers; layer++) {
             if (taken >= BYTES_BETWEEN_LOOKS) {

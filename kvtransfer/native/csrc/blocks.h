@@ -17,6 +17,7 @@ typedef struct {
     int64_t block_bytes;
     int64_t pool_layers, first_layer, num_layers;
     int64_t past_cache; /* not 0: what is copied is more than the caches hold, and goes past them */
+    int64_t length;     /* of each checksum's whole input: this order may be of some layers of it */
     int64_t ids[];      /* `count` blocks of the pool `from`, then as many of the pool `to` */
 } order;
 
@@ -24,6 +25,9 @@ enum { DONE = 0, STOPPED = 1, UNSOUND = 2, CLOSED = 3, LATE = 4 };
 
 /* 0 when a block or a layer of it is not there. Asked before the first byte is touched. */
 int order_is_sound(const order *what);
+
+/* Begin those that no order has begun yet. */
+void begin_sums(const order *what, checksum *sums);
 
 /* The next bytes of a block's input, where they lie. */
 void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes);

@@ -87,6 +87,7 @@ EXPORT int64_t receive_blocks(int fd, const order *what, checksum *sums, double 
         return UNSOUND;
     struct iovec vectors[VECTORS_MAX];
     cursor at = {.what = what, .layer = what->first_layer};
+    begin_sums(what, sums);
     while (what->count && has_more(&at)) {
         struct msghdr message = {.msg_iov = vectors};
         message.msg_iovlen = (size_t)gather(at, vectors, RECEIVE_BYTES);

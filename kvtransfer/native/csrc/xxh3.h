@@ -42,14 +42,16 @@ static const uint8_t SECRET[SECRET_BYTES] __attribute__((aligned(64))) = {
     0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
 };
 
-/* Mirrored by CHECKSUM_BYTES in library.py. Aligned so that the sums are one load. */
+/* Owned by Python, as 64-bit words that are 0 until the first bytes come; it reads `taken` and `value` by their places
+   (CHECKSUM_WORDS in library.py). */
 typedef struct {
     uint64_t sums[8];
     int64_t length;                 /* of the whole input, above SHORT_BYTES_MAX */
     int64_t taken;                  /* bytes that have come */
-    int64_t unused[6];
+    uint64_t value;                 /* once all have */
+    int64_t unused[5];
     uint8_t tail[2 * STRIPE_BYTES]; /* the last stripe that was summed up, then the bytes that are not yet */
-} __attribute__((aligned(64))) checksum;
+} checksum;
 
 INLINE uint64_t word_at(const uint8_t *from)
 {

@@ -24,8 +24,8 @@ if library.library() is None:
 
 Noise = npt.NDArray[np.uint8]
 DONE, STOPPED, UNSOUND = Outcome.DONE, Outcome.STOPPED, Outcome.UNSOUND
-COUNT = 4
-"""Where an order says of how many blocks it is."""
+LENGTH = 10
+"""Where an order says how long the whole input of each checksum is."""
 PIECES = (1, 7, 32, 63, 64, 65, 128, 1000, 1023, 1024, 1025, 4096)
 thorough = settings(max_examples=100, deadline=None)
 
@@ -51,11 +51,13 @@ class Sums:
     def __init__(self, native: ctypes.CDLL, count: int, length: int) -> None:
         self._native = native
         self._sums = NativeSums(native, count, length)
+        self._length = length
         self.values = self._sums.values
 
     def take(self, order: array.array[int], *, is_stopped: bool = False) -> int:
         stop = ctypes.c_int32(is_stopped)
-        address = self._sums.fed(order[COUNT])
+        order[LENGTH] = self._length
+        address = self._sums.address()
         return int(self._native.take_blocks(order.buffer_info()[0], address, ctypes.addressof(stop)))
 
 
@@ -74,7 +76,7 @@ def order_of(
     to = 0 if into is None else into.ctypes.data + begin
     order = array.array("q", (source.ctypes.data + begin, num_blocks, to, num_blocks, len(ids), block_bytes))
     order.extend((fields.get("pool_layers", 1), fields.get("first_layer", 0), fields.get("num_layers", 1)))
-    order.extend((fields.get("past_cache", 0), *ids, *into_ids))
+    order.extend((fields.get("past_cache", 0), 0, *ids, *into_ids))
     return order
 
 
@@ -177,7 +179,7 @@ def test_checksums_of_which_bytes_are_missing_have_no_value(native: ctypes.CDLL)
     source = noise(1024)
     sums = Sums(native, 1, 1024)
     sums.take(order_of(source, block_bytes=1023))
-    with pytest.raises(AssertionError, match="bytes of block 0 of 1 have not come"):
+    with pytest.raises(AssertionError, match=r"\[1023\] of 1024 bytes have come"):
         sums.values()
 
 
