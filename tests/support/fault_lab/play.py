@@ -118,7 +118,7 @@ class Lab:
         pulling = asyncio.create_task(self._pull(transfer_id))
         publishing = asyncio.create_task(self._publish(transfer_id, waits=cell.fault is not Fault.REORDERED))
         told = await pulling
-        ended_s = time.monotonic()
+        ended_s = told["ended_s"]
         publishing.cancel()
         with contextlib.suppress(asyncio.CancelledError, ActorLost, TimeoutError):
             await publishing
@@ -150,7 +150,8 @@ class Lab:
         try:
             told: dict[str, Any] = await self.destination.call("pull", ticket, INTO, DEADLINE_S)
         except ActorLost:
-            return {"outcome": "killed"}
+            return {"outcome": "killed", "ended_s": time.monotonic()}
+        told["ended_s"] = time.monotonic()
         if told["outcome"] == "landed":
             told["num_wrong"] = await self.destination.call("num_wrong", TABLE, INTO)
             if told["num_wrong"]:
