@@ -200,6 +200,7 @@ class Heartbeat(_message.Message):
     SWAPPED_SEQUENCES_TOTAL_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     ACCEPTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    UNHEALTHY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     step: _builtins.int
     """engine steps so far; grows while there is work"""
@@ -233,6 +234,8 @@ class Heartbeat(_message.Message):
     """guessed by speculative decoding"""
     accepted_draft_tokens_total: _builtins.int
     """of these, the ones that were right"""
+    unhealthy: _builtins.str
+    """in words: memory that it cannot take back, transfers that do not end; "": healthy"""
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkStatistics]: ...
     def __init__(
@@ -262,10 +265,11 @@ class Heartbeat(_message.Message):
         swapped_sequences_total: _builtins.int = ...,
         draft_tokens_total: _builtins.int = ...,
         accepted_draft_tokens_total: _builtins.int = ...,
+        unhealthy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "draft_tokens_total", b"draft_tokens_total", "draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_host_slots", b"num_host_slots", "num_host_slots_claimed", b"num_host_slots_claimed", "num_host_slots_used", b"num_host_slots_used", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "offloaded_blocks_total", b"offloaded_blocks_total", "onboarded_blocks_total", b"onboarded_blocks_total", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s", "swapped_sequences_total", b"swapped_sequences_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "draft_tokens_total", b"draft_tokens_total", "draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_host_slots", b"num_host_slots", "num_host_slots_claimed", b"num_host_slots_claimed", "num_host_slots_used", b"num_host_slots_used", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "offloaded_blocks_total", b"offloaded_blocks_total", "onboarded_blocks_total", b"onboarded_blocks_total", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s", "swapped_sequences_total", b"swapped_sequences_total", "unhealthy", b"unhealthy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
