@@ -25,8 +25,11 @@ class DeviceCopier(Protocol):
     def to_host(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
         """`device_blocks[i]` is in staging block `host_blocks[i]` when this returns."""
 
-    def to_device(self, host_blocks: Sequence[int], device_blocks: Sequence[int]) -> None:
-        """`host_blocks[i]` is in the pool's block `device_blocks[i]`, for every later step, when this returns."""
+    def to_device(self, host_blocks: Sequence[int], device_blocks: Sequence[int], layers: range | None = None) -> None:
+        """`host_blocks[i]` is in the pool's block `device_blocks[i]`, for every later step, when this returns.
+
+        Of `layers` alone; None: of all.
+        """
 
 
 class StagingBlocks:
@@ -50,16 +53,18 @@ class StagingBlocks:
         with self._changed:
             return None if self._queue or count > len(self._free) else self._take(count)
 
-    def take(self, count: int, *, deadline: Deadline) -> list[int]:
-        """Blocks the calling thread. Raises TransferTimeout."""
+    def take(self, count: int, *, stop: ReadStop, deadline: Deadline) -> list[int]:
+        """Blocks the calling thread. Raises TransferTimeout, ReadStopped."""
         assert count <= self.num_blocks, f"{count} of {self.num_blocks} staging blocks"
-        with self._changed:
+        with stop.waking(self._wake), self._changed:
             ticket = object()
             self._queue.append(ticket)
             try:
                 is_served = self._changed.wait_for(
-                    lambda: self._queue[0] is ticket and count <= len(self._free), deadline.left_s()
+                    lambda: stop.is_requested or (self._queue[0] is ticket and count <= len(self._free)),
+                    deadline.left_s(),
                 )
+                stop.check()
                 if not is_served:
                     raise TransferTimeout(f"no {count} of {self.num_blocks} staging blocks came free in time")
                 return self._take(count)
@@ -71,6 +76,10 @@ class StagingBlocks:
         with self._changed:
             assert self._free.isdisjoint(blocks), "a staging block came back twice"
             self._free.update(blocks)
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        with self._changed:
             self._changed.notify_all()
 
     def _take(self, count: int) -> list[int]:
@@ -86,6 +95,11 @@ class LandingPlace(Protocol):
     def part_blocks_max(self) -> int:
         """Blocks that can be received in one part."""
 
+    @property
+    def is_final(self) -> bool:
+        """What is read is where it stays. Elsewhere it lies in between until its block is verified, in all the layers
+        that were published together: no less than that is under way at once."""
+
     def receiving(
         self, into: Sequence[int], *, layers: range, stop: ReadStop, deadline: Deadline
     ) -> contextlib.AbstractContextManager[Sequence[int]]:
@@ -97,6 +111,7 @@ class InPlace:
     """The region is the pool."""
 
     part_blocks_max: Final = 1 << 30
+    is_final: Final = True
 
     @contextlib.contextmanager
     def receiving(
@@ -107,6 +122,8 @@ class InPlace:
 
 class Staged:
     """The region is a staging region: verified blocks go on to the device before their part is over."""
+
+    is_final: Final = False
 
     def __init__(self, blocks: StagingBlocks, copier: DeviceCopier) -> None:
         self._blocks = blocks
@@ -120,11 +137,11 @@ class Staged:
     def receiving(
         self, into: Sequence[int], *, layers: range, stop: ReadStop, deadline: Deadline
     ) -> Iterator[Sequence[int]]:
-        host_blocks = self._blocks.take(len(into), deadline=deadline)
+        host_blocks = self._blocks.take(len(into), stop=stop, deadline=deadline)
         try:
             stop.check()
             yield host_blocks
             stop.check()
-            self._copier.to_device(host_blocks, into)
+            self._copier.to_device(host_blocks, into, layers)
         finally:
             self._blocks.give_back(host_blocks)

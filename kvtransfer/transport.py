@@ -152,6 +152,10 @@ class ReadStop:
             if self._waker is not None:
                 self._waker()
 
+    @property
+    def is_requested(self) -> bool:
+        return bool(self._requested.value)
+
     @contextlib.contextmanager
     def waking(self, waker: Callable[[], None]) -> Iterator[None]:
         """While inside, `request` calls `waker`, for whoever waits for something of this process: it then looks at

@@ -82,6 +82,8 @@ class Converting:
     What is landed is named by its number among the source's blocks of the prompt, not by a block of ours.
     """
 
+    is_final: Final = False
+
     def __init__(self, blocks: StagingBlocks, executor: Executor, tokens: TokenPlan, table: Sequence[int]) -> None:
         self._blocks = blocks
         self._executor = executor
@@ -96,7 +98,7 @@ class Converting:
     def receiving(
         self, into: Sequence[int], *, layers: range, stop: ReadStop, deadline: Deadline
     ) -> Iterator[Sequence[int]]:
-        staged = self._blocks.take(len(into), deadline=deadline)
+        staged = self._blocks.take(len(into), stop=stop, deadline=deadline)
         try:
             stop.check()
             yield staged

@@ -1,4 +1,8 @@
-"""The blocking half of a pull, on a worker thread: read blocks in bounded parts, and verify each."""
+"""The blocking half of a pull, on a worker thread: read blocks in bounded parts, and verify each.
+
+A part is as much as the destination's budget of bytes in flight gives at that moment. Where not even one block fits,
+its layers are read one after another, and verified together.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from disaggregated.errors import ChecksumMismatch
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.checksum import BlockSums, block_checksums, block_sums
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.in_flight import InFlight
 from kvtransfer.destination.published import BlockBatch
 from kvtransfer.staging import InPlace, LandingPlace
 from kvtransfer.transport import BlockRead, PeerLink, ReadStop
@@ -17,12 +22,14 @@ from kvtransfer.transports.frames import RUNS_MAX
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Lander:
-    """Brings batches into `pool`. Holds no more than `part_bytes` in flight, whatever a batch holds."""
+    """Brings batches into `pool`. Has no more under way than `in_flight` grants it, whatever a batch holds."""
 
     link: PeerLink
     pool: memoryview
     layout: KVLayout
     part_bytes: int
+    """Of one read at most, whatever is granted."""
+    in_flight: InFlight
     place: LandingPlace = InPlace()
     """Blocks of a batch's `into` are of the engine's pool; what they are read into, this decides."""
 
@@ -31,13 +38,21 @@ class Lander:
 
         Raises what `PeerLink.read` raises, and ChecksumMismatch for bytes that are not those that were published.
         """
-        for part in self._parts(batch):
-            with self.place.receiving(part.into, layers=part.layers, stop=stop, deadline=deadline) as into:
-                self._receive(dataclasses.replace(part, into=tuple(into)), stop, deadline)
+        block_bytes, source = self.layout.block_bytes * len(batch.layers), str(id(self.link))
+        least = self.layout.block_bytes if self.place.is_final else block_bytes
+        blocks_max = min(RUNS_MAX, self.place.part_blocks_max, max(1, self.part_bytes // block_bytes))
+        begin = 0
+        while begin < len(batch.source):
+            most = min(blocks_max, len(batch.source) - begin) * block_bytes
+            with self.in_flight.holding(source, least=least, most=most, stop=stop, deadline=deadline) as granted:
+                part = batch.part(begin, begin + max(1, granted // block_bytes))
+                with self.place.receiving(part.into, layers=part.layers, stop=stop, deadline=deadline) as into:
+                    self._receive(dataclasses.replace(part, into=tuple(into)), granted, stop, deadline)
+            begin += len(part.source)
 
-    def _receive(self, part: BlockBatch, stop: ReadStop, deadline: Deadline) -> None:
+    def _receive(self, part: BlockBatch, granted: int, stop: ReadStop, deadline: Deadline) -> None:
         sums = block_sums(len(part.source), self.layout, len(part.layers))
-        for layers in self._layers(part.layers):
+        for layers in self._layers(part.layers, granted // len(part.source)):
             read = BlockRead(
                 lease_key=part.lease_key,
                 epoch=part.epoch,
@@ -49,15 +64,9 @@ class Lander:
             self.link.read(read, stop=stop, deadline=deadline)
         self._verify(part, sums, stop)
 
-    def _parts(self, batch: BlockBatch) -> Iterator[BlockBatch]:
-        block_bytes = self.layout.block_bytes * len(batch.layers)
-        size = max(1, min(RUNS_MAX, self.place.part_blocks_max, self.part_bytes // block_bytes))
-        for begin in range(0, len(batch.source), size):
-            yield batch.part(begin, begin + size)
-
-    def _layers(self, layers: range) -> Iterator[range]:
+    def _layers(self, layers: range, granted_each: int) -> Iterator[range]:
         """All at once, unless even one block of every layer is more than may be in flight."""
-        size = max(1, self.part_bytes // self.layout.block_bytes)
+        size = max(1, granted_each // self.layout.block_bytes)
         for first in range(0, len(layers), size):
             yield layers[first : first + size]
 

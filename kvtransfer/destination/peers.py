@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import weakref
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
 from kvtransfer.deadline import Deadline
 from kvtransfer.destination.peer import Destination, Into, PeerStatistics, SourcePeer, Ticket, close_peer, connect
+from kvtransfer.destination.readers import FairReaders
 
 log = logs.get(__name__)
 
@@ -37,11 +37,11 @@ class SourcePeers:
         self,
         us: Destination,
         ours: Into,
-        executor: concurrent.futures.Executor,
+        readers: FairReaders,
     ) -> None:
         self._us = us
         self._ours = ours
-        self._executor = executor
+        self._readers = readers
         self._current: dict[str, SourcePeer] = {}
         self._open: list[SourcePeer] = []
         self._lost: dict[str, PeerStatistics] = {}
@@ -64,7 +64,7 @@ class SourcePeers:
             if peer is not None:
                 self._forget(peer)
                 await self._close_unused(peer)
-            peer = await connect(ticket, self._us, self._ours, self._executor, deadline=deadline)
+            peer = await connect(ticket, self._us, self._ours, self._readers.of(ticket.address), deadline=deadline)
             self._count_on(peer)
             self._current[ticket.address] = peer
             self._open.append(peer)

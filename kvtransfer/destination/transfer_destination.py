@@ -7,8 +7,8 @@ byte of it can land any more: the blocks are its caller's again, to use or to gi
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -20,6 +20,7 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.destination import joint
 from kvtransfer.destination.farewell import Farewells
 from kvtransfer.destination.foreign import ForeignPools
+from kvtransfer.destination.in_flight import InFlight
 from kvtransfer.destination.joint import OurShare, Part
 from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.landing import Lander
@@ -28,17 +29,22 @@ from kvtransfer.destination.peer import Destination, Into, PeerStatistics, Sourc
 from kvtransfer.destination.peers import SourcePeers
 from kvtransfer.destination.pending import PendingTransfer, Strand
 from kvtransfer.destination.pull import Pull
+from kvtransfer.destination.readers import FairReaders
+from kvtransfer.destination.quarantine import Quarantine, QuarantineLimits, judge
+from kvtransfer.machine import CancelResult
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
 from kvtransfer.staging import DeviceCopier, InPlace, Staged, StagingBlocks
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd, PeerLink
 
 PART_BYTES: Final = 16 << 20
-"""In flight of one transfer, unless `max_tokens_in_buffer` says otherwise."""
+"""Of one read at most."""
 SOURCE_KNOWS: Final = (PeerLost, StaleEpoch, LeaseExpired, SourceFailed)
 """Errors after which there is nobody to tell that we gave up, or who told us so."""
 READERS_MAX: Final = 16
 """Threads. A read beyond waits for one, within its deadline; a dead source holds one for the progress timeout."""
+IN_FLIGHT_BYTES: Final = 2 * READERS_MAX * PART_BYTES
+"""Of all transfers, unless `max_tokens_in_buffer` says otherwise: no read gets less than a whole part then."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,10 +75,15 @@ class TransferDestination:
         transports: Sequence[DestinationTransport] | None = None,
         copier: DeviceCopier | None = None,
         shard: KVShard | None = None,
+        num_pool_blocks: int | None = None,
     ) -> None:
         """A source that moves no byte and answers nothing for `progress_timeout_s` is lost. `transports` replaces ours.
 
+        `max_tokens_in_buffer` bounds what is under way at once, of all transfers together; but one block of one layer always
+        may be, and one whole block where blocks are staged or converted. None or 0: a bound that slows nobody down.
+
         With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
+        `num_pool_blocks` of that pool are what a quarantine is measured by; None: region is the pool.
         `shard` is the part of the model that our pool holds; None: all of it.
 
         Raises ConfigError when `preference` cannot be honoured.
@@ -86,14 +97,16 @@ class TransferDestination:
         ours = OurEnd(region=region, layout=layout, peer_id=instance_id, progress_timeout_s=progress_timeout_s)
         ours_by_name = OurTransports(ours, preference, given=transports or ())
         self._progress_timeout_s = progress_timeout_s
-        self._part_bytes = PART_BYTES if max_tokens_in_buffer is None else max_tokens_in_buffer * layout.token_bytes
-        self._executor = concurrent.futures.ThreadPoolExecutor(READERS_MAX, thread_name_prefix="kv-pull")
-        part_tokens = max_tokens_in_buffer or self._part_bytes // layout.token_bytes
+        in_flight_bytes = max_tokens_in_buffer * layout.token_bytes if max_tokens_in_buffer else IN_FLIGHT_BYTES
+        self._in_flight = InFlight(in_flight_bytes)
+        self._readers = FairReaders(READERS_MAX, thread_name_prefix="kv-pull")
+        part_tokens = max_tokens_in_buffer or PART_BYTES // layout.token_bytes
         self._foreign = ForeignPools(self._holding, ours_by_name, part_tokens=part_tokens)
-        self._peers = SourcePeers(us, Into(ours_by_name, self._foreign), self._executor)
+        self._peers = SourcePeers(us, Into(ours_by_name, self._foreign), self._readers)
         self._place = InPlace() if copier is None else Staged(StagingBlocks(layout.num_blocks), copier)
         self._view = PoolView(self._pool, layout) if copier is None else None
         self._farewells = Farewells(instance_id)
+        self._limits = QuarantineLimits(num_blocks=num_pool_blocks or layout.num_blocks)
         self._pending: set[PendingTransfer] = set()
         self._closed = False
 
@@ -221,6 +234,16 @@ class TransferDestination:
         """That this process can read with, best first."""
         return self._peers.transports
 
+    def cancel(self, transfer_id: str) -> CancelResult:
+        """Of the transfer that was started under this id; NOT_FOUND when all of it has been cleared away."""
+        found = [pending.cancel() for pending in self._pending if pending.transfer_id == transfer_id]
+        return found[0] if found else CancelResult.NOT_FOUND
+
+    def quarantine(self) -> Quarantine:
+        """Blocks of transfers that did not land, and into which bytes may still be written."""
+        held = [pending for pending in self._pending if pending.is_quarantined]
+        return judge(held, self._limits, now_s=time.monotonic())
+
     def statistics(self) -> list[PeerStatistics]:
         """One for each source that we are connected to, with the transport that is really in use, and why."""
         return self._peers.statistics()
@@ -236,7 +259,7 @@ class TransferDestination:
         await self._farewells.close()
         await self._peers.close()
         self._foreign.close()
-        await asyncio.to_thread(self._executor.shutdown)
+        await asyncio.to_thread(self._readers.shutdown)
 
     def _make_pull(self, part: Part, strand: Strand, how: _How) -> Pull:
         return Pull(
@@ -244,7 +267,7 @@ class TransferDestination:
             strand,
             part.published,
             part.lander,
-            self._executor,
+            self._readers.of(part.ticket.address),
             deadline=how.deadline,
             progress_timeout_s=self._progress_timeout_s,
             overlap=how.overlap,
@@ -262,7 +285,14 @@ class TransferDestination:
         )
 
     def _make_lander(self, link: PeerLink) -> Lander:
-        return Lander(link=link, pool=self._pool, layout=self._layout, part_bytes=self._part_bytes, place=self._place)
+        return Lander(
+            link=link,
+            pool=self._pool,
+            layout=self._layout,
+            part_bytes=PART_BYTES,
+            in_flight=self._in_flight,
+            place=self._place,
+        )
 
     def _count(self, peer: SourcePeer, landed: Landed) -> None:
         peer.statistics.landed(num_bytes=landed.num_bytes, seconds=landed.transfer_s, read=peer.link.statistics())

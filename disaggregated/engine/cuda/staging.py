@@ -50,17 +50,19 @@ class DeviceBlockCopier:
                     for host, found in zip(self._host_LBX, gathered, strict=True):
                         host[first : first + count].copy_(found[place : place + count], non_blocking=True)
 
-    def to_device(self, host_blocks: Sequence[int], device_blocks: Sequence[int]) -> None:
+    def to_device(self, host_blocks: Sequence[int], device_blocks: Sequence[int], layers: range | None = None) -> None:
         assert len(device_blocks) == len(host_blocks), f"{len(host_blocks)} blocks into {len(device_blocks)}"
-        layers, _, block_words = self._device_LBX.shape
+        chosen_layers = slice(None) if layers is None else slice(layers.start, layers.stop)
+        device_LBX, host_LBX = self._device_LBX[chosen_layers], self._host_LBX[chosen_layers]
+        num_layers, _, block_words = device_LBX.shape
         for begin in range(0, len(host_blocks), self._piece_blocks):
             chosen, into = host_blocks[begin : begin + self._piece_blocks], device_blocks[begin:][: self._piece_blocks]
             with self._finishing():
-                landed = self._device_LBX.new_empty(layers, len(chosen), block_words)
+                landed = device_LBX.new_empty(num_layers, len(chosen), block_words)
                 for place, first, count in _runs(chosen):
-                    for found, host in zip(landed, self._host_LBX, strict=True):
+                    for found, host in zip(landed, host_LBX, strict=True):
                         found[place : place + count].copy_(host[first : first + count], non_blocking=True)
-                self._device_LBX.index_copy_(1, self._index(into), landed)
+                device_LBX.index_copy_(1, self._index(into), landed)
 
     def _index(self, blocks: Sequence[int]) -> torch.Tensor:
         return to_device(np.array(blocks, dtype=np.int64), self._device)

@@ -5,6 +5,7 @@ import pytest
 from disaggregated.errors import ChecksumMismatch
 from kvtransfer.checksum import block_checksums
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.in_flight import InFlight
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.published import BlockBatch
 from kvtransfer.region import Region
@@ -48,19 +49,19 @@ def batch_of(source: Region, layers: range = range(SMALL.num_layers)) -> BlockBa
     return BlockBatch(lease_key=b"k", epoch=7, source=WANTED, into=LANDS_IN, checksums=checksums, layers=layers)
 
 
-def land(batch: BlockBatch, link: CopyingLink, *, part_bytes: int = 1 << 20, stop: ReadStop | None = None) -> None:
-    lander = Lander(link=link, pool=link.into.buffer, layout=SMALL, part_bytes=part_bytes)
+def land(batch: BlockBatch, link: CopyingLink, *, budget: int = 1 << 20, stop: ReadStop | None = None) -> None:
+    lander = Lander(link=link, pool=link.into.buffer, layout=SMALL, part_bytes=1 << 20, in_flight=InFlight(budget))
     lander.land(batch, stop=stop or ReadStop(), deadline=Deadline.after(5))
 
 
-@pytest.mark.parametrize("part_bytes", [1, 512, 513, 1536, 2000, 4096, 1 << 20])
-def test_any_buffer_size_lands_the_same_bytes_and_is_kept_to(part_bytes: int) -> None:
+@pytest.mark.parametrize("budget", [1, 512, 513, 1536, 2000, 4096, 1 << 20])
+def test_any_buffer_size_lands_the_same_bytes_and_is_kept_to(budget: int) -> None:
     with regions(SMALL) as (source, into):
         link = CopyingLink(source, into)
-        land(batch_of(source), link, part_bytes=part_bytes)
+        land(batch_of(source), link, budget=budget)
         assert (blocks_of(into, SMALL, LANDS_IN) == blocks_of(source, SMALL, WANTED)).all()
         least = SMALL.block_bytes
-        assert all(len(read.source) * len(read.layers) * least <= max(least, part_bytes) for read in link.reads)
+        assert all(len(read.source) * len(read.layers) * least <= max(least, budget) for read in link.reads)
 
 
 @pytest.mark.parametrize("layer", range(SMALL.num_layers))
@@ -81,13 +82,13 @@ def test_a_stop_is_heeded_before_the_first_byte() -> None:
         assert not blocks_of(into, SMALL, LANDS_IN).any()
 
 
-@pytest.mark.parametrize("part_bytes", [1, 1024, 1 << 20])
-def test_only_the_layers_of_a_batch_are_read_and_verified(part_bytes: int) -> None:
+@pytest.mark.parametrize("budget", [1, 1024, 1 << 20])
+def test_only_the_layers_of_a_batch_are_read_and_verified(budget: int) -> None:
     with regions(SMALL) as (source, into):
         batch = batch_of(source, range(1, 3))
         flip_bit(source, SMALL, layer=0, block_id=WANTED[0])  # Its source may still write what it did not publish.
         link = CopyingLink(source, into)
-        land(batch, link, part_bytes=part_bytes)
+        land(batch, link, budget=budget)
         assert (blocks_of(into, SMALL, LANDS_IN)[1:] == blocks_of(source, SMALL, WANTED)[1:]).all()
         assert not blocks_of(into, SMALL, LANDS_IN)[0].any()
         assert {layer for read in link.reads for layer in read.layers} == {1, 2}

@@ -12,6 +12,7 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.kv_shard import KVHolding, KVShard
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.in_flight import InFlight
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.peer import PeerStatistics, SourcePeer
 from kvtransfer.destination.pending import PendingTransfer
@@ -73,7 +74,7 @@ def test_a_release_is_not_undone_by_a_renewal_that_comes_after_it() -> None:
                 peer,
                 strand,
                 PublishedBlocks(epoch=1, source_layout=LAYOUT, into=[0], skip_blocks=0),
-                Lander(link=peer.link, pool=memoryview(b""), layout=LAYOUT, part_bytes=1),
+                Lander(link=peer.link, pool=memoryview(b""), layout=LAYOUT, part_bytes=1, in_flight=InFlight(1)),
                 executor,
                 deadline=Deadline.after(60.0),
                 progress_timeout_s=5.0,

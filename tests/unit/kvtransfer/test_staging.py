@@ -24,7 +24,7 @@ LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype=
 
 def test_staging_blocks_are_taken_once_and_come_back() -> None:
     blocks = StagingBlocks(4)
-    first = blocks.take(3, deadline=Deadline.after(1))
+    first = blocks.take(3, stop=ReadStop(), deadline=Deadline.after(1))
     assert first == [0, 1, 2]
     assert blocks.try_take(2) is None
     blocks.give_back(first)
@@ -35,17 +35,19 @@ def test_staging_blocks_are_taken_once_and_come_back() -> None:
 
 def test_who_waits_too_long_for_staging_blocks_is_told_so() -> None:
     blocks = StagingBlocks(2)
-    blocks.take(1, deadline=Deadline.after(1))
+    blocks.take(1, stop=ReadStop(), deadline=Deadline.after(1))
     with pytest.raises(TransferTimeout, match="no 2 of 2 staging blocks"):
-        blocks.take(2, deadline=Deadline.after(0.01))
+        blocks.take(2, stop=ReadStop(), deadline=Deadline.after(0.01))
     assert blocks.try_take(1) == [1], "nobody waits any more"
 
 
 def test_a_large_wish_is_not_passed_by_small_ones() -> None:
     blocks = StagingBlocks(3)
-    held = blocks.take(2, deadline=Deadline.after(1))
+    held = blocks.take(2, stop=ReadStop(), deadline=Deadline.after(1))
     taken: list[list[int]] = []
-    waiting = threading.Thread(target=lambda: taken.append(blocks.take(3, deadline=Deadline.after(10))))
+    waiting = threading.Thread(
+        target=lambda: taken.append(blocks.take(3, stop=ReadStop(), deadline=Deadline.after(10)))
+    )
     waiting.start()
     while blocks.try_take(1) is not None:  # Until the other one stands in the queue.
         blocks.give_back([2])
@@ -63,22 +65,22 @@ class Recorder:
     def to_host(self, device_blocks: object, host_blocks: object) -> None:
         raise AssertionError("a destination copies to the device only")
 
-    def to_device(self, host_blocks: object, device_blocks: object) -> None:
+    def to_device(self, host_blocks: object, device_blocks: object, layers: range | None = None) -> None:
         self.copied.append((list(host_blocks), list(device_blocks)))  # type: ignore[call-overload]
 
 
 def test_only_what_was_verified_goes_on_to_the_device() -> None:
     blocks, recorder = StagingBlocks(4), Recorder()
     place = Staged(blocks, recorder)
-    with place.receiving([7, 9], stop=ReadStop(), deadline=Deadline.after(1)) as into:
+    with place.receiving([7, 9], layers=range(1), stop=ReadStop(), deadline=Deadline.after(1)) as into:
         assert list(into) == [0, 1]
     with (
         pytest.raises(ValueError, match="broken"),
-        place.receiving([8], stop=ReadStop(), deadline=Deadline.after(1)),
+        place.receiving([8], layers=range(1), stop=ReadStop(), deadline=Deadline.after(1)),
     ):
         raise ValueError("broken")
     stop = ReadStop()
-    with pytest.raises(ReadStopped), place.receiving([8], stop=stop, deadline=Deadline.after(1)):
+    with pytest.raises(ReadStopped), place.receiving([8], layers=range(1), stop=stop, deadline=Deadline.after(1)):
         stop.request()
     assert recorder.copied == [([0, 1], [7, 9])]
     assert blocks.num_free == 4
@@ -103,6 +105,22 @@ def test_blocks_go_to_the_host_and_back_whatever_their_order(
     assert torch.equal(other[:, device_blocks], device[:, device_blocks])
     rest = sorted(set(range(10)) - set(device_blocks))
     assert not other[:, rest].any()
+
+
+def test_only_the_layers_that_were_read_go_on_to_the_device() -> None:
+    device, host = torch.zeros(4, 10, 16, dtype=torch.uint8), torch.randint(1, 256, (4, 6, 16), dtype=torch.uint8)
+    DeviceBlockCopier(device, host).to_device([5, 0, 1], [2, 9, 7], range(1, 3))
+    assert torch.equal(device[1:3][:, [2, 9, 7]], host[1:3][:, [5, 0, 1]])
+    assert not device[0].any()
+    assert not device[3].any()
+
+
+def test_a_stop_ends_the_wait_for_staging_blocks_at_once() -> None:
+    blocks, stop = StagingBlocks(1), ReadStop()
+    blocks.take(1, stop=ReadStop(), deadline=Deadline.after(5))
+    threading.Timer(0, stop.request).start()
+    with pytest.raises(ReadStopped):
+        blocks.take(1, stop=stop, deadline=Deadline.after(60))
 
 
 def test_a_long_copy_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
