@@ -112,6 +112,10 @@ class PrefixPuller:
         self._pulls = asyncio.TaskGroup()
         self._running: set[asyncio.Task[Landed | DisaggregatedError]] = set()
 
+    @property
+    def unhealthy(self) -> str:
+        return self._destination.quarantine().unhealthy
+
     async def __aenter__(self) -> Self:
         await self._pulls.__aenter__()
         return self

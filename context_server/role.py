@@ -109,6 +109,10 @@ class ContextRole(control_pb2_grpc.ContextServicer):
     def transports(self) -> Sequence[str]:
         return tuple(self._source.statistics())
 
+    @property
+    def unhealthy(self) -> str:
+        return self._puller.unhealthy if self._puller else ""
+
     def links(self) -> Sequence[control_pb2.LinkStatistics]:
         """What was read from us, by transport: a source does not tell its readers apart."""
         return [

@@ -9,21 +9,15 @@ from collections.abc import Callable
 from disaggregated.engine.api import ChunkComputed, TokensSampled
 from disaggregated.v1 import control_pb2
 from generation_server.step_stream import StepStream
-from kvtransfer import Landed
+from kvtransfer import Landed, PendingTransfer
 
 
 class Caller:
     """One orchestrator: the stream that its tokens leave on, and its requests by their stream key."""
 
-    def __init__(self, forget: Callable[[Admission], None]) -> None:
-        """`forget` is called with an admission once its last delta was sent."""
+    def __init__(self) -> None:
         self.admissions: dict[int, Admission] = {}
-        self.stream = StepStream(on_last_sent=self._last_sent)
-        self._forget = forget
-
-    def _last_sent(self, stream_key: int) -> None:
-        if admission := self.admissions.get(stream_key):  # None: we hung up while it was on its way.
-            self._forget(admission)
+        self.stream = StepStream()
 
 
 class Admission:
@@ -32,19 +26,30 @@ class Admission:
     Invariant: once `is_over`, no delta of it is made any more.
     """
 
-    def __init__(self, engine_id: str, request: control_pb2.AdmitRequest, caller: Caller) -> None:
+    def __init__(
+        self,
+        engine_id: str,
+        request: control_pb2.AdmitRequest,
+        caller: Caller,
+        *,
+        told: Callable[[Admission], None],
+    ) -> None:
+        """`told` is called once its last delta was sent."""
+        self._told = told
         self.engine_id = engine_id
         self.caller = caller
         self.stream_key = request.stream_key
         self.num_prompt_tokens = len(request.token_ids)
         self.is_reserving = False
         """The engine was asked for blocks and has not answered."""
-        self.pull: asyncio.Task[None] | None = None
-        """Brings its blocks."""
+        self.transfer: PendingTransfer | None = None
+        """Brings its blocks; None before and once nothing can land in them any more."""
         self.has_landed = False
         self.is_over = False
         self.is_cancelled = False
         """Over, and nobody is told."""
+        self.is_told = False
+        """Over, and its last delta was sent."""
         self.deadline: asyncio.TimerHandle | None = None
         """Of a local prefill, until its first token."""
         self._arrived_s = time.monotonic()
@@ -60,7 +65,7 @@ class Admission:
     @property
     def has_blocks_to_come(self) -> bool:
         """Blocks are reserved, or may be, for a transfer that has not ended."""
-        return self.is_reserving or self.pull is not None
+        return self.is_reserving or self.transfer is not None
 
     def reserved(self, num_cached_tokens: int, *, token_bytes: int) -> None:
         """token_bytes: the KV of one token. What is here already does not travel."""
@@ -102,12 +107,15 @@ class Admission:
         return control_pb2.StreamDelta(stream_key=self.stream_key, error=error)
 
     def cancel(self) -> None:
-        """Whatever of it waits to be sent is dropped, and its pull is stopped."""
+        """Whatever of it waits to be sent is dropped, and its transfer is stopped."""
         self.is_over = self.is_cancelled = True
         self._stop_deadline()
         self.caller.stream.drop(self.stream_key)
-        if self.pull is not None:
-            self.pull.cancel()
+        if self.transfer is not None:
+            self.transfer.cancel()
+
+    def last_sent(self) -> None:
+        self._told(self)
 
     def _stop_deadline(self) -> None:
         if self.deadline is not None:

@@ -43,7 +43,7 @@ from disaggregated.v1 import control_pb2, control_pb2_grpc
 from generation_server.admission import Admission, Caller
 from generation_server.prefix_lender import PrefixLender
 from generation_server.step_stream import StepStream
-from kvtransfer import Preference, Region, TransferDestination
+from kvtransfer import PendingTransfer, Preference, Region, TransferDestination
 
 log = logs.get(__name__)
 
@@ -79,6 +79,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             preference=Preference(transceiver.backend, transceiver.fallback),
             max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
             copier=server.copier,
+            num_pool_blocks=server.loaded.layout.num_blocks,
         )
         lends = transceiver.pull_back and server.copier is None
         self._lender = PrefixLender(server, self.engine) if lends else None
@@ -116,6 +117,10 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
     def transports(self) -> Sequence[str]:
         return self._destination.transports
 
+    @property
+    def unhealthy(self) -> str:
+        return self._destination.quarantine().unhealthy
+
     def links(self) -> Sequence[control_pb2.LinkStatistics]:
         return [
             control_pb2.LinkStatistics(
@@ -143,7 +148,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
                 age_s=admission.age_s,
             )
             for admission in self._admissions.values()
-            if admission.pull is not None
+            if admission.transfer is not None
         ]
         return [*landing, *lent]
 
@@ -157,7 +162,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         """
         if earlier := self._callers.get(request.orchestrator_id):
             self._hang_up(earlier)
-        caller = self._callers[request.orchestrator_id] = Caller(self.forget)
+        caller = self._callers[request.orchestrator_id] = Caller()
         await call.send_initial_metadata(())
         try:
             async for batch in caller.stream.batches():
@@ -191,7 +196,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         if request.stream_key in caller.admissions:
             raise InvalidRequest(f"stream_key {request.stream_key} is in use", param="stream_key")
         engine_id = self.live_requests.add(request.request_id)
-        admission = Admission(engine_id, request, caller)
+        admission = Admission(engine_id, request, caller, told=self._told)
         caller.admissions[request.stream_key] = self._admissions[engine_id] = admission
         if not request.HasField("source"):
             self._prefill_here(admission, request)
@@ -231,38 +236,42 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         self, admission: Admission, request: control_pb2.AdmitRequest, reservation: Reservation
     ) -> None:
         admission.reserved(reservation.num_cached_blocks * self._block_size, token_bytes=self._token_bytes)
-        admission.pull = self._pulls.create_task(self._pull(admission, request, reservation), name=admission.engine_id)
-        # Not a `finally` in the task: one that is cancelled before its first step never gets to it.
-        admission.pull.add_done_callback(lambda _: self._pull_ended(admission))
+        transfer = self._destination.start(
+            request.source,
+            reservation.block_ids,
+            skip_blocks=reservation.num_cached_blocks,
+            deadline_s=request.deadline_s,
+            overlap=self._overlap,
+        )
+        admission.transfer = transfer
+        self._pulls.create_task(self._follow(admission, transfer), name=f"follow-{admission.engine_id}")
 
-    async def _pull(self, admission: Admission, request: control_pb2.AdmitRequest, reservation: Reservation) -> None:
+    async def _follow(self, admission: Admission, transfer: PendingTransfer) -> None:
+        """The outcome is told as soon as it stands; the blocks come back when nothing can land in them any more."""
         try:
-            landed = await self._destination.pull(
-                request.source,
-                reservation.block_ids,
-                skip_blocks=reservation.num_cached_blocks,
-                deadline_s=request.deadline_s,
-                overlap=self._overlap,
-            )
+            landed = await transfer.outcome()
             if landed.num_tokens != admission.num_prompt_tokens:
                 raise TransferError(
                     f"the KV of {landed.num_tokens} tokens landed, the prompt has {admission.num_prompt_tokens}"
                 )
         except DisaggregatedError as error:
-            log.warning("transfer_failed", request_id=request.request_id, kind=type(error).__name__, error=error)
-            self._fail(admission, error)
+            self._not_landed(admission, error)
+            await transfer.quiet()
         else:
-            log.debug("transfer_done", request_id=request.request_id, bytes=landed.num_bytes, seconds=landed.transfer_s)
+            log.debug("transfer_done", request_id=transfer.transfer_id, bytes=landed.num_bytes)
             admission.landed(landed)
             self.engine.admit(admission.engine_id, landed.first_token)
-
-    def _pull_ended(self, admission: Admission) -> None:
-        """However it ended, nothing can land any more."""
-        admission.pull = None
+        admission.transfer = None
         if not admission.has_landed:
             self.engine.release(admission.engine_id)
-        if admission.is_cancelled:
+        if admission.is_told or admission.is_cancelled:
             self.forget(admission)
+
+    def _not_landed(self, admission: Admission, error: DisaggregatedError) -> None:
+        self.engine.cancel(admission.engine_id)  # Its blocks are in quarantine until they are released.
+        if not admission.is_over:
+            log.warning("transfer_failed", request_id=admission.engine_id, kind=type(error).__name__, error=error)
+        self._fail(admission, error)
 
     # Endings.
 
@@ -294,8 +303,14 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         if admission.is_over:
             return
         stream = admission.caller.stream
-        stream.put(admission.failed(rpc.to_stream_error(error)))
+        stream.put(admission.failed(rpc.to_stream_error(error)), last_sent=admission.last_sent)
         stream.send(self.engine.statistics().step)
+
+    def _told(self, admission: Admission) -> None:
+        """Its last delta was sent. It stays live while its blocks can be written into."""
+        admission.is_told = True
+        if not admission.has_blocks_to_come:
+            self.forget(admission)
 
     def forget(self, admission: Admission) -> None:
         """Nothing of it is left here. Also for one that is forgotten already."""
@@ -319,11 +334,12 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             stream = admission.caller.stream
             match event:
                 case TokensSampled():
-                    stream.put(admission.tokens_sampled(event))
+                    stream.put(admission.tokens_sampled(event), last_sent=admission.last_sent)
                 case ChunkComputed():
                     admission.chunk_computed(event)
                 case RequestFailed():
-                    stream.put(admission.failed(rpc.to_stream_error(as_our_error(event.error))))
+                    error = rpc.to_stream_error(as_our_error(event.error))
+                    stream.put(admission.failed(error), last_sent=admission.last_sent)
             reached.add(stream)
         step = self.engine.statistics().step
         for stream in reached:

@@ -15,18 +15,22 @@ class StepStream:
     the bound is the tokens that its live requests may still generate, and a request counts as live until its last
     token was handed over. Used on the event loop alone.
 
-    Invariant: `on_last_sent` is called once for each key whose finish or error was put, unless the stream is broken.
+    Invariant: `last_sent` of a finish or an error that was put is called once it was sent, unless it was dropped or the
+    stream broke before.
     """
 
-    def __init__(self, *, on_last_sent: Callable[[int], None]) -> None:
-        self._on_last_sent = on_last_sent
+    def __init__(self) -> None:
+        self._last_sent: dict[int, Callable[[], None]] = {}
+        """By the keys in `_waiting` that end: the key may be another request's by the time that they have been sent."""
         self._waiting: dict[int, control_pb2.StreamDelta] = {}
         self._step = 0
         self._news = asyncio.Event()
         self._ended = False
 
-    def put(self, delta: control_pb2.StreamDelta) -> None:
-        """Queue what a step brought for one request; `send` makes it leave."""
+    def put(self, delta: control_pb2.StreamDelta, *, last_sent: Callable[[], None] | None = None) -> None:
+        """Queue what a step brought for one request; `send` makes it leave. `last_sent` is for one that ends it."""
+        if last_sent is not None and (delta.finish_reason or delta.HasField("error")):
+            self._last_sent[delta.stream_key] = last_sent
         waiting = self._waiting.get(delta.stream_key)
         if waiting is None:
             self._waiting[delta.stream_key] = delta
@@ -46,6 +50,7 @@ class StepStream:
     def drop(self, stream_key: int) -> None:
         """The request was cancelled: what waits of it does not leave."""
         self._waiting.pop(stream_key, None)
+        self._last_sent.pop(stream_key, None)
 
     def end(self) -> None:
         """Let the reader come to the end once it has everything."""
@@ -58,9 +63,9 @@ class StepStream:
             self._news.clear()
             if self._waiting:
                 deltas, self._waiting = self._waiting, {}
+                last_sent, self._last_sent = self._last_sent, {}
                 yield control_pb2.StepBatch(step=self._step, deltas=deltas.values())
-                for delta in deltas.values():
-                    if delta.finish_reason or delta.HasField("error"):
-                        self._on_last_sent(delta.stream_key)
+                for sent in last_sent.values():
+                    sent()
             if self._ended and not self._waiting:
                 return

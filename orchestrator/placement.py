@@ -60,7 +60,8 @@ class Placer:
         decoders = [server for server in generation if server.is_ready]
         if not decoders:
             return NotYet("no generation server is ready", is_for_want_of_servers=True)
-        roomy = _with_room(needs, decoders)
+        well = [server for server in decoders if not server.unhealthy]
+        roomy = _with_room(needs, well or decoders)
         if not roomy:
             return NotYet(f"all {len(decoders)} generation servers are full")
         able = [server for server in roomy if server.description.can_prefill]

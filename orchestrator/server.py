@@ -83,6 +83,11 @@ class Server:
         return self.standing is Standing.READY and not (self.link is not None and self.link.is_broken)
 
     @property
+    def unhealthy(self) -> str:
+        """What it says is wrong with it, although it answers; "" while all is well."""
+        return self.heartbeat.unhealthy
+
+    @property
     def layout(self) -> KVLayout:
         return KVLayout.from_proto(self.description.layout)
 

@@ -115,6 +115,9 @@ class ServerPools:
             return await server.client.drain(deadline_s=deadline_s)
         except ServerLost:
             return 0
+        except DisaggregatedError as error:  # It lives and has not answered: what we have there is what is known.
+            log.warning("drain_not_answered", instance=server.instance_id, error=str(error))
+            return len(server.shares)
 
     async def remove(self, role: str, address: str) -> None:
         """Forget the server; what still runs there goes on elsewhere."""
@@ -230,6 +233,10 @@ class ServerPools:
         raise ServerLost(f"{server.instance_id} ended its heartbeats")
 
     def _heard(self, server: Server, heartbeat: control_pb2.Heartbeat) -> None:
+        if bool(heartbeat.unhealthy) != bool(server.unhealthy):
+            write = log.warning if heartbeat.unhealthy else log.info
+            event = "server_unhealthy" if heartbeat.unhealthy else "server_healthy_again"
+            write(event, role=server.role, instance=server.instance_id, reason=heartbeat.unhealthy)
         server.heard(heartbeat, now_s=self._clock())
         self._ready_if_complete(server)
         self.on_change()

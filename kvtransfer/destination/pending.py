@@ -92,6 +92,10 @@ class PendingTransfer:
             raise cancelled
 
     @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
     def is_decided(self) -> bool:
         return self._outcome.done()
 

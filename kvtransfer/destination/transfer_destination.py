@@ -29,8 +29,8 @@ from kvtransfer.destination.peer import Destination, Into, PeerStatistics, Sourc
 from kvtransfer.destination.peers import SourcePeers
 from kvtransfer.destination.pending import PendingTransfer, Strand
 from kvtransfer.destination.pull import Pull
-from kvtransfer.destination.readers import FairReaders
 from kvtransfer.destination.quarantine import Quarantine, QuarantineLimits, judge
+from kvtransfer.destination.readers import FairReaders
 from kvtransfer.machine import CancelResult
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
@@ -79,8 +79,8 @@ class TransferDestination:
     ) -> None:
         """A source that moves no byte and answers nothing for `progress_timeout_s` is lost. `transports` replaces ours.
 
-        `max_tokens_in_buffer` bounds what is under way at once, of all transfers together; but one block of one layer always
-        may be, and one whole block where blocks are staged or converted. None or 0: a bound that slows nobody down.
+        `max_tokens_in_buffer` bounds what is under way at once, of all transfers together; but one block of one layer
+        always may be, and one whole block where blocks are staged or converted. None or 0: it slows nobody down.
 
         With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
         `num_pool_blocks` of that pool are what a quarantine is measured by; None: region is the pool.

@@ -35,7 +35,8 @@ async def models(door: FrontDoor, http: web.Request) -> web.Response:
 async def health(door: FrontDoor, http: web.Request) -> web.Response:
     reason = door.why_not_serving()
     if reason is None:
-        return json_response({"status": "serving"})
+        unhealthy = {server.instance_id: server.unhealthy for server in door.pools if server.unhealthy}
+        return json_response({"status": "serving", **({"unhealthy": unhealthy} if unhealthy else {})})
     return error_response(NoServerAvailable(reason), retry_after_s=1)
 
 
@@ -69,6 +70,7 @@ def describe_worker(server: Server) -> dict[str, Any]:
         "role": server.role.value,
         "standing": server.standing.value,
         "reason": server.reason,
+        "unhealthy": server.unhealthy,
         "times_lost": server.num_times_lost,
         "requests": len(server.shares),
     }

@@ -193,7 +193,7 @@ async def test_a_refused_admission_gives_the_finished_prefill_back(pair: Pair) -
 async def test_an_admission_without_a_stream_gives_the_finished_prefill_back(pair: Pair) -> None:
     await finish_prefill(pair, "no-stream")
     async with GenerationClient(pair.generation.address) as other:
-        await other.hang_up()
+        other.orchestrator_id = "somebody-else"
         with pytest.raises(AdmissionError, match="no Generate stream"):
             await other.admit(PROMPT[:100], FEW, source=pair.context.ticket("no-stream"))
     await pair.context.wait_idle(timeout_s=LEASE_S / 2)

@@ -98,6 +98,10 @@ class Role(Protocol):
     async def end_streams(self) -> None:
         """Let streams that outlive requests come to their end, so that the server can stop."""
 
+    @property
+    def unhealthy(self) -> str:
+        """What is wrong with it although it answers, in words; "" while all is well."""
+
     def links(self) -> Sequence[control_pb2.LinkStatistics]: ...
 
     def transfers(self) -> Sequence[control_pb2.LedgerEntry]:

@@ -12,6 +12,7 @@ from disaggregated import __version__
 from disaggregated.engine.serving.block_stream import block_messages
 from disaggregated.engine.serving.live_requests import request_id_of
 from disaggregated.engine.serving.role import LoadedServer, Role
+from disaggregated.errors import DeadlineExceeded
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 
 HEARTBEAT_INTERVAL_MIN_S: Final = 0.02
@@ -74,6 +75,7 @@ class ServerService(control_pb2_grpc.ServerServicer):
             epoch=self._server.identity.epoch,
             draining=self._role.live_requests.is_draining,
             links=self._role.links(),
+            unhealthy=self._role.unhealthy,
             step=statistics.step,
             step_age_s=statistics.step_age_s,
             num_running=statistics.num_running,
@@ -106,8 +108,11 @@ class ServerService(control_pb2_grpc.ServerServicer):
         return control_pb2.DrainReply(num_left=len(live_requests))
 
     async def GetLedger(self, request: control_pb2.LedgerRequest, call: Any) -> control_pb2.Ledger:
-        async with asyncio.timeout(LEDGER_TIMEOUT_S):
-            blocks = await asyncio.wrap_future(self._role.engine.ledger())
+        try:
+            async with asyncio.timeout(LEDGER_TIMEOUT_S):
+                blocks = await asyncio.wrap_future(self._role.engine.ledger())
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the engine has not ended its step for {LEDGER_TIMEOUT_S:g} s") from error
         entries = [
             control_pb2.LedgerEntry(
                 kind=entry.kind, owner=request_id_of(entry.owner), count=entry.num_blocks, age_s=entry.age_s

@@ -22,7 +22,7 @@ async def next_batch(batches: AsyncIterator[control_pb2.StepBatch]) -> control_p
 
 
 async def test_one_message_carries_what_a_step_brought_for_all_requests() -> None:
-    stream = StepStream(on_last_sent=lambda key: None)
+    stream = StepStream()
     stream.put(delta(1, 10, 5))
     stream.put(delta(2, 20, 6))
     stream.send(step=3)
@@ -32,7 +32,7 @@ async def test_one_message_carries_what_a_step_brought_for_all_requests() -> Non
 
 
 async def test_steps_that_nobody_reads_are_joined_into_one_message() -> None:
-    stream = StepStream(on_last_sent=lambda key: None)
+    stream = StepStream()
     first = delta(1, 10, 100)
     first.times.transport = "SHM"
     stream.put(first)
@@ -49,7 +49,7 @@ async def test_steps_that_nobody_reads_are_joined_into_one_message() -> None:
 
 
 async def test_an_error_joins_the_tokens_that_came_before_it() -> None:
-    stream = StepStream(on_last_sent=lambda key: None)
+    stream = StepStream()
     stream.put(delta(1, 10, 100))
     stream.put(control_pb2.StreamDelta(stream_key=1, error=control_pb2.StreamError(kind="PeerLost")))
     stream.send(1)
@@ -59,7 +59,7 @@ async def test_an_error_joins_the_tokens_that_came_before_it() -> None:
 
 
 def test_a_token_that_skips_a_position_is_our_own_mistake() -> None:
-    stream = StepStream(on_last_sent=lambda key: None)
+    stream = StepStream()
     stream.put(delta(1, 10, 100))
     with pytest.raises(AssertionError, match="position 12, 11 was due"):
         stream.put(delta(1, 12, 102))
@@ -67,9 +67,9 @@ def test_a_token_that_skips_a_position_is_our_own_mistake() -> None:
 
 async def test_a_request_is_live_until_its_last_token_was_handed_over() -> None:
     sent: list[int] = []
-    stream = StepStream(on_last_sent=sent.append)
-    stream.put(delta(1, 10, 100, finish_reason="stop"))
-    stream.put(delta(2, 10, 100))
+    stream = StepStream()
+    stream.put(delta(1, 10, 100, finish_reason="stop"), last_sent=lambda: sent.append(1))
+    stream.put(delta(2, 10, 100), last_sent=lambda: sent.append(2))
     stream.send(1)
     batches = stream.batches()
     await next_batch(batches)
@@ -80,8 +80,23 @@ async def test_a_request_is_live_until_its_last_token_was_handed_over() -> None:
     assert sent == [1]
 
 
+async def test_a_key_that_is_used_again_while_its_last_delta_leaves_is_not_mistaken_for_its_first_owner() -> None:
+    sent: list[str] = []
+    stream = StepStream()
+    stream.put(delta(1, 10, 100, finish_reason="stop"), last_sent=lambda: sent.append("first"))
+    stream.send(1)
+    batches = stream.batches()
+    await next_batch(batches)
+    stream.put(delta(1, 30, 300, finish_reason="stop"), last_sent=lambda: sent.append("second"))
+    stream.drop(1)
+    stream.end()
+    with pytest.raises(StopAsyncIteration):
+        await next_batch(batches)
+    assert sent == ["first"]
+
+
 async def test_what_was_dropped_does_not_leave_and_an_ended_stream_gives_what_is_left() -> None:
-    stream = StepStream(on_last_sent=lambda key: None)
+    stream = StepStream()
     stream.put(delta(1, 10, 100))
     stream.put(delta(2, 10, 200))
     stream.drop(1)
