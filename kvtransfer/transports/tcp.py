@@ -5,6 +5,7 @@ Neither end buffers: what is in flight is what one read asked for, and the kerne
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Final
 
@@ -33,8 +34,10 @@ from kvtransfer.transports.frames import Hello, ReadRequest
 from kvtransfer.transports.link import FramedLink
 from kvtransfer.transports.listener import FrameServer, Greeting
 from kvtransfer.transports.meeting import EndpointIdentity, Introduction
+from kvtransfer.transports.striped import STREAMS_DEFAULT, STREAMS_MAX, StripedLink
 
 NAME: Final = "TCP"
+STREAMS_VARIABLE: Final = "DISAGG_TCP_STREAMS"
 EVERY_ADDRESS: Final = ("", "0.0.0.0", "::")
 
 
@@ -100,14 +103,17 @@ class TcpTransport:
 
     name = NAME
 
-    def __init__(self, us: OurEnd) -> None:
+    def __init__(self, us: OurEnd, *, num_streams: int | None = None) -> None:
+        """`num_streams` connections may carry one read; by default what $DISAGG_TCP_STREAMS says."""
         self._us = us
+        self._num_streams = streams_configured() if num_streams is None else num_streams
 
     def connect(self, offer: Offer, source: SourceIdentity, *, deadline: Deadline) -> PeerLink:
         dialler = _TcpDialler(offer, source, self._us)
-        link = FramedLink(dialler, transport=self.name, block_bytes=self._us.layout.block_bytes)
+        block_bytes = self._us.layout.block_bytes
+        link = FramedLink(dialler, transport=self.name, block_bytes=block_bytes)
         link.open(deadline=deadline)
-        return link
+        return StripedLink(link, num_streams=self._num_streams, block_bytes=block_bytes)
 
 
 class _TcpDialler:
@@ -146,6 +152,14 @@ class _TcpDialler:
 
     def close(self) -> None:
         """Nothing but connections, which the link closes."""
+
+
+def streams_configured() -> int:
+    """Raises TransferError when $DISAGG_TCP_STREAMS is not a number that can be used."""
+    told = os.environ.get(STREAMS_VARIABLE, str(STREAMS_DEFAULT))
+    if not told.isdecimal() or not 1 <= int(told) <= STREAMS_MAX:
+        raise TransferError(f"{STREAMS_VARIABLE} must be 1 to {STREAMS_MAX}, is {told!r}")
+    return int(told)
 
 
 def missing() -> str | None:

@@ -60,7 +60,7 @@ def test_many_reads_at_once_through_one_link_do_not_mix(transport_name: str) -> 
         for _ in threads.map(lambda blocks: pair.read(pair.order(blocks, blocks)), strides):
             pass
         assert pair.into.buffer == pair.source.buffer
-        assert pair.endpoint.statistics().connections_open <= 8
+        assert pair.endpoint.statistics().connections_open <= 8 * 2, "one a read, two where one is divided"
 
 
 def test_a_link_keeps_its_connection_from_read_to_read(pair: Pair) -> None:
