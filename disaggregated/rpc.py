@@ -11,7 +11,7 @@ import contextlib
 import errno
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final
 
 import grpc
@@ -19,6 +19,10 @@ import psutil
 
 from disaggregated import errors, logs
 from disaggregated.errors import ConfigError, DisaggregatedError, PortTaken, StartupError
+from disaggregated.security import membership as membership_of
+from disaggregated.security.channel import MemberChannel
+from disaggregated.security.door import Door
+from disaggregated.security.membership import Membership
 from disaggregated.v1 import control_pb2
 
 log = logs.get(__name__)
@@ -48,6 +52,10 @@ SERVER_OPTIONS: Final = [
     ("grpc.so_reuseport", 0),  # with it a second server on the same port would quietly take half of the calls
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),  # or an idle channel is hung up on as one that pings too much
+    ("grpc.server_handshake_timeout_ms", 5_000),  # for a stranger to show that it speaks HTTP/2, or TLS
+    ("grpc.max_concurrent_streams", 8192),  # of one connection
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
 ]
 CHANNEL_OPTIONS: Final = [
     *_SIZES,
@@ -60,31 +68,53 @@ CHANNEL_OPTIONS: Final = [
 ]
 
 
-def make_server() -> grpc.aio.Server:
-    """A server whose handlers may raise any `DisaggregatedError`. The caller adds services, binds, starts and stops."""
-    return grpc.aio.server(interceptors=[_ErrorsInTrailers()], options=SERVER_OPTIONS)
+def make_server(*, membership: Membership | None = None) -> grpc.aio.Server:
+    """A server whose handlers may raise any `DisaggregatedError`, and are called by members of the cluster only.
+
+    The caller adds services, binds, starts and stops. `membership` is this process's own unless it is given.
+    """
+    ours = membership or membership_of.of_this_process()
+    return grpc.aio.server(interceptors=[Door(ours.secret, abort_with), _ErrorsInTrailers()], options=SERVER_OPTIONS)
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`; it connects at the first call and again after a break. The caller closes it."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, *, membership: Membership | None = None) -> grpc.aio.Channel:
+    """A channel to `host:port`; it connects at the first call and again after a break. The caller closes it.
+
+    Each of its calls may raise Unauthenticated, through `errors_from` or by itself.
+    """
+    ours = membership or membership_of.of_this_process()
+
+    credentials = ours.tls.channel_credentials() if ours.tls else None
+
+    def make(interceptors: Sequence[grpc.aio.ClientInterceptor]) -> grpc.aio.Channel:
+        if ours.tls is None or credentials is None:
+            return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+        options = [*CHANNEL_OPTIONS, *ours.tls.channel_options()]
+        return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+    return make([]) if ours.secret.is_open else MemberChannel(make, ours.secret, address=address)
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> str:
+def bind(server: grpc.aio.Server, host: str, port: int, *, membership: Membership | None = None) -> str:
     """Take the port now, so that a conflict shows before anything slow is done; port 0 takes any free one.
 
     Returns `host:port` with the port that was taken. `localhost` is 127.0.0.1 here: as a name of two addresses, one of
-    them could be somebody else's and half of our callers would reach them.
+    them could be somebody else's and half of our callers would reach them. With TLS it speaks nothing else.
 
     Raises:
         PortTaken: names the port, and the process that has it where that can be seen.
-        ConfigError: the host is not an address of this machine.
+        ConfigError: the host is not an address of this machine, or is one that others can reach and there is no secret.
     """
+    ours = membership or membership_of.of_this_process()
+    membership_of.check_may_listen(host, ours)
     host = "127.0.0.1" if host == "localhost" else host
     _probe(host, port)
     name = f"[{host}]" if ":" in host else host
     try:
-        taken = server.add_insecure_port(f"{name}:{port}")
+        if ours.tls is None:
+            taken = server.add_insecure_port(f"{name}:{port}")
+        else:
+            taken = server.add_secure_port(f"{name}:{port}", ours.tls.server_credentials())
     except RuntimeError as error:
         raise _port_taken(port) from error
     return f"{name}:{taken}"
@@ -129,6 +159,7 @@ _STATUS: Final = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.AdmissionError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.ServerLost: grpc.StatusCode.UNAVAILABLE,
     errors.NoServerAvailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -225,6 +256,7 @@ def errors_from(address: str) -> Iterator[None]:
 
     Raises:
         ServerLost: there is no server, or the connection broke.
+        Unauthenticated: the two ends do not know the same cluster secret.
         DeadlineExceeded: the call's own deadline passed.
         DisaggregatedError: whatever the server raised, in its own class.
     """

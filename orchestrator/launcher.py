@@ -20,6 +20,7 @@ from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.cores import available_cores
 from disaggregated.errors import DisaggregatedError, InvalidRequest, StartupError
+from disaggregated.security import membership
 from orchestrator.core_allocation import CoreAllocation
 from orchestrator.launch_plan import (
     Decision,
@@ -72,7 +73,7 @@ class Launcher:
     ) -> None:
         self._pools = pools
         self._configs = {"context": config.context, "generation": config.generation}
-        self._environ = environ
+        self._environ = {**environ, **membership.of_this_process().secret.for_child()}
         self._modules = modules
         self._show = show
         self.plan = LaunchPlan(limits or LaunchLimits(start_timeout_s=config.server_start_timeout_s))

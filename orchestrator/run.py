@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
@@ -23,6 +24,8 @@ from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.config.load import check_can_start
 from disaggregated.config.one_line import EXIT_INTERRUPTED
+from disaggregated.security import membership
+from disaggregated.security.secret import ClusterSecret
 from orchestrator.app import DOOR, make_app, make_runner
 from orchestrator.launch_plan import LaunchLimits
 from orchestrator.launcher import Launcher
@@ -51,9 +54,28 @@ def run(config: DeploymentConfig, *, on_listening: OnListening = lambda address:
     logs.configure("orchestrator", level=config.log_level)
     for note in config.notes:
         log.info("config_note", note=note)
+    join_deployment(config)
     with contextlib.closing(listen(config.hostname, config.port)) as listener:
         uvloop.run(_serve(config, listener, on_listening))
     return 0
+
+
+def join_deployment(config: DeploymentConfig) -> None:
+    """Become a member of the deployment; of a new one, with a secret of its own, where we start every server.
+
+    Servers that run already have the secret that their operator gave them, or none: those we cannot give one.
+    Raises ConfigError when the secret or a certificate that was named cannot be used.
+    """
+    security = config.security
+    ours = membership.join_as_told(
+        secret_file=security.cluster_secret_file, key=security.internal_request_auth_key, tls=security.tls
+    )
+    if not ours.secret.is_open:
+        return
+    if config.context.urls or config.generation.urls:
+        log.warning("cluster_secret_missing", so="calls to the servers are not authenticated; docs/security.md")
+    else:
+        membership.join(dataclasses.replace(ours, secret=ClusterSecret.random()))
 
 
 async def _serve(config: DeploymentConfig, listener: socket.socket, on_listening: OnListening) -> None:

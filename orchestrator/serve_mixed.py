@@ -14,11 +14,15 @@ from typing import Any, Final
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.fields import fill
+from disaggregated.config.security import SecurityConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.config.server_cli import model_command
 
 _FRONT_DOOR: Final = {"host": "hostname", "port": "port", "log_level": "log_level"}
 """What a server's flags of these names say about the orchestrator here."""
+_SECURITY: Final = "security."
+_NOT_FOR_THE_SERVER: Final = ("host", "port", f"{_SECURITY}cluster_secret_file")
+"""Its secret it gets in its environment."""
 
 HELP: Final = """Serve MODEL from one process that prefills and decodes, behind the OpenAI API.
 
@@ -30,7 +34,9 @@ Ctrl-C. The environment variables of a deployment file have no effect here.
 def mixed_deployment(model: str, fields: Mapping[str, object]) -> DeploymentConfig:
     """`fields`: dotted fields of ServerConfig that were named on the command line or in its file."""
     front_door: dict[str, Any] = {_FRONT_DOOR[name]: value for name, value in fields.items() if name in _FRONT_DOOR}
-    engine = {name: value for name, value in fields.items() if name not in ("host", "port")}
+    engine = {
+        name: value for name, value in fields.items() if name not in ("host", "port", "security.cluster_secret_file")
+    }
     template = ServerConfig(model=model, role="generation", host="127.0.0.1", port=0)
     generation = PoolConfig(
         num_instances=1,
@@ -40,7 +46,11 @@ def mixed_deployment(model: str, fields: Mapping[str, object]) -> DeploymentConf
     context = dataclasses.replace(
         generation, num_instances=0, server=dataclasses.replace(generation.server, role="context")
     )
-    return DeploymentConfig(**front_door, model=model, context=context, generation=generation)
+    security = fill(
+        SecurityConfig(),
+        {name.removeprefix("security."): fields[name] for name in fields if name.startswith("security.")},
+    )
+    return DeploymentConfig(**front_door, security=security, model=model, context=context, generation=generation)
 
 
 def how_to_call(address: str, model: str) -> str:

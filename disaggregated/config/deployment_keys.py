@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from disaggregated.config import security_keys
 from disaggregated.config.key_table import Alias, KeyTable, honoured, no_effect, not_built, refused
 from disaggregated.config.kinds import ADDRESSES, ANYTHING, BOOLEAN, TEXT, choice, integer, number
 from disaggregated.config.server_cli import LOG_LEVEL
@@ -48,6 +49,7 @@ TOP_KEYS: Final = KeyTable(
         honoured("queue_depth_max", integer(1), "Requests waiting for a dispatch; one more is refused with 429."),
         honoured("log_level", LOG_LEVEL, "Of the orchestrator and of the servers it starts."),
         honoured("metrics_log_interval_s", number(0), "A line of totals in the log so often; 0: never."),
+        *security_keys.DEPLOYMENT,
         no_effect("return_perf_metrics", BOOLEAN, f"statistics are always on: {_STORIES}"),
         no_effect("perf_metrics_output_dir", TEXT, f"nothing is written: {_STORIES}"),
         no_effect("otlp_config", ANYTHING, f"traces are not exported: {_STORIES}"),
@@ -63,7 +65,6 @@ TOP_KEYS: Final = KeyTable(
         not_built("disagg_coordinator_url", TEXT, _ONE_ORCHESTRATOR),
         not_built("conversation_affinity_header_for_subagents", TEXT, "requests are not bound to a server"),
         not_built("subagent_affinity_scope", choice("context", "both"), "requests are not bound to a server"),
-        not_built("internal_request_auth_key", TEXT, "servers trust whoever reaches their port; keep it private"),
         refused(
             "allow_request_chat_template",
             BOOLEAN,

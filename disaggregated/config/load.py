@@ -18,11 +18,13 @@ from disaggregated.config.environment import override, overrides, remarks
 from disaggregated.config.fields import fill
 from disaggregated.config.kinds import did_you_mean, shown
 from disaggregated.config.reader import Decision, Found, Source, collect, decide, inherit
+from disaggregated.config.security import SecurityConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.config.server_keys import FLATTENED, SERVER_KEYS
 from disaggregated.config.yaml_file import read_yaml
 from disaggregated.errors import ConfigError
 
+_SECURITY: Final = "security."
 _SECTIONS: Final = {"context": "context_servers", "generation": "generation_servers"}
 
 
@@ -57,17 +59,28 @@ def _deployment(document: Mapping[str, object], source: Source, notes: list[str]
     model = _model(decisions, source)
     every = [own, *decisions.values()]
     fields: dict[str, Any] = dict(own.fields)
+    security = fill(SecurityConfig(), {name: fields.pop(f"{_SECURITY}{name}") for name in _security_names(fields)})
     template = ServerConfig(
-        model=model or "", role="", host="127.0.0.1", port=0, log_level=fields.get("log_level", "info")
+        model=model or "",
+        role="",
+        host="127.0.0.1",
+        port=0,
+        log_level=fields.get("log_level", "info"),
+        security=SecurityConfig(tls=security.tls),  # Their secret they get in their environment.
     )
     return DeploymentConfig(
         **fields,
+        security=security,
         model=model,
         context=_pool("context", decisions["context"], template),
         generation=_pool("generation", decisions["generation"], template),
         notes=_unique(notes + shape_notes + [note for decision in every for note in decision.notes]),
         not_built=_unique([line for decision in every for line in decision.not_built]),
     )
+
+
+def _security_names(fields: Mapping[str, object]) -> list[str]:
+    return [name.removeprefix(_SECURITY) for name in fields if name.startswith(_SECURITY)]
 
 
 def _split_top_level(document: Mapping[str, object], source: Source) -> tuple[dict[str, object], dict[str, object]]:

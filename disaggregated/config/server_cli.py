@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import click
 
+from disaggregated.config import security_keys
 from disaggregated.config.fields import dotted, fill
 from disaggregated.config.key_table import Alias, Key, KeyTable, Outcome, honoured, refused
 from disaggregated.config.kinds import ANYTHING, BOOLEAN, TEXT, BadValue, choice, integer
@@ -38,6 +39,7 @@ FLAG_KEYS: Final = KeyTable(
         honoured("host", TEXT, "Address to listen on."),
         honoured("port", integer(0, 65535), "Port to listen on; 0: any free one, named in the ready line."),
         honoured("log_level", LOG_LEVEL, "debug, info, warning or error."),
+        *security_keys.COMMON,
         refused("metadata_server_config_file", TEXT, _NO_DISCOVERY),
         refused("disagg_cluster_uri", TEXT, _NO_DISCOVERY),
         refused("num_workers", integer(1), "a server is one process", harmless=(1,)),
@@ -48,6 +50,11 @@ FLAG_KEYS: Final = KeyTable(
 )
 """What may stand on the command line; `model` is its argument."""
 
+FILE_KEYS: Final = KeyTable([*SERVER_KEYS, *security_keys.COMMON], SERVER_KEYS.aliases)
+"""What may stand in a server's own file."""
+
+_SECRET_FIELD: Final = "security.internal_request_auth_key"
+"""Not on a command line, which everybody on the machine can read: servers get it in their environment."""
 _FLAG_TARGETS: Final = {key.target: key for key in FLAG_KEYS if key.outcome is Outcome.HONOURED}
 
 
@@ -106,10 +113,10 @@ def server_config(role: str, model: str, config_file: Path | None = None, flags:
 
 def _fields_said(name: str, config_file: Path | None, flags: Sequence[Found]) -> dict[str, object]:
     source = Source(config_file.name if config_file else "")
-    in_file, notes = collect(read_yaml(config_file), SERVER_KEYS, source) if config_file else ([], [])
+    in_file, notes = collect(read_yaml(config_file), FILE_KEYS, source) if config_file else ([], [])
     named = {FLAG_KEYS.canonical(flag.name) for flag in flags}
-    kept = [item for item in in_file if SERVER_KEYS.canonical(item.name) not in named and item.name != "model"]
-    from_file = decide(kept, SERVER_KEYS, source)
+    kept = [item for item in in_file if FILE_KEYS.canonical(item.name) not in named and item.name != "model"]
+    from_file = decide(kept, FILE_KEYS, source)
     from_flags = decide(list(flags), FLAG_KEYS, Source(""))
     missing = [f"{source.name}: {line}" for line in from_file.not_built] + from_flags.not_built
     if missing:
@@ -124,13 +131,14 @@ def to_arguments(config: ServerConfig) -> list[str]:
     arguments = [config.model]
     defaults = dict(dotted(ServerConfig(model=config.model, role=config.role)))
     for name, value in dotted(config):
-        if value == defaults[name] or name in ("model", "role"):
+        if value == defaults[name] or name in ("model", "role", _SECRET_FIELD):
             continue
+        key = _FLAG_TARGETS[name]
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        if _is_switch(FLAG_KEYS[name]):
-            arguments.append(f"--{name}" if value else f"--no-{name}")
+        if _is_switch(key):
+            arguments.append(f"--{key.name}" if value else f"--no-{key.name}")
         else:
-            arguments.append(f"--{name}={text}")
+            arguments.append(f"--{key.name}={text}")
     return arguments
 
 

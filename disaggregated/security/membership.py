@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
 import socket
+from collections.abc import MutableMapping
 from typing import Final
 
 from disaggregated.errors import ConfigError
 from disaggregated.security import secret as secrets_of
 from disaggregated.security.secret import ClusterSecret
-from disaggregated.security.tls import Tls
+from disaggregated.security.tls import Tls, TlsFiles, load
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,19 @@ def join(membership: Membership) -> None:
 
 def of_this_process() -> Membership:
     return _of_this_process
+
+
+def join_as_told(
+    *, secret_file: str, key: str = "", tls: TlsFiles, environ: MutableMapping[str, str] = os.environ
+) -> Membership:
+    """Join as configuration and environment say, from which the secret is taken out.
+
+    Raises ConfigError that names the key, the file or the variable which is wrong.
+    """
+    secret = secrets_of.find(environ, file=secret_file, key=key)
+    secrets_of.forget(environ)
+    join(Membership(secret=secret, tls=load(tls)))
+    return of_this_process()
 
 
 def check_may_listen(host: str, membership: Membership) -> None:

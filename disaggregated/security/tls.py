@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import ssl
+import stat
+from pathlib import Path
 
 import grpc
 
@@ -56,4 +60,70 @@ class Tls:
 
 def load(files: TlsFiles) -> Tls | None:
     """None when nothing is configured. Raises ConfigError that names the key and the file."""
-    raise NotImplementedError
+    if files == TlsFiles():
+        return None
+    if not files.cert_file and not files.ca_file:
+        raise ConfigError("tls_cert_file: is missing, and so is tls_ca_file: TLS needs one of the two at least")
+    if bool(files.cert_file) != bool(files.key_file):
+        missing, there = ("tls_key_file", "tls_cert_file") if files.cert_file else ("tls_cert_file", "tls_key_file")
+        raise ConfigError(f"{missing}: is missing; {there} needs it")
+    if files.require_client_cert and not files.ca_file:
+        raise ConfigError("tls_ca_file: is missing; it says whose certificates tls_require_client_cert accepts")
+    certificate, key = _read("tls_cert_file", files.cert_file), _read("tls_key_file", files.key_file)
+    authorities = _read("tls_ca_file", files.ca_file)
+    _check(files)
+    return Tls(
+        certificate=certificate,
+        private_key=key,
+        authorities=authorities,
+        require_client_cert=files.require_client_cert,
+        server_name=files.server_name,
+    )
+
+
+def _read(key: str, path: str) -> bytes | None:
+    if not path:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}: {path}: {error.strerror}") from error
+
+
+def _check(files: TlsFiles) -> None:
+    """gRPC tells only at the first connection, and only in its own log, what is wrong with a certificate."""
+    if files.cert_file:
+        _check_private(files.key_file)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                files.cert_file, files.key_file, password=_no_password
+            )
+        except (ssl.SSLError, ValueError) as error:
+            raise ConfigError(
+                f"tls_cert_file: {files.cert_file} with tls_key_file {files.key_file}: {_said(error)}"
+            ) from error
+    if files.ca_file:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(files.ca_file)
+        except ssl.SSLError as error:
+            raise ConfigError(f"tls_ca_file: {files.ca_file}: {_said(error)}") from error
+
+
+def _check_private(path: str) -> None:
+    if os.stat(path).st_mode & stat.S_IRWXO:
+        raise ConfigError(f"tls_key_file: {path}: others than its owner may use it; chmod 600 {path}")
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; a server cannot ask for its password")
+
+
+def _said(error: Exception) -> str:
+    reasons = {
+        "KEY_VALUES_MISMATCH": "the key does not belong to the certificate",
+        "NO_START_LINE": "there is no PEM certificate, or no key, in it",
+        "NO_CERTIFICATE_OR_CRL_FOUND": "there is no PEM certificate in it",
+        "PEM_LIB": "one of the two is not PEM",
+    }
+    reason = getattr(error, "reason", None)
+    return reasons.get(reason or "", str(error))

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from disaggregated.kv_layout import KVLayout
+from disaggregated.security.membership import join_as_told
+from disaggregated.security.tls import TlsFiles
 from kvtransfer import TransferSource
 from tests.support.kv_pools import EPOCH, LARGE, SomeTicket, regions, served_source
 
@@ -121,4 +123,5 @@ def answer(value: object) -> None:
 
 
 if __name__ == "__main__":
+    join_as_told(secret_file="", tls=TlsFiles())
     asyncio.run(serve(json.loads(sys.argv[1])))

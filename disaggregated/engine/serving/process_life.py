@@ -24,6 +24,7 @@ from disaggregated.engine.serving.role import AllocatePool, LoadedServer, MakeRo
 from disaggregated.engine.serving.service import ServerService
 from disaggregated.engine.serving.staged_pool import stage
 from disaggregated.kv_layout import KVLayout
+from disaggregated.security import membership
 from disaggregated.v1 import control_pb2_grpc
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def run_server(config: ServerConfig, *, allocate: AllocatePool[MemoryT], make_ro
     logs.configure(f"{config.role}-{os.getpid()}", level=config.log_level)
     if config.cpu_affinity:
         os.sched_setaffinity(0, config.cpu_affinity)
+    ours = membership.join_as_told(secret_file=config.security.cluster_secret_file, tls=config.security.tls)
+    if ours.secret.is_open:
+        log.warning("cluster_secret_missing", so="every user of this machine can use this server; docs/security.md")
     return asyncio.run(_run(config, allocate, make_role))
 
 
