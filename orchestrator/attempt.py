@@ -31,6 +31,8 @@ class Attempt:
 
     def __init__(self, run: RequestRun, placement: Placement, key: int, *, clock: Callable[[], float]) -> None:
         self.placement = placement
+        self.hint: control_pb2.PrefixHint | None = None
+        """Who holds more of the prompt than our context server does."""
         self.culprits: set[str] = set()
         """Instances to stay away from next time."""
         self._run = run
@@ -129,6 +131,7 @@ class Attempt:
             sampling=self._sampling.to_proto(),
             deadline_s=self._seconds_left(),
             priority=self._run.request.priority,
+            reuse_from=self.hint,
         )
         share = self._shares[0][1]
         has_outcome = False
@@ -144,6 +147,7 @@ class Attempt:
             raise ServerLost(f"{self.story.context_instance} ended a prefill without its first token")
 
     def _prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
+        self.story.reuse_from = self.hint.instance_id if self.hint is not None else ""
         self.story.prefilled(outcome)
         arrival = Arrival(len(self._token_ids), [outcome.first_token], outcome.finish_reason)
         self._arrived(arrival, self._clock())

@@ -12,10 +12,11 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from disaggregated import logs
+from disaggregated.block_hash import BlockHash, block_hashes
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import (
     AdmissionError,
@@ -31,6 +32,7 @@ from orchestrator.attempt import Attempt
 from orchestrator.placement import Needs, NotYet, Placement, Placer
 from orchestrator.policies import make_policy
 from orchestrator.prefill_balance import why_here
+from orchestrator.prefix_hints import prefix_hint
 from orchestrator.prefix_memory import LocalPrefillRule
 from orchestrator.request_queue import RequestQueue
 from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
@@ -41,6 +43,8 @@ from orchestrator.story import RequestStory, StoryShelf
 
 log = logs.get(__name__)
 
+HASHED_AT_ONCE_MAX: Final = 8192
+"""Tokens; half a millisecond."""
 CUT_TIMEOUT_S: Final = 0.5
 """From ending a request by force to its being over: its servers are only told, not waited for."""
 
@@ -92,13 +96,13 @@ class Dispatcher:
         if self._is_stopping:
             raise _stopping()
         run = RequestRun(request, sink, now_s=self._clock())
-        run.block_hashes = self._local.hashes(request.token_ids, self._pools.block_size)
         self.stories.began(run.story)
         self._nothing_runs.clear()
         patience = asyncio.timeout(max(0.0, request.deadline_s - self._clock()))
         try:
             async with patience:
                 self._patience.add(patience)
+                run.block_hashes = await self._hashes(request)
                 await self._until_over(run)
         except TimeoutError as timeout:
             error = self._too_late(run)
@@ -133,6 +137,16 @@ class Dispatcher:
             async with asyncio.timeout(timeout_s):
                 await self._nothing_runs.wait()
         return self._nothing_runs.is_set()
+
+    async def _hashes(self, request: TokenRequest) -> Sequence[BlockHash]:
+        """Once for a request, where somebody wants to know them. Long prompts take milliseconds, on a thread."""
+        block_size = self._pools.block_size
+        is_wanted = self._local.is_on or any(len(server.known_blocks) for server in self._pools)
+        if not block_size or not is_wanted:
+            return ()
+        if len(request.token_ids) <= HASHED_AT_ONCE_MAX:
+            return list(block_hashes(request.token_ids, block_size))
+        return await asyncio.to_thread(lambda: list(block_hashes(request.token_ids, block_size)))
 
     async def _until_over(self, run: RequestRun) -> None:
         while True:
@@ -198,7 +212,10 @@ class Dispatcher:
                 return
             self.queue.take(first, now_s=self._clock())
             self._sent(run, placement)
-            run.placed.set_result(Attempt(run, placement, next(self._attempt_keys), clock=self._clock))
+            attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock)
+            if placement.context is not None:
+                attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
+            run.placed.set_result(attempt)
 
     def _needs(self, run: RequestRun) -> Needs:
         def why_local(server: Server) -> str:
@@ -217,6 +234,7 @@ class Dispatcher:
             num_tokens_left=run.num_tokens_left,
             why_local=why_local,
             avoid=run.avoid,
+            num_cached_blocks=lambda server: server.known_blocks.num_held(run.block_hashes),
         )
 
     def _sent(self, run: RequestRun, placement: Placement) -> None:

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError
 from orchestrator.server import Server
-from orchestrator.story import RequestStory
+from orchestrator.story import AttemptStory, RequestStory
 
 if TYPE_CHECKING:
     from orchestrator.dispatch import Dispatcher
@@ -53,6 +53,23 @@ class Metrics:
         self._cached_tokens = counter("disagg_prompt_cached_tokens_total", "Of these, found in a prefix cache.")
         self._tokens = counter("disagg_generation_tokens_total", "Tokens that were generated.")
         self._bytes = counter("disagg_kv_transferred_bytes_total", "KV that moved, by transport.", "transport")
+        self._saved_bytes = counter(
+            "disagg_kv_saved_bytes_total", "KV that did not move, because the generation server had it."
+        )
+        self._pulled_tokens = counter(
+            "disagg_prompt_pulled_tokens_total", "Tokens of prompts whose KV was brought from a generation server."
+        )
+        self._pulled_bytes = counter("disagg_kv_pulled_bytes_total", "KV brought from generation servers.")
+        self._declined_tokens = counter(
+            "disagg_prompt_declined_tokens_total",
+            "Tokens of prompts that a generation server held, and that were computed because that was cheaper.",
+        )
+        self._hints = counter(
+            "disagg_prefix_hints_total", "What became of hints who holds a prompt's beginning.", "verdict"
+        )
+        self._reuse = histogram(
+            "disagg_prefix_reuse_seconds", "Spent on a hint: deciding, and bringing if it was worth it.", _SHORT_SECONDS
+        )
         self._ttft = histogram("disagg_ttft_seconds", "Arrival to first token.")
         self._tpot = histogram("disagg_tpot_seconds", "Mean gap between tokens of a sequence.", _SHORT_SECONDS)
         self._gap = histogram("disagg_longest_gap_seconds", "Longest gap between two tokens of a sequence.")
@@ -138,10 +155,22 @@ class Metrics:
             if attempt.prefill_compute_s:
                 self._prefill_queue.observe(attempt.prefill_queue_s)
                 self._prefill.observe(attempt.prefill_compute_s)
+            self._observe_reuse(attempt)
             if attempt.transport:
                 self._bytes.labels(attempt.transport).inc(attempt.transfer_bytes)
                 self._transfer.observe(attempt.transfer_s)
                 self._exposed.observe(attempt.exposed_s)
+
+    def _observe_reuse(self, attempt: AttemptStory) -> None:
+        self._saved_bytes.inc(attempt.saved_bytes)
+        if not attempt.reuse_verdict:
+            return
+        self._hints.labels(attempt.reuse_verdict).inc()
+        self._reuse.observe(attempt.reuse_s)
+        self._pulled_tokens.inc(attempt.num_pulled_tokens)
+        self._pulled_bytes.inc(attempt.pulled_bytes)
+        if attempt.reuse_verdict == "computing_is_cheaper":
+            self._declined_tokens.inc(attempt.num_considered_tokens)
 
     def _log(self, story: RequestStory, outcome: str, ended_s: float) -> None:
         fields: dict[str, object] = {
@@ -159,6 +188,7 @@ class Metrics:
         if story.attempts:
             last = story.attempts[-1]
             fields |= {"context": last.context_instance, "generation": last.generation_instance}
+            fields |= {"saved_bytes": last.saved_bytes, "pulled_tokens": last.num_pulled_tokens}
             fields |= {"transport": last.transport, "transfer_s": last.transfer_s, "exposed_s": last.exposed_s}
         if story.error:
             fields["error"] = story.error

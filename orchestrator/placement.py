@@ -25,6 +25,8 @@ class Needs:
     """Why the prompt is better prefilled on that generation server, although a context server could; "": it is not."""
     avoid: Collection[str] = ()
     """Instances that just failed this request."""
+    num_cached_blocks: Callable[[Server], int] = lambda _: 0
+    """Of the prompt, that the server is known to hold."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ class Placer:
         if not free:
             return NotYet(f"all {len(prefillers)} context servers are busy")
         first, first_why = _choose(self._context_policy, free, needs.avoid)
-        second, second_why = _choose(self._generation_policy, roomy, needs.avoid)
+        second, second_why = _choose(self._generation_policy, roomy, needs.avoid, needs.num_cached_blocks)
         return Placement(context=first, generation=second, why=f"context: {first_why}; generation: {second_why}")
 
     def _on_context_alone(self, needs: Needs, prefillers: Sequence[Server]) -> Placement | NotYet:
@@ -97,9 +99,15 @@ class Placer:
         return Placement(context=None, generation=chosen, why=f"prefilled there: {because(chosen)}; generation: {why}")
 
 
-def _choose(policy: Policy, servers: Sequence[Server], avoid: Collection[str]) -> tuple[Server, str]:
+def _choose(
+    policy: Policy,
+    servers: Sequence[Server],
+    avoid: Collection[str],
+    num_cached_blocks: Callable[[Server], int] = lambda _: 0,
+) -> tuple[Server, str]:
     by_name = {server.instance_id: server for server in servers}
-    choice = policy.choose([server.as_candidate() for server in servers], avoid=avoid)
+    candidates = [server.as_candidate(num_cached_blocks=num_cached_blocks(server)) for server in servers]
+    choice = policy.choose(candidates, avoid=avoid)
     return by_name[choice.instance_id], choice.why
 
 

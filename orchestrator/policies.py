@@ -22,6 +22,8 @@ class Candidate:
     num_requests: int
     num_tokens: int
     """Prompt and generated tokens of those requests."""
+    num_cached_blocks: int = 0
+    """Of the prompt, from the first on, that it is known to hold; 0 where nobody knows."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class RoundRobin:
 
 
 class LeastLoaded:
-    """The fewest active requests, or tokens; equals take turns."""
+    """The fewest active requests, or tokens; of equals who holds most of the prompt; of those each in its turn."""
 
     def __init__(self, *, use_tokens: bool = False) -> None:
         self._use_tokens = use_tokens
@@ -58,7 +60,8 @@ class LeastLoaded:
         allowed = _preferred(candidates, avoid)
         least = min(self._load(candidate) for candidate in allowed)
         idlest = [candidate for candidate in allowed if self._load(candidate) == least]
-        chosen = self._turns.choose(idlest).instance_id
+        most = max(candidate.num_cached_blocks for candidate in idlest)
+        chosen = self._turns.choose([each for each in idlest if each.num_cached_blocks == most]).instance_id
         return Choice(chosen, f"least loaded of {len(allowed)}: {least} {'tokens' if self._use_tokens else 'requests'}")
 
     def _load(self, candidate: Candidate) -> int:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from disaggregated.block_hash import BlockHash, block_hashes
+from disaggregated.block_hash import BlockHash
 
 BLOCKS_MAX: Final = 50_000
 """Of all servers together: about ten megabytes. When full, the block that was not seen for longest is forgotten."""
@@ -46,12 +46,12 @@ class LocalPrefillRule:
         self._num_uncached_max = num_uncached_max
         self._memory = memory or PrefixMemory()
 
-    def hashes(self, token_ids: Sequence[int], block_size: int) -> Sequence[BlockHash]:
-        """Once for a request; nothing is hashed where the rule is off."""
-        return list(block_hashes(token_ids, block_size)) if self._num_uncached_max and block_size else ()
+    @property
+    def is_on(self) -> bool:
+        return self._num_uncached_max > 0
 
     def sent(self, instance_id: str, hashes: Sequence[BlockHash]) -> None:
-        if self._num_uncached_max:
+        if self.is_on:
             self._memory.remember(instance_id, hashes)
 
     def num_uncached(self, instance_id: str, num_tokens: int, hashes: Sequence[BlockHash], block_size: int) -> int:

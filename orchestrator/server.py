@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from disaggregated.errors import ServerLost
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
+from orchestrator.known_blocks import KnownBlocks
 from orchestrator.policies import Candidate
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Server:
         self.client: ServerClient | None = None
         self.link: GenerationLink | None = None
         self.aborts: TransferAborts | None = None
+        self.known_blocks = KnownBlocks()
+        """That it holds; empty where nobody follows them."""
         self.num_times_lost = 0
         self.shares: dict[int, Share] = {}
         self._blocks_promised = 0
@@ -169,5 +172,7 @@ class Server:
         """Sequences whose next token a longer step would hold up."""
         return sum(share.is_decoding for share in self.shares.values())
 
-    def as_candidate(self) -> Candidate:
-        return Candidate(self.instance_id, len(self.shares), sum(share.num_tokens for share in self.shares.values()))
+    def as_candidate(self, *, num_cached_blocks: int = 0) -> Candidate:
+        """num_cached_blocks: of the request's prompt, known to be here."""
+        num_tokens = sum(share.num_tokens for share in self.shares.values())
+        return Candidate(self.instance_id, len(self.shares), num_tokens, num_cached_blocks)

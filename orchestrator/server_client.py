@@ -25,6 +25,9 @@ class ServerClient(Protocol):
 
     def watch(self, *, interval_s: float) -> AsyncGenerator[control_pb2.Heartbeat, None]: ...
 
+    def watch_blocks(self) -> AsyncGenerator[control_pb2.BlockEvents, None]:
+        """Which blocks of the prefix cache can be found there: all of them first, then each change."""
+
     async def drain(self, *, deadline_s: float) -> int:
         """Requests still there after `deadline_s`; the server takes no new ones from now on."""
 
@@ -73,6 +76,12 @@ class GrpcServerClient:
         ):
             async for heartbeat in call:
                 yield heartbeat
+
+    async def watch_blocks(self) -> AsyncGenerator[control_pb2.BlockEvents, None]:
+        request = control_pb2.WatchBlocksRequest()
+        with rpc.errors_from(self.address), _cancelled(self._server.WatchBlocks(request)) as call:
+            async for message in call:
+                yield message
 
     async def drain(self, *, deadline_s: float) -> int:
         with rpc.errors_from(self.address):

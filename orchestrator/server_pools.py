@@ -20,6 +20,7 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import DisaggregatedError, InvalidRequest, ServerLost
 from disaggregated.v1 import control_pb2
 from orchestrator.agreement import ServedModelNames, disagreement
+from orchestrator.block_follower import follow_blocks
 from orchestrator.generation_link import GenerationLink
 from orchestrator.server import Role, Server, Standing
 from orchestrator.server_client import Connect, GrpcServerClient, ServerClient
@@ -55,6 +56,10 @@ class ServerPools:
         self.model: ServedModelNames | None = None
         """What servers must serve; None while the orchestrator has not loaded its side of it."""
         self.on_change: Callable[[], None] = lambda: None
+        self.follows_blocks = all(
+            pool.server.cache_transceiver_config.pull_back for pool in (config.context, config.generation)
+        )
+        """Which blocks each server holds is known here, so that their beginnings can be had from there."""
         self._progress_timeout_s = config.progress_timeout_s
         self._connect = connect
         self._clock = clock
@@ -210,6 +215,8 @@ class ServerPools:
                 else:
                     server.aborts = TransferAborts(client)
                     group.create_task(server.aborts.run())
+                if self.follows_blocks:
+                    group.create_task(follow_blocks(client, server.known_blocks, name=server.instance_id))
                 group.create_task(self._watch(server, client, alarm, interval_s=interval_s))
         except TimeoutError as error:
             raise ServerLost(f"{server.instance_id} was silent for {self._progress_timeout_s:g} s") from error

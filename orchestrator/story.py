@@ -2,9 +2,11 @@
 
 The time to first token is told as parts that add up to it:
 
-    ttft = prepare + queue + lost attempts + prefill queue + prefill compute + hand-off
+    ttft = prepare + queue + lost attempts + prefix reuse + prefill queue + prefill compute + hand-off
 
-`prepare` is checking, rendering and tokenizing; `hand-off` is what neither server saw: calls, sockets and event loops.
+`prepare` is checking, rendering and tokenizing; `prefix reuse` is what the context server spent on a hint who holds the
+prompt's beginning: deciding, and bringing it if it was worth it; `hand-off` is what neither server saw: calls, sockets
+and event loops.
 """
 
 from __future__ import annotations
@@ -39,10 +41,27 @@ class AttemptStory:
     exposed_s: float = 0.0
     first_decode_step_s: float = 0.0
     transfer_bytes: int = 0
+    saved_bytes: int = 0
+    """Of the prompt's KV, that did not travel: the generation server had it."""
     transport: str = ""
+    reuse_from: str = ""
+    """The instance that was known to hold more of the prompt than the context server; empty: there was none."""
+    reuse_verdict: str = ""
+    reuse_s: float = 0.0
+    num_pulled_tokens: int = 0
+    pulled_bytes: int = 0
+    num_considered_tokens: int = 0
+    pull_estimate_s: float = 0.0
+    """Of the considered tokens, as the cost model saw it beforehand."""
+    compute_estimate_s: float = 0.0
 
     def prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
         self.prefill_queue_s, self.prefill_compute_s = outcome.queue_s, outcome.compute_s
+        reuse = outcome.reuse
+        self.reuse_verdict, self.reuse_s = reuse.verdict, reuse.spent_s
+        self.num_pulled_tokens, self.pulled_bytes = reuse.num_tokens, reuse.num_bytes
+        self.num_considered_tokens = reuse.num_considered_tokens
+        self.pull_estimate_s, self.compute_estimate_s = reuse.pull_estimate_s, reuse.compute_estimate_s
 
     def admitted(self, times: control_pb2.AdmissionTimes) -> None:
         if not self.context_instance:
@@ -51,6 +70,7 @@ class AttemptStory:
         self.transfer_s, self.exposed_s = times.transfer_s, times.exposed_s
         self.first_decode_step_s = times.landed_to_step_s
         self.transfer_bytes, self.transport = times.transfer_bytes, times.transport
+        self.saved_bytes = times.saved_bytes
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -114,11 +134,12 @@ class RequestStory:
             return {}
         winner = next(attempt for attempt in self.attempts if attempt.first_token_s is not None)
         earlier = self.attempts[: self.attempts.index(winner)]
-        served = winner.prefill_queue_s + winner.prefill_compute_s
+        served = winner.reuse_s + winner.prefill_queue_s + winner.prefill_compute_s
         return {
             "prepare_s": self.life.story[0][0] - self.arrived_s,
             "queue_s": self.queue_s(until_s=self.first_token_s),
             "lost_attempts_s": sum((attempt.ended_s or 0.0) - attempt.began_s for attempt in earlier),
+            "prefix_reuse_s": winner.reuse_s,
             "prefill_queue_s": winner.prefill_queue_s,
             "prefill_compute_s": winner.prefill_compute_s,
             "hand_off_s": self.first_token_s - winner.began_s - served,

@@ -36,9 +36,13 @@ def steps(story: Mapping[str, Any]) -> list[Step]:
 
 def _attempt_steps(attempt: Mapping[str, Any], *, end_s: float) -> list[Step]:
     context, generation = attempt["context_instance"], attempt["generation_instance"]
-    prefill_s = attempt["began_s"] + attempt["prefill_queue_s"]
+    prefill_s = attempt["began_s"] + attempt["reuse_s"] + attempt["prefill_queue_s"]
     prefill_end_s = prefill_s + attempt["prefill_compute_s"]
-    found = [Step("prefill", context or generation, prefill_s, attempt["prefill_compute_s"], "green")]
+    found = []
+    if attempt["num_pulled_tokens"]:
+        name = f"bring {attempt['num_pulled_tokens']} tokens back"
+        found.append(Step(name, attempt["reuse_from"], attempt["began_s"], attempt["reuse_s"], "yellow"))
+    found.append(Step("prefill", context or generation, prefill_s, attempt["prefill_compute_s"], "green"))
     decode_s = attempt["first_token_s"] or prefill_end_s
     if attempt["transfer_bytes"]:
         landed_s = prefill_end_s + attempt["exposed_s"]

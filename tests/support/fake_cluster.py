@@ -284,6 +284,13 @@ class FakeClient:
             while True:
                 yield await pipe.read()
 
+    async def watch_blocks(self) -> AsyncGenerator[control_pb2.BlockEvents, None]:
+        with self._call(None) as pipe:
+            await self._server.turn()
+            yield control_pb2.BlockEvents(cleared=True)
+            while True:  # It caches nothing, so there is no news.
+                yield await pipe.read()
+
     async def drain(self, *, deadline_s: float) -> int:
         return 0
 

@@ -32,8 +32,9 @@ class GrpcFront(control_pb2_grpc.ServerServicer, control_pb2_grpc.ContextService
     async def WatchBlocks(
         self, request: control_pb2.WatchBlocksRequest, call: Any
     ) -> AsyncIterator[control_pb2.BlockEvents]:
-        """These servers keep no blocks: nothing can be found, and nothing changes."""
-        yield control_pb2.BlockEvents()
+        async with contextlib.aclosing(self._client.watch_blocks()) as messages:
+            async for message in messages:
+                yield message
 
     async def Prefill(
         self, request: control_pb2.PrefillRequest, call: Any

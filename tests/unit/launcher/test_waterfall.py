@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from orchestrator.waterfall import steps, waterfall
@@ -22,6 +23,9 @@ def attempt(**fields: Any) -> dict[str, Any]:
         "exposed_s": 0.005,
         "transfer_bytes": 23 << 20,
         "transport": "SHM",
+        "reuse_from": "",
+        "reuse_s": 0.0,
+        "num_pulled_tokens": 0,
         **fields,
     }
 
@@ -60,6 +64,14 @@ def test_a_prompt_prefilled_where_it_decodes_has_no_transfer() -> None:
         ("prefill", "generation-0"),
         ("decode, 20 tokens", "generation-0"),
     ]
+
+
+def test_what_was_brought_back_stands_before_the_prefill() -> None:
+    brought = attempt(reuse_from="generation-7-abc", reuse_s=0.02, num_pulled_tokens=384, prefill_compute_s=0.1)
+    back, prefill = steps(story(attempts=[brought]))[2:4]
+    assert (back.name, back.where) == ("bring 384 tokens back", "generation-7-abc")
+    assert back.begin_s == 0.02
+    assert prefill.begin_s == pytest.approx(back.begin_s + back.duration_s + 0.01)
 
 
 def test_each_attempt_of_a_re_dispatched_request_is_shown() -> None:

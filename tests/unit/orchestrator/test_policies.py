@@ -54,3 +54,9 @@ def test_the_router_of_the_file_names_the_policy() -> None:
     assert choices(by_tokens, [Candidate("a", 0, 5), Candidate("b", 9, 4)], 1) == "b"
     with pytest.raises(ConfigError, match="'kv_cache_aware'"):
         make_policy(RouterConfig(type="kv_cache_aware"))
+
+
+def test_of_equally_loaded_servers_the_one_that_holds_most_of_the_prompt_is_chosen() -> None:
+    policy = LeastLoaded()
+    idle = [Candidate("a", 1, 9), Candidate("b", 1, 9, 3), Candidate("c", 1, 9, 3), Candidate("d", 2, 9, 50)]
+    assert choices(policy, idle, 4) == "bcbc"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from disaggregated.block_hash import BlockHash
+from disaggregated.block_hash import BlockHash, block_hashes
 from orchestrator.prefix_memory import LocalPrefillRule, PrefixMemory
 
 BLOCKS = [BlockHash(number) for number in range(10)]
@@ -24,10 +24,10 @@ def test_what_was_not_seen_for_longest_is_forgotten_first() -> None:
     assert memory.num_cached_blocks("g0", BLOCKS[3:5]) == 0
 
 
-def test_the_rule_counts_uncached_tokens_and_hashes_nothing_when_it_is_off() -> None:
+def test_the_rule_counts_uncached_tokens_and_is_off_at_0() -> None:
     rule = LocalPrefillRule(20)
     prompt = list(range(50))
-    hashes = rule.hashes(prompt, 16)
+    hashes = list(block_hashes(prompt, 16))
     assert len(hashes) == 3
     assert rule.num_uncached("g0", 50, hashes, 16) == 50
     rule.sent("g0", hashes)
@@ -35,5 +35,6 @@ def test_the_rule_counts_uncached_tokens_and_hashes_nothing_when_it_is_off() -> 
     assert rule.wants_local(20)
     assert not rule.wants_local(21)
     off = LocalPrefillRule(0)
-    assert off.hashes(prompt, 16) == ()
+    assert rule.is_on
+    assert not off.is_on
     assert not off.wants_local(1)

@@ -26,16 +26,19 @@ def test_the_parts_of_a_ttft_add_up_also_after_a_lost_attempt() -> None:
     lost.ended_s = 3.0
     story.life.advance(Phase.QUEUED, now_s=3.0)
     winner = begin_attempt(story, 3.25)
-    winner.prefilled(control_pb2.PrefillOutcome(queue_s=0.5, compute_s=1.0))
+    reuse = control_pb2.PrefixReuse(verdict="pulled", spent_s=0.125, num_tokens=64, num_bytes=4096)
+    winner.prefilled(control_pb2.PrefillOutcome(queue_s=0.5, compute_s=1.0, reuse=reuse))
+    assert (winner.num_pulled_tokens, winner.pulled_bytes, winner.reuse_verdict) == (64, 4096, "pulled")
     story.tokens_came(1, now_s=5.0)
     assert story.ttft_parts() == pytest.approx(
         {
             "prepare_s": 0.5,
             "queue_s": 1.75,
             "lost_attempts_s": 1.0,
+            "prefix_reuse_s": 0.125,
             "prefill_queue_s": 0.5,
             "prefill_compute_s": 1.0,
-            "hand_off_s": 0.25,
+            "hand_off_s": 0.125,
         }
     )
     assert sum(story.ttft_parts().values()) == story.ttft_s == 5.0
