@@ -26,6 +26,8 @@ from kvtransfer import Preference, Region
 from tests.support.kv_pools import SomeTicket, blocks_of, destination, fill, flip_bit, served_source
 
 LINE_BYTES_MAX = 1 << 20
+QUIET_WITHIN_S = 5.0
+"""For a read that its library cannot stop."""
 
 
 class SourceActor:
@@ -87,8 +89,9 @@ class DestinationActor:
 
     async def pull(self, ticket: dict[str, Any], into: Sequence[int], deadline_s: float) -> dict[str, Any]:
         begin_s = time.monotonic()
+        self.pending = self.landing.start(SomeTicket(**ticket), into, deadline_s=deadline_s)
         try:
-            landed = await self.landing.pull(SomeTicket(**ticket), into, deadline_s=deadline_s)
+            landed = await self.pending.outcome()
         except DisaggregatedError as error:
             return {"outcome": type(error).__name__, "says": str(error), "seconds": time.monotonic() - begin_s}
         return {"outcome": "landed", "says": landed.transport, "seconds": time.monotonic() - begin_s}
@@ -101,7 +104,9 @@ class DestinationActor:
         return int((blocks_of(self.region, self.layout, into) != theirs).sum())
 
     async def give_away(self, into: Sequence[int]) -> None:
-        """The next owner of the blocks writes into them."""
+        """The next owner of the blocks gets them when the last transfer is quiet, and writes into them."""
+        async with asyncio.timeout(QUIET_WITHIN_S):
+            await self.pending.ended()
         for block in into:
             self._view(block, bytes([0x5A]))
 

@@ -93,8 +93,10 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
 
 
 @contextlib.asynccontextmanager
-async def relays(source_address: str, is_of_chunk: Callable[[frozenset[int]], bool]) -> AsyncIterator[ControlRelay]:
-    data = DataRelay(is_of_chunk=is_of_chunk)
+async def relays(
+    source_address: str, is_of_chunk: Callable[[frozenset[int]], bool], *, carries_blocks: bool
+) -> AsyncIterator[ControlRelay]:
+    data = DataRelay(is_of_chunk=is_of_chunk, carries_blocks=carries_blocks)
     control = ControlRelay(source_address, data)
     await control.start()
     try:

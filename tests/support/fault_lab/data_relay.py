@@ -46,8 +46,12 @@ Tamper = Callable[[Passing], None]
 class DataRelay:
     """Stands between one endpoint and whoever dials it."""
 
-    def __init__(self, *, is_of_chunk: Callable[[frozenset[int]], bool]) -> None:
-        """`is_of_chunk` tells from the source's block ids whether a READ is for the chunk that is tampered with."""
+    def __init__(self, *, is_of_chunk: Callable[[frozenset[int]], bool], carries_blocks: bool) -> None:
+        """`is_of_chunk` tells from the source's block ids whether a READ is for the chunk that is tampered with.
+
+        `carries_blocks`: a BLOCKS frame is followed by its bytes, which go another way in other transports.
+        """
+        self._carries_blocks = carries_blocks
         self._is_of_chunk = is_of_chunk
         self._tamper: Tamper | None = None
         self._listening: list[socket.socket] = []
@@ -132,6 +136,8 @@ class DataRelay:
         is_ours: threading.Event,
     ) -> None:
         kind, length = frames.unpack_header(header)
+        if kind is Kind.BLOCKS and not self._carries_blocks:
+            length = 0
         first = _receive(into, min(length, PIECE_BYTES))
         passing = Passing(kind, is_from_source, bytearray(first))
         if kind is Kind.READ and self._is_of_chunk(_blocks(first)):

@@ -329,7 +329,9 @@ class Lab:
     async def _relay_to(self, address: str) -> None:
         if self._control is None:
             self._port = int(address.rpartition(":")[2])
-            self._control = await self._stack.enter_async_context(relays(address, self._is_of_chunk))
+            self._control = await self._stack.enter_async_context(
+                relays(address, self._is_of_chunk, carries_blocks=self._transport == "TCP")
+            )
 
 
 @contextlib.asynccontextmanager
