@@ -23,6 +23,7 @@ import psutil
 from disaggregated.errors import DisaggregatedError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer import Preference, Region
+from kvtransfer.destination.pending import PendingTransfer
 from tests.support.kv_pools import SomeTicket, blocks_of, destination, fill, flip_bit, served_source
 
 LINE_BYTES_MAX = 1 << 20
@@ -75,6 +76,7 @@ class DestinationActor:
     def __init__(self, stack: Any, settings: dict[str, Any]) -> None:
         self.layout = KVLayout(**settings["layout"])
         self.region = stack.enter_context(Region.allocate(self.layout.pool_bytes))
+        self.pending: PendingTransfer | None = None
 
     async def start(self, stack: Any, settings: dict[str, Any]) -> dict[str, Any]:
         self.landing = await stack.enter_async_context(
@@ -105,8 +107,9 @@ class DestinationActor:
 
     async def give_away(self, into: Sequence[int]) -> None:
         """The next owner of the blocks gets them when the last transfer is quiet, and writes into them."""
-        async with asyncio.timeout(QUIET_WITHIN_S):
-            await self.pending.ended()
+        if self.pending is not None:
+            async with asyncio.timeout(QUIET_WITHIN_S):
+                await self.pending.ended()
         for block in into:
             self._view(block, bytes([0x5A]))
 
