@@ -25,7 +25,7 @@ from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.conversion.planner import refusal
 from kvtransfer.machine import SourcePhase
 from kvtransfer.source.endpoints import SourceEndpoints
-from kvtransfer.source.lease import Ending, LeaseBook, Progress
+from kvtransfer.source.lease import Ending, LeaseBook, Progress, joined
 
 Lend = Callable[[str, Sequence[BlockHash]], Awaitable[None]]
 """Opens and finishes the transfer of that id: of what is found of these blocks, from the first on."""
@@ -178,10 +178,10 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
 
 
 def _publications(progress: Progress, epoch: int) -> Iterator[kv_pb2.Publication]:
-    """One a chunk; the outcome goes with the last chunk, the key with each."""
-    for chunk in progress.chunks:
-        last = chunk is progress.chunks[-1]
-        outcome = progress.outcome if last else None
+    """What a slow follower has not taken comes as few; the outcome goes with the last, the key with each."""
+    chunks = joined(progress.chunks)
+    for chunk in chunks:
+        outcome = progress.outcome if chunk is chunks[-1] else None
         yield kv_pb2.Publication(
             epoch=epoch,
             first_block=chunk.first_block,
