@@ -244,6 +244,11 @@ class TransferDestination:
         held = [pending for pending in self._pending if pending.is_quarantined]
         return judge(held, self._limits, now_s=time.monotonic())
 
+    @property
+    def high_water_bytes(self) -> int:
+        """The most that was under way at once since the start."""
+        return self._in_flight.high_water_bytes
+
     def statistics(self) -> list[PeerStatistics]:
         """One for each source that we are connected to, with the transport that is really in use, and why."""
         return self._peers.statistics()

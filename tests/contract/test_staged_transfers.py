@@ -14,7 +14,7 @@ from disaggregated import rpc
 from disaggregated.engine.cuda.staging import DeviceBlockCopier
 from disaggregated.errors import SourceFailed, TransferError
 from kvtransfer import Preference, Region, StagedSource, TransferDestination
-from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket
+from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket, blocks_of, regions, served_source
 
 STAGING = dataclasses.replace(SMALL, num_blocks=8)
 """A quarter of the pool."""
@@ -120,7 +120,7 @@ async def test_blocks_that_are_here_already_are_neither_read_nor_touched() -> No
 
 
 async def test_a_staging_region_is_used_again_and_again() -> None:
-    async with staged_pair(max_tokens_in_buffer=4) as pair:
+    async with staged_pair(max_tokens_in_buffer=4) as pair:  # One block.
         names = [f"t{i}" for i in range(6)]
         tables = [[(5 * i + j) % 32 for j in range(5)] for i in range(6)]
         for name, table in zip(names, tables, strict=True):  # Five blocks each; eight can be staged.
@@ -133,6 +133,33 @@ async def test_a_staging_region_is_used_again_and_again() -> None:
         for i, table in enumerate(tables):
             pair.assert_landed(table, [5 * i + j for j in range(5)])
         await pair.wait_released(*names)
+        assert pair.destination.high_water_bytes == SMALL.num_layers * SMALL.block_bytes
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9, None])
+async def test_layers_that_a_source_publishes_one_by_one_land_in_a_device(max_tokens: int | None) -> None:
+    """Each group of layers goes through the staging region alone, and overwrites no other in the device's pool."""
+    with contextlib.ExitStack() as stack:
+        generation = Device(stack, seed=None)
+        (pool,) = stack.enter_context(regions(SMALL, 1))
+        async with served_source(pool, SMALL) as served:
+            landing = TransferDestination(
+                generation.region,
+                STAGING,
+                fingerprint=FINGERPRINT,
+                instance_id="generation-0",
+                epoch=1,
+                max_tokens_in_buffer=max_tokens,
+                copier=generation.copier,
+            )
+            served.source.open("t", num_tokens=18)
+            for num_layers in range(1, SMALL.num_layers):
+                served.source.publish("t", list(range(5)), 18, num_layers=num_layers)
+            served.source.finish("t", list(range(5)), 18, 1)
+            await landing.pull(served.ticket("t"), [9, 8, 3, 4, 0], deadline_s=20)
+            await landing.close()
+        expected = torch.from_numpy(blocks_of(pool, SMALL, range(5)))
+        assert torch.equal(generation.pool[:, [9, 8, 3, 4, 0]], expected)
 
 
 async def test_a_prompt_larger_than_the_staging_region_is_refused() -> None:
