@@ -200,8 +200,7 @@ async def test_another_model_is_refused_in_words(transport_name: str) -> None:
         ("num_layers", dataclasses.replace(SMALL, num_layers=4)),
         ("num_kv_heads", dataclasses.replace(SMALL, num_kv_heads=1)),
         ("head_dim", dataclasses.replace(SMALL, head_dim=16)),
-        ("block_size", dataclasses.replace(SMALL, block_size=8)),
-        ("dtype", dataclasses.replace(SMALL, dtype="bfloat16")),
+        ("num_planes", dataclasses.replace(SMALL, num_planes=1)),
     ],
 )
 async def test_another_layout_is_refused_with_the_field_that_differs(

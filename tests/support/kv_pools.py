@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from disaggregated import rpc
 from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_shard import KVShard
 from kvtransfer import Preference, Region, TransferDestination, TransferSource
 from kvtransfer.transport import SourceEndpoint
 
@@ -88,9 +89,10 @@ class ServedSource:
     server: grpc.aio.Server
     released: asyncio.Queue[str]
     """What `on_released` said and nobody has taken yet."""
+    instance_id: str = "context-0"
 
     def ticket(self, transfer_id: str) -> SomeTicket:
-        return SomeTicket(self.address, transfer_id)
+        return SomeTicket(self.address, transfer_id, instance_id=self.instance_id)
 
     async def wait_released(self, *transfer_ids: str) -> None:
         """These, each once, and nothing else."""
@@ -100,10 +102,16 @@ class ServedSource:
         assert self.released.empty(), f"{self.released.get_nowait()} was released as well"
 
     def offer(
-        self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, *, first_token: int = 42
+        self,
+        transfer_id: str,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        *,
+        first_token: int = 42,
+        num_readers: int = 1,
     ) -> SomeTicket:
         """A transfer whose prefill is over already."""
-        self.source.open(transfer_id)
+        self.source.open(transfer_id, num_readers=num_readers)
         assert self.source.finish(transfer_id, block_ids, num_tokens, first_token)
         return self.ticket(transfer_id)
 
@@ -119,18 +127,21 @@ async def served_source(
     fingerprint: str = FINGERPRINT,
     preference: Preference = Preference(),
     endpoints: Sequence[SourceEndpoint] | None = None,
+    instance_id: str = "context-0",
+    shard: KVShard | None = None,
 ) -> AsyncIterator[ServedSource]:
     released: asyncio.Queue[str] = asyncio.Queue()
     source = TransferSource(
         region,
         layout,
         fingerprint=fingerprint,
-        instance_id="context-0",
+        instance_id=instance_id,
         epoch=epoch,
         on_released=released.put_nowait,
         lease_s=lease_s,
         preference=preference,
         endpoints=endpoints,
+        shard=shard,
     )
     server = rpc.make_server()
     source.add_to(server)
@@ -138,7 +149,7 @@ async def served_source(
     await source.start()
     await server.start()
     try:
-        yield ServedSource(source, region, layout, address, server, released)
+        yield ServedSource(source, region, layout, address, server, released, instance_id)
     finally:
         source.check_integrity()
         await source.close()
@@ -155,6 +166,7 @@ async def destination(
     instance_id: str = "generation-0",
     progress_timeout_s: float = 0.5,
     max_tokens_in_buffer: int | None = None,
+    shard: KVShard | None = None,
 ) -> AsyncIterator[TransferDestination]:
     made = TransferDestination(
         region,
@@ -165,6 +177,7 @@ async def destination(
         preference=Preference(backend),
         progress_timeout_s=progress_timeout_s,
         max_tokens_in_buffer=max_tokens_in_buffer,
+        shard=shard,
     )
     try:
         yield made

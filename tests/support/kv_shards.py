@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from disaggregated.engine.ops.quantise import quantise_rows
-from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_layout import QUANTISED, KVLayout
 from disaggregated.kv_shard import KVHolding, context_parallel, pipeline_parallel, tensor_parallel
 
 Floats = npt.NDArray[np.float32]
@@ -80,34 +80,33 @@ def tokens_of(holding: KVHolding, num_tokens: int) -> list[int]:
 def store(pool: memoryview, holding: KVHolding, table: Sequence[int], kv_LPHTD: Floats) -> int:
     """Write what this rank holds of `kv` into blocks `table`, in its dtype. Returns how many tokens that is."""
     tokens = tokens_of(holding, kv_LPHTD.shape[3])
+    layers, heads = holding.layers, holding.heads
+    held = kv_LPHTD[layers.start : layers.stop, :, heads.start : heads.stop]
+    stored, scale = _in_dtype(torch.from_numpy(held.copy()), holding.layout.dtype)
     for (block, offset), token in zip(_places(holding.layout, table), tokens, strict=False):
-        for layer, model_layer in enumerate(holding.layers):
-            rows = torch.from_numpy(kv_LPHTD[model_layer, :, holding.heads.start : holding.heads.stop, token].copy())
+        for layer in range(holding.layout.num_layers):
             values, scales = _block(pool, holding.layout, layer, block)
-            stored, scale = _in_dtype(rows, holding.layout.dtype)
-            values[:, :, offset] = stored
-            if scales is not None:
-                scales[:, :, offset] = scale
+            values[:, :, offset] = stored[layer, :, :, token]
+            if scales is not None and scale is not None:
+                scales[:, :, offset] = scale[layer, :, :, token]
     return len(tokens)
 
 
 def fetch(pool: memoryview, holding: KVHolding, table: Sequence[int], num_tokens: int) -> Bytes:
-    """Everything a pool says about a prompt's tokens, as bytes: (L, P, H, T, bytes of numbers and scale)."""
+    """Everything a pool says about a prompt's tokens, as bytes: (T, L, P, H, bytes of numbers and scale)."""
+    layout = holding.layout
     found = []
-    for (block, offset), _ in zip(_places(holding.layout, table), tokens_of(holding, num_tokens), strict=False):
-        layers = []
-        for layer in range(holding.layout.num_layers):
-            values, scales = _block(pool, holding.layout, layer, block)
+    for (block, offset), _ in zip(_places(layout, table), tokens_of(holding, num_tokens), strict=False):
+        for layer in range(layout.num_layers):
+            values, scales = _block(pool, layout, layer, block)
             row = values[:, :, offset]
             if scales is not None:
                 scale_bytes = np.ascontiguousarray(scales[:, :, offset]).view(np.uint8)
                 row = np.concatenate([row, scale_bytes.reshape(*row.shape[:2], 4)], axis=2)
-            layers.append(row)
-        found.append(np.stack(layers))
-    empty = np.zeros(
-        (holding.layout.num_layers, holding.layout.num_planes, holding.layout.num_kv_heads, 0, 1), np.uint8
-    )
-    return np.stack(found, axis=3) if found else empty
+            found.append(row)
+    if not found:
+        return np.zeros(0, np.uint8)
+    return np.stack(found).reshape(-1, layout.num_layers, *found[0].shape)
 
 
 def expected(holding: KVHolding, kv_LPHTD: Floats) -> Bytes:
@@ -138,10 +137,10 @@ def _block(pool: memoryview, layout: KVLayout, layer: int, block: int) -> tuple[
     )
 
 
-def _in_dtype(rows_PHD: torch.Tensor, dtype: str) -> tuple[Bytes, Floats | None]:
-    """As the engine writes them: bytes (P, H, bytes of D numbers), scales (P, H)."""
+def _in_dtype(x: torch.Tensor, dtype: str) -> tuple[Bytes, Floats | None]:
+    """(…, D) as the engine writes it: (…, bytes of D numbers) and, of a quantised dtype, (…) scales."""
     target = getattr(torch, dtype)
-    if dtype in ("int8", "float8_e4m3fn"):
-        quantised, scales = quantise_rows(rows_PHD, target)
+    if dtype in QUANTISED:
+        quantised, scales = quantise_rows(x, target)
         return quantised.view(torch.uint8).numpy(), scales.numpy()
-    return rows_PHD.to(target).view(torch.uint8).numpy(), None
+    return x.to(target).view(torch.uint8).numpy(), None
