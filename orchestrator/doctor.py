@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disaggregated import __version__
+from disaggregated.security.status import secret_status
 from kvtransfer import negotiate, probe, registry
 
 _MEMORY_WISHED: Final = 4 << 30
@@ -50,6 +51,7 @@ def findings(*, with_measurements: bool) -> Iterator[Finding]:
     yield _compiler()
     yield _cuda()
     yield _network_cards()
+    yield _secret()
     for name in negotiate.BEST_FIRST:
         if name in registry.TRANSPORTS:
             yield transport(name, measure=probe.measure if with_measurements else None)
@@ -128,6 +130,12 @@ def _cuda() -> Finding:
         "GPU",
         "a driver is here" + ("" if has_triton else "; the triton package is not, so kernels are torch's"),
     )
+
+
+def _secret() -> Finding:
+    status = secret_status()
+    verdict = Verdict.BROKEN if not status.is_usable else Verdict.FINE if status.is_set else Verdict.KNOW
+    return Finding(verdict, "cluster secret", status.says)
 
 
 def _network_cards() -> Finding:
