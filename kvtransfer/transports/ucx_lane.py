@@ -22,7 +22,7 @@ from disaggregated import logs
 from disaggregated.errors import PeerLost, TransferError
 from kvtransfer.deadline import Deadline
 from kvtransfer.transports.frame_socket import FrameSocket
-from kvtransfer.transports.packed import heed
+from kvtransfer.transports.frames import Kind, MalformedFrame
 
 log = logs.get(__name__)
 
@@ -124,8 +124,9 @@ class UcxLane:
 
     def sleep(self, connection: FrameSocket, *, listening: bool) -> None:
         """Until UCX has something to do. Raises when the peer has gone, or, `listening`, speaks."""
-        if self._worker.arm():
-            heed(connection, self._worker.epoll_file_descriptor, listening=listening)
+        if self._worker.arm() and connection.watch(self._worker.epoll_file_descriptor, listening=listening):
+            kind, _ = connection.receive_frame(*Kind)  # Raises for what a peer says that ends.
+            raise MalformedFrame(f"a {kind.name} in the middle of blocks")
 
     def close(self) -> bool:
         """End whatever is in flight and let go of the worker: when this is True, nothing can be written any more.
