@@ -56,6 +56,11 @@ class KVSourceStub:
                 request_serializer=disaggregated_dot_v1_dot_kv__pb2.RenewRequest.SerializeToString,
                 response_deserializer=disaggregated_dot_v1_dot_kv__pb2.RenewReply.FromString,
                 _registered_method=True)
+        self.Ping = channel.unary_unary(
+                '/disaggregated.v1.KVSource/Ping',
+                request_serializer=disaggregated_dot_v1_dot_kv__pb2.PingRequest.SerializeToString,
+                response_deserializer=disaggregated_dot_v1_dot_kv__pb2.PingReply.FromString,
+                _registered_method=True)
 
 
 class KVSourceServicer:
@@ -92,6 +97,14 @@ class KVSourceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ping(self, request, context):
+        """Answered at once, whatever else goes on: a destination that pulls from here asks a few times a second, because no
+        socket ever reports a process that was stopped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVSourceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +127,11 @@ def add_KVSourceServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=disaggregated_dot_v1_dot_kv__pb2.RenewRequest.FromString,
                     response_serializer=disaggregated_dot_v1_dot_kv__pb2.RenewReply.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=disaggregated_dot_v1_dot_kv__pb2.PingRequest.FromString,
+                    response_serializer=disaggregated_dot_v1_dot_kv__pb2.PingReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +244,33 @@ class KVSource:
             '/disaggregated.v1.KVSource/Renew',
             disaggregated_dot_v1_dot_kv__pb2.RenewRequest.SerializeToString,
             disaggregated_dot_v1_dot_kv__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/disaggregated.v1.KVSource/Ping',
+            disaggregated_dot_v1_dot_kv__pb2.PingRequest.SerializeToString,
+            disaggregated_dot_v1_dot_kv__pb2.PingReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,10 @@ class KVSourceStub:
     """The destination has verified every block (or given up). The lease ends here."""
     Renew: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewReply]
     """Keeps a lease alive while a slow pull goes on."""
+    Ping: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PingRequest, _kv_pb2.PingReply]
+    """Answered at once, whatever else goes on: a destination that pulls from here asks a few times a second, because no
+    socket ever reports a process that was stopped.
+    """
 
 @_typing.type_check_only
 class KVSourceAsyncStub(KVSourceStub):
@@ -65,6 +69,10 @@ class KVSourceAsyncStub(KVSourceStub):
     """The destination has verified every block (or given up). The lease ends here."""
     Renew: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewReply]  # type: ignore[assignment]
     """Keeps a lease alive while a slow pull goes on."""
+    Ping: _aio.UnaryUnaryMultiCallable[_kv_pb2.PingRequest, _kv_pb2.PingReply]  # type: ignore[assignment]
+    """Answered at once, whatever else goes on: a destination that pulls from here asks a few times a second, because no
+    socket ever reports a process that was stopped.
+    """
 
 class KVSourceServicer(metaclass=_abc_1.ABCMeta):
     """The control plane of a KV transfer, served by whoever holds the blocks. The bytes themselves
@@ -104,5 +112,15 @@ class KVSourceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.RenewReply, _abc.Awaitable[_kv_pb2.RenewReply]]:
         """Keeps a lease alive while a slow pull goes on."""
+
+    @_abc_1.abstractmethod
+    def Ping(
+        self,
+        request: _kv_pb2.PingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.PingReply, _abc.Awaitable[_kv_pb2.PingReply]]:
+        """Answered at once, whatever else goes on: a destination that pulls from here asks a few times a second, because no
+        socket ever reports a process that was stopped.
+        """
 
 def add_KVSourceServicer_to_server(servicer: KVSourceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
