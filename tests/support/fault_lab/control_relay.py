@@ -34,6 +34,10 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
     def __init__(self, source_address: str, data: DataRelay) -> None:
         self.address = ""
         self.tampering = ControlTampering()
+        self.num_publications = 0
+        """That came from the source, since somebody set this to 0."""
+        self.came = asyncio.Event()
+        """Set when one more came."""
         self._source_address = source_address
         self.data = data
         self._channel = rpc.open_channel(source_address)
@@ -72,13 +76,19 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
         follow = self._source.Follow(request, timeout=60)
         try:
             with rpc.errors_from(self._source_address):
-                async for publication in self.tampering.publications(aiter(follow)):
+                async for publication in self.tampering.publications(self._counted(aiter(follow))):
                     yield publication
         except asyncio.CancelledError:
             raise PeerLost("the lab has cut this stream") from None
         finally:
             self._follows.discard(task)
             follow.cancel()
+
+    async def _counted(self, stream: Publications) -> Publications:
+        async for publication in stream:
+            self.num_publications += 1
+            self.came.set()
+            yield publication
 
     async def Release(self, request: kv_pb2.ReleaseRequest, call: Any) -> kv_pb2.ReleaseReply:
         return await self.tampering.release(self._release, request)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from disaggregated import rpc
@@ -116,7 +116,8 @@ class Lab:
     async def _one_transfer(self, cell: Cell, tampering: Tampering) -> tuple[str, float, list[str]]:
         transfer_id = self._next_id()
         pulling = asyncio.create_task(self._pull(transfer_id))
-        publishing = asyncio.create_task(self._publish(transfer_id, waits=cell.fault is not Fault.REORDERED))
+        is_read = cell.fault is not Fault.REORDERED  # One that is held back for another cannot be.
+        publishing = asyncio.create_task(self._publish(transfer_id, self._until_read if is_read else self._until_told))
         told = await pulling
         ended_s = told["ended_s"]
         publishing.cancel()
@@ -158,18 +159,27 @@ class Lab:
                 told["outcome"] = f"LANDED WITH {told['num_wrong']} WRONG BYTES"
         return told
 
-    async def _publish(self, transfer_id: str, *, waits: bool) -> None:
-        """Chunk after chunk; with `waits` the next one when the last was asked for."""
+    async def _publish(self, transfer_id: str, until: Callable[[int], Awaitable[None]]) -> None:
+        """Chunk after chunk, the next one when `until` has returned for the last."""
         num_tokens = NUM_BLOCKS * LARGE.block_size
         self._data_seen.clear()
+        self.control.num_publications = 0
         await self.source.call("open", transfer_id, num_tokens)
         for chunk in range(NUM_CHUNKS - 1):
             await self.source.call("publish", transfer_id, TABLE, (chunk + 1) * num_tokens // NUM_CHUNKS)
-            while waits and chunk not in self._data_seen:
-                self._seen.clear()
-                async with asyncio.timeout(5):
-                    await self._seen.wait()
+            async with asyncio.timeout(5):
+                await until(chunk)
         await self.source.call("finish", transfer_id, TABLE, num_tokens)
+
+    async def _until_read(self, chunk: int) -> None:
+        while chunk not in self._data_seen:
+            self._seen.clear()
+            await self._seen.wait()
+
+    async def _until_told(self, chunk: int) -> None:
+        while self.control.num_publications <= chunk:
+            self.control.came.clear()
+            await self.control.came.wait()
 
     def _is_of_chunk(self, blocks: frozenset[int]) -> bool:
         """On a relay's thread."""
@@ -217,7 +227,7 @@ class Lab:
         into = [block - NUM_BLOCKS for block in INTO]
         transfer_id = self._next_id()
         self._watched = None
-        publishing = asyncio.create_task(self._publish(transfer_id, waits=False))
+        publishing = asyncio.create_task(self._publish(transfer_id, self._until_read))
         told = await self.destination.call("pull", self._ticket(transfer_id), into, DEADLINE_S)
         await publishing
         if told["outcome"] != "landed":
