@@ -242,6 +242,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             skip_blocks=reservation.num_cached_blocks,
             deadline_s=request.deadline_s,
             overlap=self._overlap,
+            num_tokens=admission.num_prompt_tokens,
         )
         admission.transfer = transfer
         self._pulls.create_task(self._follow(admission, transfer), name=f"follow-{admission.engine_id}")

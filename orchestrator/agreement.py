@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from disaggregated.kv_layout import KVLayout
+from disaggregated.kv_shard import KVHolding
 from disaggregated.v1 import control_pb2
 from orchestrator.server import Server
 
@@ -54,5 +55,17 @@ def _between(ours: control_pb2.ServerDescription, other: Server) -> str | None:
         return f"model is {ours.model!r} here and {theirs.model!r} there"
     if ours.fingerprint != theirs.fingerprint:
         return f"weights or numerics differ: fingerprint {ours.fingerprint} here and {theirs.fingerprint} there"
-    difference = KVLayout.from_proto(ours.layout).difference(KVLayout.from_proto(theirs.layout))
-    return f"KV layouts differ: {difference}" if difference else None
+    if difference := _layout_difference(ours, theirs):
+        return f"KV layouts differ: {difference}"
+    return None
+
+
+def _layout_difference(ours: control_pb2.ServerDescription, theirs: control_pb2.ServerDescription) -> str | None:
+    """Between roles, blocks of another size or dtype are converted on their way.
+
+    Servers of one role store them alike, so that a request's tokens do not depend on where it was dispatched.
+    """
+    here, there = KVLayout.from_proto(ours.layout), KVLayout.from_proto(theirs.layout)
+    if ours.role == theirs.role:
+        return here.difference(there)
+    return KVHolding.whole(here).model_shape.difference(KVHolding.whole(there).model_shape)

@@ -38,6 +38,12 @@ def weights_digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_digest(folder: Path) -> str:
+    """Of tokenizer.json, byte for byte; "" without one. Equal ids must be equal text on both ends of a transfer."""
+    path = folder / "tokenizer.json"
+    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else ""
+
+
 def numerics_of(ops_name: str) -> str:
     """One name for all op tables that give the same bits.
 

@@ -17,7 +17,7 @@ from disaggregated import logs
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.api import OverlappingRunner, ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
-from disaggregated.engine.fingerprint import fingerprint, numerics_of, weights_digest
+from disaggregated.engine.fingerprint import fingerprint, numerics_of, tokenizer_digest, weights_digest
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.host_tier.device_memory import StreamBlockCopier
 from disaggregated.engine.host_tier.memory import MemoryBlockCopier
@@ -230,9 +230,18 @@ def _warm_up(runner: TorchModelRunner, num_tokens: int) -> None:
 
 
 def _fingerprint(files: ModelFiles, config: ModelConfig, ops: Ops, precision: Precision, *, is_dummy: bool) -> str:
+    """What the numbers of a token's KV mean. In which dtype and blocks they are stored is the layout's: KV is converted
+    between servers that differ in nothing else."""
     weights = "dummy" if is_dummy else weights_digest(safetensors_paths(files.path))
     mathematics = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KV}
-    return fingerprint(weights, sorted(mathematics.items()), precision.name, precision.kv_dtype, numerics_of(ops.name))
+    return fingerprint(
+        weights,
+        sorted(mathematics.items()),
+        precision.name,
+        precision.dtype_name,
+        numerics_of(ops.name),
+        tokenizer_digest(files.path),
+    )
 
 
 def _device(config: ServerConfig) -> torch.device:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,21 +224,56 @@ def tensors_of(root: object) -> Iterator[torch.Tensor]:
             pending += item
 
 
-def test_fingerprints_tell_weights_and_numerics_apart(tiny: TinyModel, tmp_path: Path) -> None:
-    same = [load_engine(server(tiny, max_batch_size=size), allocate=allocate).fingerprint for size in (4, 8)]
-    assert len(set(same)) == 1
-    int8_kv = dataclasses.replace(SMALL_POOL, dtype="int8")
-    others = [
-        load_engine(server(tiny, **changes), allocate=allocate).fingerprint
-        for changes in ({"dtype": "bfloat16"}, {"dtype": "int8"}, {"kv_cache_config": int8_kv})
-    ]
-    copy = write_model("llama-tied", tmp_path)
-    assert load_engine(server(copy), allocate=allocate).fingerprint == same[0]
-    tensors = load_file(tmp_path / "model.safetensors")
+def fingerprint_of(model: TinyModel, **changes: Any) -> str:
+    return load_engine(server(model, **changes), allocate=allocate).fingerprint
+
+
+def test_a_fingerprint_says_what_kv_means_and_not_how_it_is_stored(tiny: TinyModel) -> None:
+    meaning = fingerprint_of(tiny)
+    assert fingerprint_of(tiny, max_batch_size=8) == meaning
+    for changes in ({"dtype": "int8"}, {"dtype": "bfloat16"}, {"tokens_per_block": 8}):
+        assert fingerprint_of(tiny, kv_cache_config=dataclasses.replace(SMALL_POOL, **changes)) == meaning
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_fingerprint_tells_the_dtype_of_compute(tiny: TinyModel, dtype: str) -> None:
+    assert fingerprint_of(tiny, dtype=dtype, kv_cache_config=dataclasses.replace(SMALL_POOL, dtype="float32")) != (
+        fingerprint_of(tiny, kv_cache_config=dataclasses.replace(SMALL_POOL, dtype="float32"))
+    )
+
+
+def _retrain(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"] *= 1.01
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    other_weights = load_engine(server(copy), allocate=allocate).fingerprint
-    assert len({same[0], *others, other_weights}) == 5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _rewrite(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _rewrite_rope(folder: Path, **changes: object) -> None:
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    _rewrite(folder, rope_parameters={**rope, **changes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_retrain, id="weights, as of another revision"),
+        pytest.param(lambda folder: _rewrite_rope(folder, rope_theta=5000.0), id="rope"),
+        pytest.param(lambda folder: _rewrite_rope(folder, rope_type="linear", factor=2.0), id="rope scaling"),
+        pytest.param(lambda folder: _rewrite(folder, rms_norm_eps=1e-3), id="epsilon"),
+        pytest.param(lambda folder: (folder / "tokenizer.json").write_text("{}"), id="tokenizer"),
+    ],
+)
+def test_a_fingerprint_tells_models_apart_by(change: Callable[[Path], object], tiny: TinyModel, tmp_path: Path) -> None:
+    copy = write_model("llama-tied", tmp_path)
+    before = fingerprint_of(copy)
+    assert before == fingerprint_of(tiny)
+    change(tmp_path)
+    assert fingerprint_of(copy) != before
 
 
 def test_native_tables_that_give_the_same_bits_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
