@@ -65,6 +65,7 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2_000),  # what gRPC calls so is its connect timeout; a refusal is found at once
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the backoff of an old one to a dead process
 ]
 
 

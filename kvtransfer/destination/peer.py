@@ -6,7 +6,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 import grpc
@@ -43,6 +44,11 @@ CONNECT_TIMEOUT_S: Final = 5.0
 _TELLING_BYTES: Final = 1 << 16
 """A smaller transfer says more of latency than of the link."""
 _NEWEST_COUNTS: Final = 0.25
+
+
+FailPull = Callable[[TransferError], None]
+
+LEASE_MAX_S: Final = 3600.0
 
 
 class Ticket(Protocol):
@@ -132,7 +138,12 @@ class SourcePeer:
     stub: kv_pb2_grpc.KVSourceAsyncStub
     link: PeerLink
     statistics: PeerStatistics
-    num_pulls: int = 0
+    pulls: set[FailPull] = dataclasses.field(default_factory=set)
+    """Those that go on, each told when the source is found to be lost."""
+    pulse: asyncio.Task[None] | None = None
+    """Asks it whether it is there, as long as there are pulls."""
+    used_s: float = dataclasses.field(default_factory=time.monotonic)
+    """When a pull last began or ended."""
     is_forgotten: bool = False
     """No new pull uses it; the last one to end closes it."""
 
@@ -181,6 +192,8 @@ async def connect(
         )
         holding = KVHolding.from_proto(reply.layout, reply.shard if reply.HasField("shard") else None)
         _check(identity, holding, ticket, us.holding)
+        if not 0.0 < reply.lease_s <= LEASE_MAX_S:  # Also when it is no number at all.
+            raise TransferError(f"{reply.instance_id} leases blocks for {reply.lease_s} s")
         staging = ours.foreign.staging_for(holding)
         transports = staging.transports if staging else ours.pool
         offers = [_to_offer(offer, ticket.address) for offer in reply.offers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import weakref
 from collections.abc import AsyncIterator
 from typing import Final
@@ -12,8 +13,19 @@ import grpc
 
 from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
+from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
-from kvtransfer.destination.peer import Destination, Into, PeerStatistics, SourcePeer, Ticket, close_peer, connect
+from kvtransfer.destination.peer import (
+    Destination,
+    FailPull,
+    Into,
+    PeerStatistics,
+    SourcePeer,
+    Ticket,
+    close_peer,
+    connect,
+    source_errors,
+)
 from kvtransfer.destination.readers import FairReaders
 
 log = logs.get(__name__)
@@ -22,6 +34,11 @@ _LOST: Final[frozenset[grpc.ChannelConnectivity]] = frozenset(
     {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN}
 )
 
+IDLE_MAX_S: Final = 300.0
+"""A source that nobody has pulled from for that long is let go of; the next pull connects within milliseconds."""
+PEERS_MAX: Final = 256
+"""Connected at once, but for those that are pulled from."""
+PINGS_IN_TIMEOUT: Final = 4
 LOST_REMEMBERED: Final = 64
 """Sources that are not connected and whose totals are kept, should they come back."""
 
@@ -38,7 +55,12 @@ class SourcePeers:
         us: Destination,
         ours: Into,
         readers: FairReaders,
+        *,
+        progress_timeout_s: float,
+        idle_max_s: float = IDLE_MAX_S,
     ) -> None:
+        self._progress_timeout_s = progress_timeout_s
+        self._idle_max_s = idle_max_s
         self._us = us
         self._ours = ours
         self._readers = readers
@@ -64,6 +86,7 @@ class SourcePeers:
             if peer is not None:
                 self._forget(peer)
                 await self._close_unused(peer)
+            await self._make_room()
             peer = await connect(ticket, self._us, self._ours, self._readers.of(ticket.address), deadline=deadline)
             self._count_on(peer)
             self._current[ticket.address] = peer
@@ -74,9 +97,15 @@ class SourcePeers:
             return peer
 
     @contextlib.asynccontextmanager
-    async def keeping(self, peer: SourcePeer) -> AsyncIterator[None]:
-        """`peer` stays open while inside, whatever becomes of it. One that failed us is not used again."""
-        peer.num_pulls += 1
+    async def keeping(self, peer: SourcePeer, fail: FailPull) -> AsyncIterator[None]:
+        """`peer` stays open while inside, whatever becomes of it; `fail` is called when it is found to be lost.
+
+        One that failed us is not used again.
+        """
+        peer.pulls.add(fail)
+        peer.used_s = time.monotonic()
+        if peer.pulse is None:
+            peer.pulse = asyncio.create_task(self._feel(peer), name=f"kv-pulse-{peer.identity.instance_id}")
         try:
             yield
         except TransferError as error:
@@ -85,30 +114,75 @@ class SourcePeers:
                 self._forget(peer)
             raise
         finally:
-            peer.num_pulls -= 1
+            peer.pulls.discard(fail)
+            peer.used_s = time.monotonic()
+            if not peer.pulls and (pulse := peer.pulse) is not None:
+                peer.pulse = None
+                await _ended(pulse)
             if peer.is_forgotten:
                 await self._close_unused(peer)
 
     async def close(self) -> None:
         """Close every connection. The caller has ended its pulls."""
         for watcher in tuple(self._watchers):
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
+            await _ended(watcher)
         self._current.clear()
         while self._open:
             peer = self._open[-1]
-            assert peer.num_pulls == 0, f"{peer.num_pulls} pulls from {peer.identity.instance_id} are running"
+            assert not peer.pulls, f"{len(peer.pulls)} pulls from {peer.identity.instance_id} are running"
             await self._close_unused(peer)
 
+    async def _feel(self, peer: SourcePeer) -> None:
+        """A process that was stopped or frozen keeps its sockets: only an answer that does not come tells."""
+        request = kv_pb2.PingRequest(epoch=peer.identity.epoch)
+        while True:
+            await asyncio.sleep(self._progress_timeout_s / PINGS_IN_TIMEOUT)
+            try:
+                with source_errors(peer.address):
+                    await peer.stub.Ping(request, timeout=self._progress_timeout_s)
+            except TransferError as error:
+                lost = error if isinstance(error, PeerLost | StaleEpoch) else _silent(peer, self._progress_timeout_s)
+                log.info("kv_source_lost", source=peer.identity.instance_id, reason=str(lost))
+                self._forget(peer)
+                for fail in tuple(peer.pulls):
+                    fail(lost)
+                return
+
     async def _watch(self, peer: SourcePeer) -> None:
-        """A source that dies while idle is let go of: its memory is unmapped, and the next pull connects anew."""
-        while (seen := peer.channel.get_state()) not in _LOST:
-            await peer.channel.wait_for_state_change(seen)
+        """A source that dies while idle, or is not used for long, is let go of: its memory is unmapped.
+
+        The next pull connects anew. That a process died shows at its end of the connection, even if nobody ever pulls
+        from it again.
+        """
+        reason = ""
+        while not reason and not peer.is_forgotten:
+            seen = peer.channel.get_state()
+            if seen in _LOST:
+                reason = f"its control connection is {seen.name}"
+            elif not peer.pulls and time.monotonic() - peer.used_s >= self._idle_max_s:
+                reason = f"not used for {self._idle_max_s:g} s"
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._idle_max_s):
+                        await peer.channel.wait_for_state_change(seen)
         if not peer.is_forgotten:
-            log.info("kv_source_lost", source=peer.identity.instance_id, channel=seen.name)
+            log.info("kv_source_let_go", source=peer.identity.instance_id, reason=reason)
             self._forget(peer)
         await self._close_unused(peer)
+
+    async def _make_room(self) -> None:
+        """Sources come and go; connections to those that nobody pulls from are kept up to a number."""
+        idle = sorted((peer for peer in self._current.values() if not peer.pulls), key=lambda peer: peer.used_s)
+        for peer in idle[: max(0, len(self._current) - PEERS_MAX + 1)]:
+            log.info("kv_source_let_go", source=peer.identity.instance_id, reason=f"more than {PEERS_MAX} are known")
+            self._forget(peer)
+            await self._close_unused(peer)
+
+    def shun(self, address: str, reason: str) -> None:
+        """A read from there does not end: nobody reads through those connections again."""
+        if (peer := self._current.get(address)) is not None:
+            log.warning("kv_source_shunned", source=peer.identity.instance_id, reason=reason)
+            self._forget(peer)
 
     def _count_on(self, peer: SourcePeer) -> None:
         """A source that is connected again goes on counting where it was: totals never fall."""
@@ -118,6 +192,8 @@ class SourcePeers:
             peer.statistics = known
 
     def _forget(self, peer: SourcePeer) -> None:
+        if peer.is_forgotten:
+            return
         peer.is_forgotten = True
         self._lost[peer.identity.instance_id] = peer.statistics
         while len(self._lost) > LOST_REMEMBERED:
@@ -127,7 +203,7 @@ class SourcePeers:
 
     async def _close_unused(self, peer: SourcePeer) -> None:
         """Closing twice is harmless: whoever comes second finds it done."""
-        if peer.num_pulls == 0:
+        if not peer.pulls:
             await close_peer(peer)
             if peer in self._open:
                 self._open.remove(peer)
@@ -141,3 +217,13 @@ def _is_meant(peer: SourcePeer, ticket: Ticket) -> bool:
     if known.epoch > ticket.epoch:
         raise StaleEpoch(f"{known.instance_id} is epoch {known.epoch} by now, the ticket is for {ticket.epoch}")
     return known.epoch == ticket.epoch
+
+
+def _silent(peer: SourcePeer, timeout_s: float) -> PeerLost:
+    return PeerLost(f"{peer.identity.instance_id} has not answered for {timeout_s:g} s")
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Cancel it and wait; also when we are cancelled meanwhile, which is raised afterwards."""
+    task.cancel()
+    await asyncio.wait([task])

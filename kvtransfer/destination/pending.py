@@ -213,6 +213,11 @@ class Strand:
     def fail(self, error: DisaggregatedError) -> None:
         self.pending.fail(error)
 
+    def lost(self, error: TransferError) -> None:
+        """Its source was found to be gone; that matters no more once it has brought everything."""
+        if not self.transfer.is_over:
+            self.pending.fail(error)
+
 
 def _worst(found: Sequence[CancelResult], if_none: CancelResult) -> CancelResult:
     return next((result for result in _MOST_SEVERE_FIRST if result in found), if_none)

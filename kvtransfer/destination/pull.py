@@ -1,7 +1,7 @@
 """One transfer, seen from where it lands.
 
     receiver task    follows the source's publications, notes when each came
-    renewing task    tells the source that we are alive, and finds out whether it is
+    renewing task    tells the source that we are alive
     the pull itself  reads each published chunk on a worker thread while later ones are still computed, verifies,
                      has the lease confirmed
 
@@ -35,7 +35,7 @@ from kvtransfer.transport import ReadStop
 _PUBLICATIONS_MAX: Final = 256
 """Received and not yet read. When full we stop receiving, and gRPC's flow control makes the source wait."""
 _RENEWALS_PER_LEASE: Final = 3
-_PROBE_INTERVAL_S: Final = 1.0
+_RENEWAL_INTERVAL_MIN_S: Final = 0.02
 
 
 @dataclasses.dataclass(slots=True)
@@ -122,10 +122,10 @@ class Pull:
             raise PeerLost(f"{self._peer.identity.instance_id} ended the transfer before its last block")
 
     async def _renew(self) -> None:
-        """Each renewal is also a probe: a source that does not answer one is lost, whatever its sockets say."""
+        """The source learns that we are alive; and we, that it still holds what it leased."""
         request = kv_pb2.RenewRequest(transfer_id=self._transfer.transfer_id, epoch=self._peer.identity.epoch)
         while True:
-            await asyncio.sleep(min(self._peer.lease_s / _RENEWALS_PER_LEASE, _PROBE_INTERVAL_S))
+            await asyncio.sleep(max(self._peer.lease_s / _RENEWALS_PER_LEASE, _RENEWAL_INTERVAL_MIN_S))
             with self._deciding_failure(), source_errors(self._peer.address):
                 await self._peer.stub.Renew(request, timeout=self._answer_s())
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from disaggregated.errors import DisaggregatedError, LeaseExpired, PeerLost, SourceFailed, StaleEpoch, TransferTimeout
+from disaggregated.errors import LeaseExpired, PeerLost, SourceFailed, StaleEpoch, TransferTimeout
 from disaggregated.kv_layout import KVLayout
 from disaggregated.kv_shard import KVHolding, KVShard
 from kvtransfer.conversion.executor import PoolView
@@ -102,7 +102,9 @@ class TransferDestination:
         self._readers = FairReaders(READERS_MAX, thread_name_prefix="kv-pull")
         part_tokens = max_tokens_in_buffer or PART_BYTES // layout.token_bytes
         self._foreign = ForeignPools(self._holding, ours_by_name, part_tokens=part_tokens)
-        self._peers = SourcePeers(us, Into(ours_by_name, self._foreign), self._readers)
+        self._peers = SourcePeers(
+            us, Into(ours_by_name, self._foreign), self._readers, progress_timeout_s=progress_timeout_s
+        )
         self._place = InPlace() if copier is None else Staged(StagingBlocks(layout.num_blocks), copier)
         self._view = PoolView(self._pool, layout) if copier is None else None
         self._farewells = Farewells(instance_id)
@@ -178,7 +180,7 @@ class TransferDestination:
         pending = PendingTransfer(
             ranks[0].transfer_id,
             into,
-            on_decided=lambda decided: self._tell_sources(ranks, decided.error),
+            on_decided=lambda decided: self._decided(decided, ranks),
             on_ended=self._pending.discard,
         )
         how = _How(pending, Deadline.after(deadline_s), deadline_s, overlap, block_hashes)
@@ -191,11 +193,20 @@ class TransferDestination:
         self._pending.add(pending)
         return pending
 
-    def _tell_sources(self, ranks: Sequence[Ticket], error: DisaggregatedError | None) -> None:
-        if error is None or (isinstance(error, SOURCE_KNOWS) and len(ranks) == 1):
+    def _decided(self, pending: PendingTransfer, ranks: Sequence[Ticket]) -> None:
+        """Its sources need not wait for their leases, and a read that does not end is not the peer's last one."""
+        error = pending.error
+        if error is None:
             return
-        for ticket in ranks:  # One of several may know; the others do not.
-            self.decline(ticket, error)
+        if len(ranks) > 1 or not isinstance(error, SOURCE_KNOWS):
+            for ticket in ranks:  # One of several may know; the others do not.
+                self.decline(ticket, error)
+        asyncio.get_running_loop().call_later(self._limits.stuck_after_s, self._check_ended, pending, ranks)
+
+    def _check_ended(self, pending: PendingTransfer, ranks: Sequence[Ticket]) -> None:
+        if pending.is_quarantined:
+            for ticket in ranks:
+                self._peers.shun(ticket.address, self.quarantine().unhealthy)
 
     def decline(self, ticket: Ticket, why: BaseException | None = None) -> None:
         """We shall not pull this one: its source is told, soon, and need not wait for its lease to run out.
@@ -218,8 +229,8 @@ class TransferDestination:
         return joint.joined([task.result() for task in running], peers)
 
     async def _pull_part(self, part: Part, how: _How) -> Landed:
-        async with self._peers.keeping(part.peer):
-            strand = how.pending.strand(part.ticket.transfer_id, can_stop=part.peer.link.can_stop)
+        strand = how.pending.strand(part.ticket.transfer_id, can_stop=part.peer.link.can_stop)
+        async with self._peers.keeping(part.peer, strand.lost):
             try:
                 landed = await self._make_pull(part, strand, how).run()
             except asyncio.CancelledError:

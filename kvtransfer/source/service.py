@@ -153,6 +153,10 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             raise LeaseExpired(f"transfer {request.transfer_id} is over")
         return kv_pb2.RenewReply(lease_s=self._book.lease_s)
 
+    async def Ping(self, request: kv_pb2.PingRequest, call: Any) -> kv_pb2.PingReply:
+        self._check_epoch(request.epoch)
+        return kv_pb2.PingReply()
+
     @contextlib.contextmanager
     def _following(self, transfer_id: str, peer_id: str) -> Iterator[asyncio.Event]:
         if peer_id in self._followers.get(transfer_id, {}):
