@@ -70,6 +70,12 @@ TRANSPORTS: Final[Mapping[str, Listed]] = {
             carries="one-sided reads out of the other process's memory, over InfiniBand, RoCE, CMA or TCP",
         ),
         Listed(
+            name="NCCL",
+            module="kvtransfer.transports.nccl",
+            extra="nccl",
+            carries="packed messages by torch.distributed: NCCL between CUDA pools, gloo between others",
+        ),
+        Listed(
             name="MPI",
             module="kvtransfer.transports.mpi",
             extra="mpi",

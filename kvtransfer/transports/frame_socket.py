@@ -76,6 +76,11 @@ class FrameSocket:
         """What `limit_waits` was told last."""
         return self._deadline
 
+    @property
+    def our_host(self) -> str:
+        """The address of ours by which the peer reached us, or we it. TCP only."""
+        return str(self._sock.getsockname()[0])
+
     def watch(self, fd: int | None = None, *, within_s: float = math.inf, listening: bool = True) -> bool:
         """Wait until the peer speaks or closes (True), or `fd` can be read or `within_s` has passed (False).
 

@@ -7,8 +7,9 @@
                                ◀═══ library ══
     unpacks 0, posts one, MORE ─── control ──▶     sends one more
 
-A chunk is sent only once its receive is posted. So nothing comes unexpected at a destination; and what a source has begun
-to send can end even when the read that wanted it is over. Messages land in staging buffers: what is late finds no pool.
+A chunk is sent only once its receive is posted. So nothing comes unexpected at a destination; and what a source has
+begun to send can end even when the read that wanted it is over. Messages land in staging buffers: what is late finds no
+pool.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
+from disaggregated.errors import PeerLost
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
@@ -42,12 +44,13 @@ from kvtransfer.transports.link import FramedLink
 from kvtransfer.transports.listener import Greeting
 from kvtransfer.transports.meeting import Introduction
 from kvtransfer.transports.packing import Span, StagingBuffer, StagingBuffers, chunks, spans
+from kvtransfer.transports.tcp import EVERY_ADDRESS
 
 _MORE: Final = frames.pack(Kind.MORE, b"")
 
 
 class Passage(Protocol):
-    """One message on its way; its buffer is the library's until it is over."""
+    """One message on its way; its buffer is the library's until it is over. `transit.Transit` is one."""
 
     def wait(self, connection: FrameSocket, *, listening: bool) -> None:
         """Until it is over. `listening`: what the peer says meanwhile ends the wait, too.
@@ -81,6 +84,10 @@ class Lane(Protocol):
         """True when the library has let go of every buffer. Idempotent."""
 
 
+MakeLane = Callable[[str], Lane]
+"""Given the address of ours by which the two ends reach each other. Raises TransferError: the library is not well."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
     """How a library likes its messages: measured for each. The two ends must agree."""
@@ -109,10 +116,10 @@ class PackedEndpoint:
         *,
         epoch: int,
         host: str,
-        make_lane: Callable[[], Lane],
+        make_lane: MakeLane,
         packing: Packing,
     ) -> None:
-        """`region` must stay open until `close`; `make_lane` raises TransferError when the library is not well."""
+        """`region` must stay open until `close`."""
         self.name = name
         self._region = region
         self._layout = layout
@@ -120,10 +127,12 @@ class PackedEndpoint:
         self._packing = packing
         self._staging = packing.buffers()
         self._lanes: dict[FrameSocket, Lane] = {}
+        self._host = host
         self._port = ControlPort(name, self, layout, epoch=epoch, host=host)
 
     def start(self, gate: ReadGate) -> None:
-        self._make_lane().close()  # Better to miss a library now than in the middle of a request.
+        our_host = "127.0.0.1" if self._host in EVERY_ADDRESS else self._host
+        self._make_lane(our_host).close()  # Better to miss a library now than in the middle of a request.
         self._port.start(gate)
 
     def describe(self) -> Offer:
@@ -139,7 +148,7 @@ class PackedEndpoint:
         return True
 
     def greeting(self, connection: FrameSocket, hello: Hello) -> Greeting:
-        lane = self._lanes[connection] = self._make_lane()
+        lane = self._lanes[connection] = self._make_lane(connection.our_host)
         if hello.tail:  # Without it a peer may introduce itself, and not read.
             lane.connect(hello.tail, deadline=Deadline.after(connection.progress_timeout_s))
         return Greeting(tail=lane.address)
@@ -178,7 +187,7 @@ class PackedEndpoint:
 class PackedTransport:
     """Receives a source's blocks in staging buffers, and unpacks them into our pool."""
 
-    def __init__(self, name: str, us: OurEnd, *, make_lane: Callable[[], Lane], packing: Packing) -> None:
+    def __init__(self, name: str, us: OurEnd, *, make_lane: MakeLane, packing: Packing) -> None:
         self.name = name
         self._us = us
         self._make_lane = make_lane
@@ -209,7 +218,7 @@ class _PackedDialler:
         offer: Offer,
         source: SourceIdentity,
         us: OurEnd,
-        make_lane: Callable[[], Lane],
+        make_lane: MakeLane,
         packing: Packing,
     ) -> None:
         self._introduction = Introduction(offer, source, us)
@@ -220,7 +229,7 @@ class _PackedDialler:
         self._staging = packing.buffers()
 
     def dial(self, *, deadline: Deadline) -> FrameSocket:
-        lane = self._make_lane()
+        lane = self._make_lane(_our_host_towards(self._place))
 
         def make(sock: socket.socket) -> FrameSocket:
             return _PackedConnection(sock, lane, progress_timeout_s=self._us.progress_timeout_s)
@@ -267,6 +276,17 @@ class _PackedDialler:
             if number + len(buffers) < len(parts):
                 post(number + len(buffers))
                 connection.send(_MORE)
+
+
+def _our_host_towards(place: Place) -> str:
+    """The address of ours that packets to `place` leave from; a UDP socket knows it without sending one."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as unsent:
+            unsent.connect(address)
+            return str(unsent.getsockname()[0])
+    except (OSError, UnicodeError) as error:
+        raise PeerLost(f"no way to {place.host}:{place.port}: {error}") from error
 
 
 @contextlib.contextmanager

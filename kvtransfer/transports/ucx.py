@@ -7,15 +7,13 @@ UCX's carries them (`ucx_lane.py`).
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 from typing import Final
 
 from disaggregated.kv_layout import KVLayout
-from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
-from kvtransfer.transport import DestinationTransport, Offer, OurEnd, PeerLink, SourceEndpoint, SourceIdentity
+from kvtransfer.transport import DestinationTransport, OurEnd, SourceEndpoint
 from kvtransfer.transports.control_port import is_loopback
 from kvtransfer.transports.packed import PackedEndpoint, PackedTransport, Packing
 from kvtransfer.transports.ucx_lane import UcxLane
@@ -35,24 +33,13 @@ def missing() -> str | None:
 
 
 def make_endpoint(region: Region, layout: KVLayout, *, epoch: int, host: str) -> SourceEndpoint:
-    make_lane = functools.partial(UcxLane, loopback_only=is_loopback(host))
-    return PackedEndpoint(NAME, region, layout, epoch=epoch, host=host, make_lane=make_lane, packing=PACKING)
+    return PackedEndpoint(NAME, region, layout, epoch=epoch, host=host, make_lane=_lane, packing=PACKING)
 
 
 def make_transport(us: OurEnd) -> DestinationTransport:
-    return UcxTransport(us)
+    return PackedTransport(NAME, us, make_lane=_lane, packing=PACKING)
 
 
-class UcxTransport:
-    """Opens no other network device than loopback's for a source that is on this machine."""
-
-    name = NAME
-
-    def __init__(self, us: OurEnd) -> None:
-        self._us = us
-
-    def connect(self, offer: Offer, source: SourceIdentity, *, deadline: Deadline) -> PeerLink:
-        place, _ = offer.split()
-        make_lane = functools.partial(UcxLane, loopback_only=is_loopback(place.rpartition(":")[0]))
-        packed = PackedTransport(NAME, self._us, make_lane=make_lane, packing=PACKING)
-        return packed.connect(offer, source, deadline=deadline)
+def _lane(our_host: str) -> UcxLane:
+    """Opens no other network device than loopback's for a peer that is on this machine."""
+    return UcxLane(loopback_only=is_loopback(our_host))

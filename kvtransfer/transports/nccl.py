@@ -1,0 +1,44 @@
+"""NCCL: torch.distributed between two processes; NCCL where both pools lie in CUDA memory, gloo where they do not.
+
+Each connection has a process group of its own, of two ranks, which is made from a private store and never touches
+torch's default group. `packed.py` has the course of a read. Torch is imported when the first lane is made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Final
+
+from disaggregated.kv_layout import KVLayout
+from kvtransfer.region import Region
+from kvtransfer.transport import DestinationTransport, OurEnd, SourceEndpoint
+from kvtransfer.transports.packed import Lane, PackedEndpoint, PackedTransport, Packing
+
+NAME: Final = "NCCL"
+PACKING: Final = Packing(chunk_bytes=4 << 20, in_flight=2, buffers_max=16)
+
+
+def missing() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "needs the torch package: pip install 'disaggregated[nccl]'"
+    return None
+
+
+def make_endpoint(region: Region, layout: KVLayout, *, epoch: int, host: str) -> SourceEndpoint:
+    return PackedEndpoint(NAME, region, layout, epoch=epoch, host=host, make_lane=_source_lane, packing=PACKING)
+
+
+def make_transport(us: OurEnd) -> DestinationTransport:
+    return PackedTransport(NAME, us, make_lane=_destination_lane, packing=PACKING)
+
+
+def _source_lane(our_host: str) -> Lane:
+    from kvtransfer.transports.nccl_lane import GlooLane
+
+    return GlooLane(our_host, rank=0)
+
+
+def _destination_lane(our_host: str) -> Lane:
+    from kvtransfer.transports.nccl_lane import GlooLane
+
+    return GlooLane(our_host, rank=1)

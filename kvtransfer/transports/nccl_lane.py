@@ -1,0 +1,200 @@
+"""A process group of two, for one connection: the source is rank 0, the destination rank 1.
+
+    destination                                              source
+    listens for gloo, HELLO tells where    ── control ──▶
+                                           ◀── control ──    listens for gloo, WELCOME tells where
+    connects                               ═══  gloo  ═══    connects
+
+What is told, a store of our own hands to torch: there is no rendezvous server, and an address is believed only when it
+came in a proven frame.
+
+Waiting for a gloo message blocks in C++, deaf to all but its own deadline. So a thread of the lane does that, and who
+waits for the message listens to the control socket, too. That thread is ended by the one thing that closes a gloo pair
+at once: a receive that times out. It is a fence as well: from then on nothing is written into a buffer of ours.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import datetime
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import distributed
+
+from disaggregated.errors import TransferError
+from kvtransfer.deadline import Deadline
+from kvtransfer.transports.frame_socket import FrameSocket
+from kvtransfer.transports.transit import Doorbell, Transit
+
+LIBRARY: Final = "NCCL (gloo)"
+JOIN_TIMEOUT_S: Final = 2.0
+"""For the other end to connect: it was there a moment ago."""
+MESSAGE_TIMEOUT_S: Final = 60.0
+"""The last resort: whoever waits for a message has given up long before."""
+ADDRESS_BYTES_MAX: Final = 4096
+_CLOSE_TIMEOUT_S: Final = 2 * JOIN_TIMEOUT_S
+_AT_ONCE: Final = datetime.timedelta(milliseconds=1)
+_BLOCKS_TAG: Final = 1
+_NEVER_SENT_TAG: Final = 2
+
+
+class GlooLane:
+    """Our rank of a group of two. The group is made on the lane's thread, which then waits for each message."""
+
+    def __init__(self, our_host: str, *, rank: int) -> None:
+        self._rank = rank
+        self._bell = Doorbell()
+        self._store = _Addresses()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kv-NCCL-lane")
+        self._jobs: list[concurrent.futures.Future[None]] = []
+        self._made = Transit(self._bell, library=LIBRARY)
+        self._group: Any = None
+        self._is_closed = False
+        self._submit(lambda: self._make(our_host))
+
+    @property
+    def address(self) -> bytes:
+        return self._store.ours(Deadline.after(JOIN_TIMEOUT_S))
+
+    def connect(self, peer: bytes, *, deadline: Deadline) -> None:
+        """A source does not wait: it may be connected to only once the destination has its address."""
+        if not 0 < len(peer) <= ADDRESS_BYTES_MAX:
+            raise TransferError(f"a gloo address of {len(peer)} bytes")
+        self._store.tell(peer)
+        if self._rank:
+            self._made.wait_alone(deadline)
+
+    def send(self, message: memoryview) -> Transit:
+        tensor = torch.frombuffer(message, dtype=torch.uint8)
+        return self._follow(lambda: self._group.send([tensor], 1 - self._rank, _BLOCKS_TAG))
+
+    def receive(self, message: memoryview) -> Transit:
+        tensor = torch.frombuffer(message, dtype=torch.uint8)
+        return self._follow(lambda: self._group.recv([tensor], 1 - self._rank, _BLOCKS_TAG))
+
+    def hear(self, connection: FrameSocket) -> None:
+        """What is under way has a thread of its own."""
+
+    def close(self) -> bool:
+        if not self._is_closed:
+            self._is_closed = True
+            self._store.close()
+            self._fence()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            concurrent.futures.wait(self._jobs, timeout=_CLOSE_TIMEOUT_S)
+            self._group = None
+            self._bell.close()
+        return all(job.done() for job in self._jobs)
+
+    def _make(self, our_host: str) -> None:
+        try:
+            self._group = _make_group(self._store, self._rank, our_host)
+        except (RuntimeError, ValueError) as error:  # c10d raises nothing else.
+            self._made.end(_in_a_line(error))
+        else:
+            self._made.end()
+
+    def _follow(self, begin: Callable[[], Any]) -> Transit:
+        """`begin` hands a message to gloo, which takes them in this order."""
+        transit = Transit(self._bell, library=LIBRARY)
+        self._made.wait_alone(Deadline.after(JOIN_TIMEOUT_S))
+        try:
+            work = begin()
+        except RuntimeError as error:  # The pair is closed.
+            transit.end(_in_a_line(error))
+        else:
+            self._submit(lambda: _wait(work, transit))
+        return transit
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        self._jobs = [*(each for each in self._jobs if not each.done()), self._thread.submit(job)]
+
+    def _fence(self) -> None:
+        if self._group is not None and not all(job.done() for job in self._jobs):
+            with contextlib.suppress(RuntimeError):
+                nothing = torch.empty(1, dtype=torch.uint8)
+                self._group.recv([nothing], 1 - self._rank, _NEVER_SENT_TAG).wait(_AT_ONCE)
+
+
+class _Addresses(distributed.Store):  # type: ignore[name-defined, misc]
+    """What torch takes for the store by which ranks find each other: the address of each end, told by the lane.
+
+    torch calls it from its own threads, with whatever names it likes; each rank sets one value, and asks for both.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = threading.Condition()
+        self._values: dict[str, bytes] = {}
+        self._peer: bytes | None = None
+        self._ours: bytes | None = None
+        self._is_closed = False
+
+    def ours(self, deadline: Deadline) -> bytes:
+        """Raises TransferError when torch has made none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ours is not None, deadline.left_s())
+            if self._ours is None:
+                raise TransferError("gloo does not listen")
+            return self._ours
+
+    def tell(self, peer: bytes) -> None:
+        with self._changed:
+            self._peer = peer
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Whoever waits for an address gets an error."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    # By torch.
+
+    def set(self, key: str, value: bytes) -> None:
+        with self._changed:
+            self._values[key] = bytes(value)
+            self._ours = self._values[key]
+            self._changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        with self._changed:
+            return self._values.get(key, self._peer or b"")
+
+    def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
+        with self._changed:
+            known = self._changed.wait_for(lambda: self._is_closed or self._knows(keys), JOIN_TIMEOUT_S)
+            if not known or self._is_closed:
+                raise RuntimeError("the other end told no address")
+
+    def _knows(self, keys: Sequence[str]) -> bool:
+        return self._peer is not None or all(key in self._values for key in keys)
+
+
+def _make_group(store: Any, rank: int, our_host: str) -> Any:
+    gloo: Any = distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=our_host)]
+    options._timeout = datetime.timedelta(seconds=JOIN_TIMEOUT_S)
+    options._threads = 1
+    return gloo(store, rank, 2, options)
+
+
+def _wait(work: Any, transit: Transit) -> None:
+    try:
+        work.wait(datetime.timedelta(seconds=MESSAGE_TIMEOUT_S))
+    except RuntimeError as error:
+        transit.end(_in_a_line(error))
+    else:
+        transit.end()
+
+
+def _in_a_line(error: Exception) -> str:
+    """Without the place in torch's source, and its advice."""
+    sentence = str(error).partition("] ")[2] or str(error)
+    return sentence.partition(". ")[0].partition("\n")[0]
