@@ -170,6 +170,11 @@ class LeaseBook:
             lease = self._live.get(transfer_id)
             return lease.published if lease else None
 
+    def num_publications(self, transfer_id: str) -> int:
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            return len(lease.chunks) if lease else 0
+
     def num_tokens(self, transfer_id: str) -> int:
         """Of the whole prompt; 0 when it is not known, or nobody wants it any more."""
         with self._lock:

@@ -189,6 +189,10 @@ class TransferSource:
         now_s = time.monotonic()
         return [(transfer_id, num_blocks, now_s - opened_s) for transfer_id, num_blocks, opened_s in self._book.live()]
 
+    def num_publications(self, transfer_id: str) -> int:
+        """Of a live transfer, so far; 0 when it is over."""
+        return self._book.num_publications(transfer_id)
+
     @property
     def num_followers(self) -> int:
         """Destinations that wait for publications, or have not released what they got."""
