@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -37,6 +37,7 @@ def test_every_dtype_of_a_layout_has_a_numpy_one_of_its_size() -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(QUANTISED))
+@settings(deadline=None)
 @given(x=arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.floats(width=32)))
 def test_quantising_gives_the_engines_bits(dtype: str, x: Floats) -> None:
     ours = convert(exact(x), dtype)
@@ -47,6 +48,7 @@ def test_quantising_gives_the_engines_bits(dtype: str, x: Floats) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@settings(deadline=None)
 @given(x=arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32, allow_nan=False)))
 def test_rounding_gives_the_engines_bits(dtype: str, x: Floats) -> None:
     theirs = torch.from_numpy(x.copy()).to(getattr(torch, dtype)).view(torch.int16).numpy()
@@ -54,6 +56,7 @@ def test_rounding_gives_the_engines_bits(dtype: str, x: Floats) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@settings(deadline=None)
 @given(x=rows(largest=60_000))
 def test_a_rounded_number_is_off_by_the_unit_roundoff_at_most(dtype: str, x: Floats) -> None:
     error = np.abs(as_float32(convert(exact(x), dtype)).astype(np.float64) - x)
@@ -61,6 +64,7 @@ def test_a_rounded_number_is_off_by_the_unit_roundoff_at_most(dtype: str, x: Flo
     assert (error <= UNIT_ROUNDOFF[dtype] * np.abs(x.astype(np.float64)) + smallest_half).all()
 
 
+@settings(deadline=None)
 @given(rows())
 def test_int8_is_off_by_half_a_step_at_most(x: Floats) -> None:
     numbers = convert(exact(x), "int8")
@@ -69,6 +73,7 @@ def test_int8_is_off_by_half_a_step_at_most(x: Floats) -> None:
     assert (error <= numbers.scales[:, None].astype(np.float64) / 2 * SLACK * (1 + 2.0**-12) + SMALLEST["int8"]).all()
 
 
+@settings(deadline=None)
 @given(rows())
 def test_fp8_is_off_by_a_sixteenth_or_half_its_smallest_step_at_most(x: Floats) -> None:
     numbers = convert(exact(x), "float8_e4m3fn")
@@ -79,6 +84,7 @@ def test_fp8_is_off_by_a_sixteenth_or_half_its_smallest_step_at_most(x: Floats) 
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@settings(deadline=None)
 @given(x=rows(largest=60_000))
 def test_a_float_dtype_comes_back_from_float32_as_it_was(dtype: str, x: Floats) -> None:
     stored = convert(exact(x), dtype)
@@ -87,6 +93,7 @@ def test_a_float_dtype_comes_back_from_float32_as_it_was(dtype: str, x: Floats) 
 
 
 @pytest.mark.parametrize("dtype", sorted(QUANTISED))
+@settings(deadline=None)
 @given(x=rows())
 def test_quantising_what_was_quantised_changes_no_number_by_more_than_the_arithmetic(dtype: str, x: Floats) -> None:
     once = convert(exact(x), dtype)
