@@ -97,6 +97,7 @@ class PrefixPuller:
         self._block_bytes = layout.token_bytes * layout.block_size
         self._chunk_size = server.config.max_num_tokens
         self._compute = ComputeCost()
+        self._patience_s = transceiver.pull_back_patience_ms / 1000
         self._meter = StepMeter()
         self._costs = PullCosts()
         self._destination = TransferDestination(
@@ -198,7 +199,7 @@ class PrefixPuller:
         # Not a `finally` in the task: one that is cancelled before its first step never gets to it.
         pull.add_done_callback(functools.partial(self._pull_ended, hint.owner))
         try:
-            await asyncio.wait([pull], timeout=hint.plan.deadline_s)
+            await asyncio.wait([pull], timeout=hint.plan.deadline_s(self._patience_s))
         finally:
             if not pull.done():
                 self._engine.cancel(hint.owner)
@@ -221,7 +222,7 @@ class PrefixPuller:
             landed = await self._destination.pull(
                 hint.ticket(self._instance_id),
                 reservation.block_ids,
-                deadline_s=hint.plan.deadline_s,
+                deadline_s=hint.plan.deadline_s(self._patience_s),
                 block_hashes=to_bytes(hint.hashes()[first : first + len(reservation.block_ids)]),
             )
         except DisaggregatedError as error:

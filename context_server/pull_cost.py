@@ -33,8 +33,7 @@ GAIN_S_MIN: Final = 0.002
 PULL_S_MAX: Final = 2.0
 """Estimated. Of more blocks only the beginning is brought."""
 PATIENCE: Final = 10.0
-"""A pull may take that many times its estimate, or PATIENCE_S; less where that is half of what it was to save."""
-PATIENCE_S: Final = 0.25
+"""A pull may take that many times its estimate, or `patience_s`; less where that is half of what it was to save."""
 REST_S: Final = 1.0
 """A peer that failed us is not asked for so long; doubled with each failure in a row."""
 REST_S_MAX: Final = 60.0
@@ -71,10 +70,9 @@ class PullPlan:
     num_considered_blocks: int
     """Offered, and not here already."""
 
-    @property
-    def deadline_s(self) -> float:
-        """The most that a hint may delay a prompt."""
-        return min(max(PATIENCE * self.pull_s, PATIENCE_S), (self.pull_s + self.compute_s) / 2)
+    def deadline_s(self, patience_s: float) -> float:
+        """The most that a pull may delay a prompt."""
+        return min(max(PATIENCE * self.pull_s, patience_s), (self.pull_s + self.compute_s) / 2)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,17 +121,17 @@ class Quote:
 class _Average:
     guess: float
     value: float
-    measured_at_s: float = 0.0
+    measured_at_s: float | None = None
 
     def at(self, now_s: float) -> float:
-        if self.value <= self.guess:
+        if self.measured_at_s is None or self.value <= self.guess:
             return self.value
         kept: float = 0.5 ** ((now_s - self.measured_at_s) / FADES_IN_S)
         return self.guess + (self.value - self.guess) * kept
 
     def add(self, measured: float, *, now_s: float) -> None:
         """A first measurement replaces the guess."""
-        now = self.at(now_s) if self.measured_at_s else measured
+        now = measured if self.measured_at_s is None else self.at(now_s)
         self.value = now + RECENT * (measured - now)
         self.measured_at_s = now_s
 

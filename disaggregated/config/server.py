@@ -43,6 +43,8 @@ class CacheTransceiverConfig:
     pull_back: bool = True
     """Of a context server: have blocks of a prompt brought from a generation server that holds them, where that is
     quicker than to compute them. Of a generation server: lend them."""
+    pull_back_patience_ms: int = 250
+    """So long, or ten times its estimate, it may take; but never longer than half of what it was to save."""
     kv_transfer_timeout_ms: int = 60_000
     lease_s: float = 30.0
     """Relative; renewed by progress. A context server gives the blocks back after that long without a sign of life."""

@@ -157,6 +157,12 @@ _HONOURED: Final = (
         "Blocks of a prompt's beginning that a generation server holds are brought back from there where that is "
         "quicker than to compute them; docs/delta-transfer.md tells how that is decided.",
     ),
+    honoured(
+        "cache_transceiver_config.pull_back_patience_ms",
+        AT_LEAST_0,
+        "How long that may take, or ten times its estimate if that is more, before the prompt is computed after all; "
+        "never longer than half of what it was to save.",
+    ),
     honoured("cache_transceiver_config.kv_transfer_timeout_ms", AT_LEAST_1, "A transfer without progress ends then."),
     honoured(
         "cache_transceiver_config.lease_s",
