@@ -81,6 +81,8 @@ class Admission:
         self._times.exposed_s = landed.exposed_s
         self._times.transfer_bytes = landed.num_bytes
         self._times.transport = landed.transport
+        self._times.num_publications = landed.num_publications
+        self._times.hidden_bytes = landed.hidden_bytes
 
     def chunk_computed(self, event: ChunkComputed) -> None:
         """A part of a local prefill; the first one tells how long the prompt has waited."""

@@ -41,6 +41,10 @@ class AttemptStory:
     exposed_s: float = 0.0
     first_decode_step_s: float = 0.0
     transfer_bytes: int = 0
+    num_publications: int = 0
+    """In which the prompt's KV was offered while it was computed."""
+    hidden_bytes: int = 0
+    """Of `transfer_bytes`, that had landed before the prefill was over."""
     saved_bytes: int = 0
     """Of the prompt's KV, that did not travel: the generation server had it."""
     transport: str = ""
@@ -70,6 +74,7 @@ class AttemptStory:
         self.transfer_s, self.exposed_s = times.transfer_s, times.exposed_s
         self.first_decode_step_s = times.landed_to_step_s
         self.transfer_bytes, self.transport = times.transfer_bytes, times.transport
+        self.num_publications, self.hidden_bytes = times.num_publications, times.hidden_bytes
         self.saved_bytes = times.saved_bytes
 
 

@@ -49,7 +49,9 @@ def _attempt_steps(attempt: Mapping[str, Any], *, end_s: float) -> list[Step]:
         mebibytes = attempt["transfer_bytes"] / 2**20
         name = f"KV transfer, {mebibytes:.1f} MiB"
         begin_s = max(attempt["began_s"], landed_s - attempt["transfer_s"])
-        found.append(Step(name, f"over {attempt['transport']}", begin_s, attempt["transfer_s"], "yellow"))
+        hidden = attempt["hidden_bytes"] / attempt["transfer_bytes"]
+        where = f"{attempt['transport']}, {hidden:.0%} hidden"
+        found.append(Step(name, where, begin_s, attempt["transfer_s"], "yellow"))
         decode_s = landed_s
     if generation:
         name = f"decode, {attempt['num_tokens']} tokens"

@@ -995,6 +995,8 @@ class AdmissionTimes(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     SAVED_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PUBLICATIONS_FIELD_NUMBER: _builtins.int
+    HIDDEN_BYTES_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """local prefill: waiting for its first chunk"""
     transfer_s: _builtins.float
@@ -1010,6 +1012,10 @@ class AdmissionTimes(_message.Message):
     """local prefill"""
     saved_bytes: _builtins.int
     """of the prompt's KV, that did not travel because it was here"""
+    num_publications: _builtins.int
+    """in which the prompt was published, chunk by chunk or layer by layer"""
+    hidden_bytes: _builtins.int
+    """of transfer_bytes: verified here before the last publication came"""
     def __init__(
         self,
         *,
@@ -1022,10 +1028,12 @@ class AdmissionTimes(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         compute_s: _builtins.float = ...,
         saved_bytes: _builtins.int = ...,
+        num_publications: _builtins.int = ...,
+        hidden_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "exposed_s", b"exposed_s", "landed_to_step_s", b"landed_to_step_s", "num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s", "saved_bytes", b"saved_bytes", "transfer_bytes", b"transfer_bytes", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "exposed_s", b"exposed_s", "hidden_bytes", b"hidden_bytes", "landed_to_step_s", b"landed_to_step_s", "num_cached_tokens", b"num_cached_tokens", "num_publications", b"num_publications", "queue_s", b"queue_s", "saved_bytes", b"saved_bytes", "transfer_bytes", b"transfer_bytes", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

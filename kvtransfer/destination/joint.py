@@ -127,6 +127,8 @@ def joined(landed: Sequence[Landed], peers: Sequence[SourcePeer]) -> Landed:
         num_bytes=sum(each.num_bytes for each in landed),
         transfer_s=max(each.transfer_s for each in landed),
         exposed_s=max(each.exposed_s for each in landed),
+        num_publications=max(each.num_publications for each in landed),
+        hidden_bytes=sum(each.hidden_bytes for each in landed),
         transport="+".join(sorted({each.transport for each in landed})),
     )
 

@@ -19,3 +19,7 @@ class Landed:
     exposed_s: float
     """Last publication received to last block verified: what the prefill did not hide."""
     transport: str
+    num_publications: int = 1
+    """In which the source published it, by chunks or by layers."""
+    hidden_bytes: int = 0
+    """Of `num_bytes`: verified before the last publication came."""

@@ -7,7 +7,7 @@ its layers are read one after another, and verified together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from disaggregated.errors import ChecksumMismatch
 from disaggregated.kv_layout import KVLayout
@@ -33,8 +33,17 @@ class Lander:
     place: LandingPlace = InPlace()
     """Blocks of a batch's `into` are of the engine's pool; what they are read into, this decides."""
 
-    def land(self, batch: BlockBatch, *, stop: ReadStop, deadline: Deadline) -> None:
+    def land(
+        self,
+        batch: BlockBatch,
+        *,
+        stop: ReadStop,
+        deadline: Deadline,
+        verified: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
         """Blocks the calling thread. Terminal when it returns or raises; verified when it returns.
+
+        `verified` is told how many bytes are, after each part.
 
         Raises what `PeerLink.read` raises, and ChecksumMismatch for bytes that are not those that were published.
         """
@@ -49,6 +58,7 @@ class Lander:
                 with self.place.receiving(part.into, layers=part.layers, stop=stop, deadline=deadline) as into:
                     self._receive(dataclasses.replace(part, into=tuple(into)), granted, stop, deadline)
             begin += len(part.source)
+            verified(len(part.source) * block_bytes)
 
     def _receive(self, part: BlockBatch, granted: int, stop: ReadStop, deadline: Deadline) -> None:
         sums = block_sums(len(part.source), self.layout, len(part.layers))

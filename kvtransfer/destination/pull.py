@@ -42,6 +42,8 @@ _RENEWAL_INTERVAL_MIN_S: Final = 0.02
 class _Times:
     first_read_s: float | None = None
     last_publication_s: float = 0.0
+    num_publications: int = 0
+    hidden_bytes: int = 0
     verified_s: float = 0.0
 
 
@@ -116,6 +118,8 @@ class Pull:
                 if publication.failure:
                     raise SourceFailed(f"{self._peer.identity.instance_id}: {publication.failure}")
                 self._times.last_publication_s = time.monotonic()
+                self._times.num_publications += 1
+                self._times.hidden_bytes = self._num_bytes
                 await self._arrived.put(publication)
                 if publication.HasField("landing"):
                     return
@@ -147,7 +151,7 @@ class Pull:
 
         def job() -> None:
             for batch in batches:
-                self._lander.land(batch, stop=stop, deadline=self._deadline)
+                self._lander.land(batch, stop=stop, deadline=self._deadline, verified=self._count)
 
         def decide_and_stop() -> None:
             self._transfer.cancel(now_s=time.monotonic())
@@ -164,7 +168,10 @@ class Pull:
             self._strand.read_ended()
             raise
         self._strand.read_ended()
-        self._num_bytes += sum(batch.num_block_layers for batch in batches) * self._lander.layout.block_bytes
+
+    def _count(self, num_bytes: int) -> None:
+        """On the reading thread, of which there is one at a time."""
+        self._num_bytes += num_bytes
 
     async def _explain(self, mismatch: ChecksumMismatch) -> None:
         """Blocks that were given back while we read are no damage: raises LeaseExpired when that is what happened."""
@@ -215,4 +222,6 @@ class Pull:
             transfer_s=0.0 if times.first_read_s is None else times.verified_s - times.first_read_s,
             exposed_s=times.verified_s - times.last_publication_s,
             transport=self._peer.link.transport,
+            num_publications=times.num_publications,
+            hidden_bytes=times.hidden_bytes,
         )

@@ -63,8 +63,12 @@ async def test_layers_land_while_later_ones_are_not_even_computed(transport_name
         await eventually(lambda: all(landed_layers(into, INTO[:4])))
         assert not task.done()
         assert served.source.finish("t", TABLE, 16, 5)
-        await task
+        landed = await task
         check_landed(served, into, 4)
+        assert landed.num_publications == 4
+        one_layer = 4 * SMALL.block_bytes
+        assert landed.num_bytes == 3 * one_layer
+        assert 2 * one_layer <= landed.hidden_bytes <= 3 * one_layer  # The third one may be summed up just now.
         await served.wait_released("t")
 
 

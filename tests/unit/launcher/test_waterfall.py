@@ -22,6 +22,7 @@ def attempt(**fields: Any) -> dict[str, Any]:
         "transfer_s": 0.2,
         "exposed_s": 0.005,
         "transfer_bytes": 23 << 20,
+        "hidden_bytes": 21 << 20,
         "transport": "SHM",
         "reuse_from": "",
         "reuse_s": 0.0,
@@ -56,6 +57,7 @@ def test_the_steps_come_in_the_order_of_time() -> None:
     assert transfer.begin_s + transfer.duration_s == decode.begin_s
     assert abs(prefill.begin_s + prefill.duration_s + 0.005 - decode.begin_s) < 1e-9
     assert decode.begin_s + decode.duration_s == 1.0
+    assert transfer.where == "SHM, 91% hidden"
 
 
 def test_a_prompt_prefilled_where_it_decodes_has_no_transfer() -> None:
@@ -91,4 +93,4 @@ def test_no_bar_leaves_the_picture() -> None:
     out = io.StringIO()
     Console(file=out, width=160).print(waterfall(story(e2e_s=0.3)))
     assert max(map(len, out.getvalue().splitlines())) < 80
-    assert "over SHM" in out.getvalue()
+    assert "SHM, 91% hidden" in out.getvalue()
