@@ -59,6 +59,7 @@ class PendingTransfer:
         self._strands: list[DestinationTransfer] = []
         self._outcome: asyncio.Future[Landed] = asyncio.get_running_loop().create_future()
         self._quiet = asyncio.Event()
+        self._cleared_away = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None]
 
@@ -80,16 +81,19 @@ class PendingTransfer:
     async def ended(self) -> None:
         """Wait until it is quiet and everything of it has been cleared away.
 
-        Goes on through every cancellation of the caller's own, the last of which is raised then.
+        Goes on through every cancellation of the caller's own, the last of which is raised then. Never raises for how
+        the transfer ended, but for a mistake of ours after that.
         """
         cancelled: asyncio.CancelledError | None = None
-        while not self._task.done():
+        while not self._cleared_away.is_set():
             try:
-                await asyncio.wait([self._task])
+                await self._cleared_away.wait()
             except asyncio.CancelledError as error:
                 cancelled = error
         if cancelled is not None:
             raise cancelled
+        if not self._task.cancelled():
+            self._task.result()
 
     @property
     def num_blocks(self) -> int:
@@ -119,7 +123,13 @@ class PendingTransfer:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(deadline_s, lambda: self.fail(late()))
         self._task = loop.create_task(self._run(work), name=f"kv-pull-{self.transfer_id}")
-        self._task.add_done_callback(lambda _: self._on_ended(self))
+        self._task.add_done_callback(lambda _: self._cleared(work))
+
+    def _cleared(self, work: Coroutine[Any, Any, Landed]) -> None:
+        work.close()  # One that is cancelled before its first step was never begun.
+        self.check_quiet()
+        self._cleared_away.set()
+        self._on_ended(self)
 
     def strand(self, name: str, *, can_stop: bool = True) -> Strand:
         """One of the reads that it is made of, from one source."""
@@ -168,9 +178,10 @@ class PendingTransfer:
             self._decide(RequestCancelled(f"the transfer {self.transfer_id} was cancelled from outside"))
         except DisaggregatedError as error:
             self._decide(error)
-        except BaseException as error:
+        except Exception as error:
+            if self.is_decided:  # Nobody waits any more who could be told.
+                raise
             self._broke(error)
-            raise
         else:
             self._landed(landed)
         finally:
@@ -183,13 +194,12 @@ class PendingTransfer:
             self._outcome.set_result(landed)
             self._on_decided(self)
 
-    def _broke(self, error: BaseException) -> None:
-        """Our own mistake: it reaches whoever waits for the outcome, and the process's edge."""
-        log.error("kv_transfer_broke", transfer_id=self.transfer_id, error=repr(error))
-        if not self.is_decided:
-            self._decided(None)
-            self._outcome.set_exception(error)
-            self._on_decided(self)
+    def _broke(self, error: Exception) -> None:
+        """Our own mistake: it reaches whoever waits for the outcome, unchanged."""
+        log.traceback("kv_transfer_broke", error, transfer_id=self.transfer_id)
+        self._decided(None)
+        self._outcome.set_exception(error)
+        self._on_decided(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
