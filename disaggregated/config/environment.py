@@ -45,14 +45,18 @@ def overrides(environ: Mapping[str, str]) -> dict[str, tuple[str, object]]:
     for name, path in KNOWN_NAMES.items():
         if environ.get(name):
             found[path] = (name, _value(name, environ[name]))
-    for name, (path, value) in SWITCHES.items():
-        if environ.get(name) == "1":
-            found[path] = (name, value)
+    for name, path, value in switched(environ):
+        found[path] = (name, value)
     for name in sorted(environ):
         path = ".".join(part.lower() for part in name.removeprefix(PREFIX).split("__"))
         if name.startswith(PREFIX):
             found[path] = (name, _value(name, environ[name]))
     return found
+
+
+def switched(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The switches that are set: the variable, the key, its value. A server that is started alone reads these, too."""
+    return [(name, path, value) for name, (path, value) in SWITCHES.items() if environ.get(name) == "1"]
 
 
 def override(document: Mapping[str, object], at: str, value: object) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 `python -m context_server MODEL --port 8001 --config context_config.yml --max_batch_size=16`
 
-A flag wins over the `--config` file, and the file over the default. Hyphens and underscores in a flag are the same.
+A flag wins over a TRTLLM_USE_…_KVCACHE switch in the environment, which wins over the `--config` file, which wins over
+the default. Hyphens and underscores in a flag are the same.
 Flags and file share one key table, hence one set of names, bounds and messages.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, Final
 
 import click
 
-from disaggregated.config import security_keys
+from disaggregated.config import environment, security_keys
 from disaggregated.config.fields import dotted, fill
 from disaggregated.config.key_table import Alias, Key, KeyTable, Outcome, honoured, refused
 from disaggregated.config.kinds import ANYTHING, BOOLEAN, TEXT, BadValue, choice, integer
@@ -115,9 +117,11 @@ def _fields_said(name: str, config_file: Path | None, flags: Sequence[Found]) ->
     source = Source(config_file.name if config_file else "")
     in_file, notes = collect(read_yaml(config_file), FILE_KEYS, source) if config_file else ([], [])
     named = {FLAG_KEYS.canonical(flag.name) for flag in flags}
+    in_environment = [Found(*each) for each in environment.switched(os.environ) if each[1] not in named]
+    named |= {found.name for found in in_environment}
     kept = [item for item in in_file if FILE_KEYS.canonical(item.name) not in named and item.name != "model"]
     from_file = decide(kept, FILE_KEYS, source)
-    from_flags = decide(list(flags), FLAG_KEYS, Source(""))
+    from_flags = decide([*in_environment, *flags], FLAG_KEYS, Source(""))
     missing = [f"{source.name}: {line}" for line in from_file.not_built] + from_flags.not_built
     if missing:
         raise ConfigError(missing[0])

@@ -102,7 +102,7 @@ class TransferSource:
         """Listen. Raises TransferError when an endpoint cannot."""
         self._loop = asyncio.get_running_loop()
         try:
-            self._endpoints.start()
+            await asyncio.to_thread(self._endpoints.start)  # An MPI world begins when all of its processes are there.
         except BaseException:
             await self.close()
             raise

@@ -32,6 +32,8 @@ JOIN_TIMEOUT_S: Final = 60.0
 LEAVE_TIMEOUT_S: Final = 2.0
 ABANDONED_MAX: Final = 64
 """Messages that MPI has not let go of. With that many nothing new is begun: it, or its world, is not well."""
+MPIRUN_FLAGS: Final = ("--with-ft", "ulfm", "--runtime-options", "error-nonzero-status=0,continuous")
+"""With which Open MPI 5 lets the others live when one process dies, and tells them; without, it ends all of them."""
 HOW_TO_LAUNCH: Final = "mpirun -n 1 disaggregated serve context … : -n 1 disaggregated serve generation …"
 _LAUNCHED: Final = ("PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 """Set by the launchers of MPI processes (Open MPI's and Slurm's PMIx, MPICH's PMI), and by nothing else."""

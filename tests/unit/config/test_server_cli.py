@@ -52,6 +52,17 @@ def test_hyphens_underscores_and_equals_signs_are_the_same(flags: list[str]) -> 
     assert parse("m", *flags).max_batch_size == 8
 
 
+def test_a_switch_in_the_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "server.yml"
+    file.write_text("cache_transceiver_config:\n  backend: SHM\n")
+    monkeypatch.setenv("TRTLLM_USE_MPI_KVCACHE", "1")
+    assert parse("m").cache_transceiver_config.backend == "MPI"
+    assert parse("m", "--config", str(file)).cache_transceiver_config.backend == "MPI"
+    assert parse("m", "--cache-transceiver-config.backend=TCP").cache_transceiver_config.backend == "TCP"
+    monkeypatch.setenv("TRTLLM_USE_MPI_KVCACHE", "0")
+    assert parse("m").cache_transceiver_config.backend == "DEFAULT"
+
+
 def test_the_flags_of_a_tensorrt_llm_quick_start_are_taken() -> None:
     config = parse(
         "m", "--host", "localhost", "--port", "8001", "--backend", "pytorch", "--max_num_tokens", "16384",
