@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from context_server.compute_cost import ComputeCost, StepMeter
+from context_server.compute_cost import ComputeCost, StepMeter, prior
 from context_server.pull_cost import PullCosts, PullPlan, Quote, Verdict
 from disaggregated import logs
 from disaggregated.block_hash import BlockHash, block_hashes, to_bytes
@@ -30,9 +30,6 @@ from disaggregated.v1 import control_pb2
 from kvtransfer import Landed, PeerStatistics, Preference, Region, TransferDestination
 
 log = logs.get(__name__)
-
-PROGRESS_TIMEOUT_S: Final = 1.0
-"""A peer that sends nothing for that long is lost; most pulls have a shorter deadline anyway."""
 
 
 _NOTHING: Final = PrefixReservation(num_cached_blocks=0, block_ids=())
@@ -96,7 +93,9 @@ class PrefixPuller:
         self._block_size = layout.block_size
         self._block_bytes = layout.token_bytes * layout.block_size
         self._chunk_size = server.config.max_num_tokens
-        self._compute = ComputeCost()
+        self._compute = ComputeCost(
+            prior(server.loaded.num_parameters, device=server.loaded.device, num_threads=server.config.num_threads)
+        )
         self._patience_s = transceiver.pull_back_patience_ms / 1000
         self._meter = StepMeter()
         self._costs = PullCosts()
@@ -108,7 +107,8 @@ class PrefixPuller:
             epoch=server.identity.epoch,
             preference=Preference(transceiver.backend, transceiver.fallback),
             max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
-            progress_timeout_s=PROGRESS_TIMEOUT_S,
+            progress_timeout_s=transceiver.progress_timeout_s,
+            stall_timeout_s=transceiver.kv_transfer_timeout_ms / 1000,
         )
         self._pulls = asyncio.TaskGroup()
         self._running: set[asyncio.Task[Landed | DisaggregatedError]] = set()

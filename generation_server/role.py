@@ -78,6 +78,8 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             device=server.loaded.device,
             preference=Preference(transceiver.backend, transceiver.fallback),
             max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
+            progress_timeout_s=transceiver.progress_timeout_s,
+            stall_timeout_s=transceiver.kv_transfer_timeout_ms / 1000,
             copier=server.copier,
             num_pool_blocks=server.loaded.layout.num_blocks,
         )

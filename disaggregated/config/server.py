@@ -37,7 +37,7 @@ class CacheTransceiverConfig:
     """With a named backend that cannot be used: take the next best instead, and say so."""
     max_tokens_in_buffer: int | None = None
     """Bounds what a server has in flight of all transfers that it receives; None or 0: 16 MiB of each."""
-    layer_group_bytes: int = 1 << 20
+    layer_group_bytes: int = 4 << 20
     """Of a context server: while a chunk is computed, layers are published in groups of at least so much KV; 0: when
     the chunk is computed."""
     pull_back: bool = True
@@ -46,6 +46,9 @@ class CacheTransceiverConfig:
     pull_back_patience_ms: int = 250
     """So long, or ten times its estimate, it may take; but never longer than half of what it was to save."""
     kv_transfer_timeout_ms: int = 60_000
+    """Without anything new published or read, of a transfer that has begun."""
+    progress_timeout_s: float = 1.0
+    """Without an answer and without a byte."""
     lease_s: float = 30.0
     """Relative; renewed by progress. A context server gives the blocks back after that long without a sign of life."""
 

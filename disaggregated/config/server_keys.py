@@ -163,7 +163,16 @@ _HONOURED: Final = (
         "How long that may take, or ten times its estimate if that is more, before the prompt is computed after all; "
         "never longer than half of what it was to save.",
     ),
-    honoured("cache_transceiver_config.kv_transfer_timeout_ms", AT_LEAST_1, "A transfer without progress ends then."),
+    honoured(
+        "cache_transceiver_config.kv_transfer_timeout_ms",
+        AT_LEAST_1,
+        "A transfer of which so long nothing new is published or read, once something was, has failed.",
+    ),
+    honoured(
+        "cache_transceiver_config.progress_timeout_s",
+        number(0.05),
+        "A source that answers nothing and moves no byte for so long is lost: crashed, stopped, or cut off.",
+    ),
     honoured(
         "cache_transceiver_config.lease_s",
         number(0.1),
@@ -315,10 +324,13 @@ _NO_EFFECT: Final = (
         "kv_cache_config.pool_ratio",
     ),
     *_without_effect(
-        "the generation server pulls each chunk as soon as it is published, whatever the setting",
-        "cache_transceiver_config.transceiver_runtime",
+        "nothing waits for a sender and nothing is polled: a lease's end is an event (see lease_s, progress_timeout_s)",
         "cache_transceiver_config.kv_transfer_sender_future_timeout_ms",
         "cache_transceiver_config.kv_transfer_poll_interval_ms",
+    ),
+    *_without_effect(
+        "the generation server pulls each chunk as soon as it is published, whatever the setting",
+        "cache_transceiver_config.transceiver_runtime",
         "cache_transceiver_config.kv_cache_bounce_size_mb",
         "cache_transceiver_config.enable_pipelined_transfer",
     ),

@@ -48,7 +48,7 @@ _NEWEST_COUNTS: Final = 0.25
 
 FailPull = Callable[[TransferError], None]
 
-LEASE_MAX_S: Final = 3600.0
+LEASE_MAX_S: Final = 86_400.0
 
 
 class Ticket(Protocol):

@@ -20,7 +20,7 @@ from typing import Final
 
 import grpc
 
-from disaggregated.errors import ChecksumMismatch, LeaseExpired, PeerLost, SourceFailed, TransferError
+from disaggregated.errors import ChecksumMismatch, LeaseExpired, PeerLost, SourceFailed, TransferError, TransferTimeout
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
 from kvtransfer.destination.landed import Landed
@@ -34,6 +34,8 @@ from kvtransfer.transport import ReadStop
 
 _PUBLICATIONS_MAX: Final = 256
 """Received and not yet read. When full we stop receiving, and gRPC's flow control makes the source wait."""
+STALL_TIMEOUT_S: Final = 60.0
+"""Between two publications, once there was one."""
 _RENEWALS_PER_LEASE: Final = 3
 _RENEWAL_INTERVAL_MIN_S: Final = 0.02
 
@@ -41,6 +43,8 @@ _RENEWAL_INTERVAL_MIN_S: Final = 0.02
 @dataclasses.dataclass(slots=True)
 class _Times:
     first_read_s: float | None = None
+    progress_s: float | None = None
+    """Of the event loop's clock: when a publication last came, or a read last ended."""
     last_publication_s: float = 0.0
     num_publications: int = 0
     hidden_bytes: int = 0
@@ -62,6 +66,7 @@ class Pull:
         progress_timeout_s: float,
         overlap: bool,
         block_hashes: bytes = b"",
+        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         """`overlap=False` reads nothing before the last publication: only for measuring what overlap hides.
 
@@ -75,6 +80,7 @@ class Pull:
         self._executor = executor
         self._deadline = deadline
         self._progress_timeout_s = progress_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._overlap = overlap
         self._block_hashes = block_hashes
         self._arrived: asyncio.Queue[kv_pb2.Publication] = asyncio.Queue(_PUBLICATIONS_MAX)
@@ -98,7 +104,9 @@ class Pull:
             async with asyncio.TaskGroup() as group:
                 receiving = group.create_task(self._receive(follow))
                 renewing = group.create_task(self._renew())
+                watching = group.create_task(self._watch_progress())
                 await self._land_all()
+                watching.cancel()
                 renewing.cancel()  # A renewal that comes after the release would be told that the lease is over.
                 await self._confirm()
                 receiving.cancel()
@@ -120,6 +128,7 @@ class Pull:
                 self._times.last_publication_s = time.monotonic()
                 self._times.num_publications += 1
                 self._times.hidden_bytes = self._num_bytes
+                self._note_progress()
                 await self._arrived.put(publication)
                 if publication.HasField("landing"):
                     return
@@ -132,6 +141,25 @@ class Pull:
             await asyncio.sleep(max(self._peer.lease_s / _RENEWALS_PER_LEASE, _RENEWAL_INTERVAL_MIN_S))
             with self._deciding_failure(), source_errors(self._peer.address):
                 await self._peer.stub.Renew(request, timeout=self._answer_s())
+
+    async def _watch_progress(self) -> None:
+        """A source that lives and brings nothing more, once it has begun: its engine hangs, or it has forgotten us.
+
+        How long a prompt may wait for its turn there is for its caller's deadline to say, and a read that is running
+        has its own limit on silence.
+        """
+        now_s = asyncio.get_running_loop().time
+        while True:
+            since_s = self._times.progress_s
+            waits = since_s is None or self._transfer.is_writable
+            silent_s = 0.0 if since_s is None or waits else now_s() - since_s
+            if silent_s >= self._stall_timeout_s:
+                with self._deciding_failure():
+                    raise TransferTimeout(
+                        f"{self._peer.identity.instance_id} has brought nothing for {silent_s:.1f} s, "
+                        f"{self._num_bytes} bytes before"
+                    )
+            await asyncio.sleep(self._stall_timeout_s - silent_s)
 
     async def _land_all(self) -> None:
         while self._published.landing is None:
@@ -168,6 +196,10 @@ class Pull:
             self._strand.read_ended()
             raise
         self._strand.read_ended()
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        self._times.progress_s = asyncio.get_running_loop().time()
 
     def _count(self, num_bytes: int) -> None:
         """On the reading thread, of which there is one at a time."""

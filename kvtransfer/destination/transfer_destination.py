@@ -28,7 +28,7 @@ from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.destination.peer import Destination, Into, PeerStatistics, SourcePeer, Ticket
 from kvtransfer.destination.peers import SourcePeers
 from kvtransfer.destination.pending import PendingTransfer, Strand
-from kvtransfer.destination.pull import Pull
+from kvtransfer.destination.pull import STALL_TIMEOUT_S, Pull
 from kvtransfer.destination.quarantine import Quarantine, QuarantineLimits, judge
 from kvtransfer.destination.readers import FairReaders
 from kvtransfer.machine import CancelResult
@@ -72,12 +72,14 @@ class TransferDestination:
         preference: Preference = Preference(),
         max_tokens_in_buffer: int | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
         transports: Sequence[DestinationTransport] | None = None,
         copier: DeviceCopier | None = None,
         shard: KVShard | None = None,
         num_pool_blocks: int | None = None,
     ) -> None:
-        """A source that moves no byte and answers nothing for `progress_timeout_s` is lost. `transports` replaces ours.
+        """A source that moves no byte and answers nothing for `progress_timeout_s` is lost; a transfer of which nothing
+        more is published for `stall_timeout_s`, once something was, has failed. `transports` replaces ours.
 
         `max_tokens_in_buffer` bounds what is under way at once, of all transfers together; but one block of one layer
         always may be, and one whole block where blocks are staged or converted. None or 0: it slows nobody down.
@@ -97,6 +99,7 @@ class TransferDestination:
         ours = OurEnd(region=region, layout=layout, peer_id=instance_id, progress_timeout_s=progress_timeout_s)
         ours_by_name = OurTransports(ours, preference, given=transports or ())
         self._progress_timeout_s = progress_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         in_flight_bytes = max_tokens_in_buffer * layout.token_bytes if max_tokens_in_buffer else IN_FLIGHT_BYTES
         self._in_flight = InFlight(in_flight_bytes)
         self._readers = FairReaders(READERS_MAX, thread_name_prefix="kv-pull")
@@ -286,6 +289,7 @@ class TransferDestination:
             self._readers.of(part.ticket.address),
             deadline=how.deadline,
             progress_timeout_s=self._progress_timeout_s,
+            stall_timeout_s=self._stall_timeout_s,
             overlap=how.overlap,
             block_hashes=how.block_hashes,
         )

@@ -12,6 +12,7 @@ from disaggregated.errors import DisaggregatedError, PeerLost, RequestCancelled,
 from disaggregated.v1 import kv_pb2
 from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.pending import PendingTransfer
+from kvtransfer.destination.pull import STALL_TIMEOUT_S
 from kvtransfer.machine import STUCK_AFTER_S, CancelResult, DestinationPhase
 from tests.support.scripted_source import Scene
 from tests.support.virtual_time import run_in_virtual_time
@@ -106,6 +107,28 @@ def test_the_deadline_decides_though_the_read_goes_on() -> None:
         assert scene.pending.is_quarantined
 
     played(play, deadline_s=3.0)
+
+
+def test_a_source_that_answers_and_brings_nothing_more_is_given_up() -> None:
+    async def play(scene: Scene) -> None:
+        await reading(scene)
+        await asyncio.sleep(3 * STALL_TIMEOUT_S)
+        assert not scene.pending.is_decided, "a read that is running is not silence"
+        begin_s = asyncio.get_running_loop().time()
+        scene.reads.end()
+        with pytest.raises(TransferTimeout, match="source has brought nothing for 60"):
+            await scene.pending.outcome()
+        assert STALL_TIMEOUT_S <= asyncio.get_running_loop().time() - begin_s <= 2 * STALL_TIMEOUT_S
+
+    played(play)
+
+
+def test_a_prompt_may_wait_for_its_turn_as_long_as_its_deadline_lets_it() -> None:
+    async def play(scene: Scene) -> None:
+        await asyncio.sleep(10 * STALL_TIMEOUT_S)
+        assert not scene.pending.is_decided
+
+    played(play)
 
 
 def test_whoever_stops_waiting_for_the_outcome_cancels_nothing() -> None:
