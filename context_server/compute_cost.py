@@ -42,9 +42,19 @@ class StepCost:
         return self.fixed_s * steps + self.token_s * (end - begin) + self.pair_s * num_pairs(begin, end)
 
 
-PRIOR: Final = StepCost(fixed_s=0.0, token_s=20e-6, pair_s=0.0)
-"""Until a step was measured, computing is believed to be as quick as on a large GPU: then hardly anything is worth
-bringing from elsewhere, and nobody waits for a guess."""
+_PEAK_FLOPS: Final = {"cpu": 5e11, "cuda": 1e15}
+"""Of one thread, and of one device: more than nearly all have, and more than any engine gets out of them."""
+
+
+def prior(num_parameters: int, *, device: str, num_threads: int) -> StepCost:
+    """What a token cannot cost less than: two operations a parameter, at the peak of the machine.
+
+    It stands in until a step was measured. So computing is believed to be quicker than it is, and nobody waits for a
+    transfer that a guess spoke for. Of a mixture of experts all are counted, until it is measured.
+    """
+    kind = device.partition(":")[0]
+    flops = _PEAK_FLOPS[kind] * (num_threads if kind == "cpu" else 1)
+    return StepCost(fixed_s=0.0, token_s=2 * num_parameters / flops, pair_s=0.0)
 
 
 def num_pairs(begin: int, end: int) -> int:
@@ -82,12 +92,10 @@ class StepMeter:
 class ComputeCost:
     """The fit. Constant time and memory a step."""
 
-    def __init__(self, prior: StepCost = PRIOR) -> None:
-        self._theta = [prior.fixed_s * _UNITS[0], prior.token_s * _UNITS[1], prior.pair_s * _UNITS[2]]
+    def __init__(self, guess: StepCost) -> None:
+        self._theta = [guess.fixed_s * _UNITS[0], guess.token_s * _UNITS[1], guess.pair_s * _UNITS[2]]
         self._matrix = [[0.0] * 3 for _ in range(3)]
         self._vector = [0.0] * 3
-        for num_tokens in (16, 256):
-            self._add(num_tokens, 0, prior.step_s(num_tokens, 0))
         self._is_fitted = True
         self.num_steps = 0
 
@@ -95,8 +103,6 @@ class ComputeCost:
         if step.num_tokens < 1 or step.seconds <= 0.0:
             return
         self.num_steps += 1
-        if self.num_steps == 1:  # The guess has served.
-            self._matrix, self._vector = [[0.0] * 3 for _ in range(3)], [0.0] * 3
         self._add(step.num_tokens, step.num_pairs, step.seconds)
         self._is_fitted = False
 

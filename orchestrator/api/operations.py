@@ -82,6 +82,7 @@ def describe_worker(server: Server) -> dict[str, Any]:
             "pid": server.description.pid,
             "blocks": server.heartbeat.num_blocks,
             "blocks_free": server.heartbeat.num_blocks_free,
+            "blocks_known": len(server.known_blocks),
             "transports": list(server.description.transports),
             "links": [_link(link) for link in server.heartbeat.links],
         }

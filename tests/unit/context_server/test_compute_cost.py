@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from context_server.compute_cost import PRIOR, ComputeCost, MeasuredStep, StepCost, StepMeter, num_pairs
+from context_server.compute_cost import ComputeCost, MeasuredStep, StepCost, StepMeter, num_pairs, prior
 from disaggregated.engine.api import ChunkComputed, EngineEvent, TokensSampled
 
+GUESS = prior(135 * 10**6, device="cpu", num_threads=1)
 TRUE = StepCost(fixed_s=2e-3, token_s=1e-3, pair_s=2e-7)
 
 
@@ -27,18 +28,21 @@ def test_a_token_makes_a_pair_with_each_token_before_it() -> None:
 
 
 def test_before_the_first_step_computing_is_believed_to_be_quick() -> None:
-    assert ComputeCost().fit() == PRIOR
+    assert ComputeCost(GUESS).fit() == GUESS
+    assert 0 < GUESS.token_s < TRUE.token_s
+    assert prior(8 * 10**9, device="cuda:1", num_threads=1).token_s == pytest.approx(16e-6)
+    assert prior(135 * 10**6, device="cpu", num_threads=4).token_s == pytest.approx(135e-6)
 
 
 def test_the_first_step_replaces_the_guess() -> None:
-    cost = ComputeCost()
+    cost = ComputeCost(GUESS)
     cost.observe(MeasuredStep(512, num_pairs(0, 512), 0.5))
     assert cost.fit().step_s(512, num_pairs(0, 512)) == pytest.approx(0.5, rel=0.01)
     assert cost.fit().step_s(256, num_pairs(0, 256)) == pytest.approx(0.25, rel=0.2)
 
 
 def test_many_steps_tell_what_each_part_costs() -> None:
-    dice, cost = random.Random(1), ComputeCost()
+    dice, cost = random.Random(1), ComputeCost(GUESS)
     for _ in range(300):
         cost.observe(a_step(dice))
         cost.fit()
@@ -49,7 +53,7 @@ def test_many_steps_tell_what_each_part_costs() -> None:
 
 
 def test_a_step_that_was_held_up_changes_little() -> None:
-    dice, cost = random.Random(2), ComputeCost()
+    dice, cost = random.Random(2), ComputeCost(GUESS)
     for _ in range(100):
         cost.observe(a_step(dice))
     before = cost.fit().step_s(512, 10**6)
@@ -58,7 +62,7 @@ def test_a_step_that_was_held_up_changes_little() -> None:
 
 
 def test_a_machine_that_got_slower_is_noticed_within_a_few_hundred_steps() -> None:
-    dice, cost = random.Random(3), ComputeCost()
+    dice, cost = random.Random(3), ComputeCost(GUESS)
     for slowness in (1.0, 3.0):
         for _ in range(300):
             cost.observe(a_step(dice, StepCost(TRUE.fixed_s, TRUE.token_s * slowness, TRUE.pair_s)))
@@ -78,7 +82,7 @@ def test_a_machine_that_got_slower_is_noticed_within_a_few_hundred_steps() -> No
     )
 )
 def test_no_steps_make_a_negative_or_endless_price(steps: list[MeasuredStep]) -> None:
-    cost = ComputeCost()
+    cost = ComputeCost(GUESS)
     for step in steps:
         cost.observe(step)
         fitted = cost.fit()

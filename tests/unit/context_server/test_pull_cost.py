@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from context_server.compute_cost import PRIOR, StepCost
+from context_server.compute_cost import StepCost, prior
 from context_server.pull_cost import (
     ASKING_S,
     BYTE_S,
@@ -50,8 +50,9 @@ def test_one_block_is_not_worth_asking_for() -> None:
 
 
 def test_where_nothing_was_measured_nobody_waits_for_a_guess() -> None:
-    assert quote(PRIOR).plan(0, 30, num_tokens=1000).num_blocks == 0
-    assert quote(PRIOR, asking_s=MEETING_S).plan(0, 300, num_tokens=10_000).num_blocks == 0
+    large_gpu = prior(8 * 10**9, device="cuda", num_threads=1)
+    assert quote(large_gpu, block_bytes=4 << 20).plan(0, 30, num_tokens=1000).num_blocks == 0
+    assert quote(large_gpu, block_bytes=4 << 20, asking_s=MEETING_S).plan(0, 300, num_tokens=10_000).num_blocks == 0
 
 
 def test_what_is_here_already_is_neither_brought_nor_counted_as_saved() -> None:

@@ -58,6 +58,7 @@ class FakeLoadedEngine:
     files: _Files = _Files()
     device: str = "cpu"
     dtype: str = "float32"
+    num_parameters: int = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
