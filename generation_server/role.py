@@ -43,7 +43,7 @@ from disaggregated.v1 import control_pb2, control_pb2_grpc
 from generation_server.admission import Admission, Caller
 from generation_server.prefix_lender import PrefixLender
 from generation_server.step_stream import StepStream
-from kvtransfer import PendingTransfer, Preference, Region, TransferDestination
+from kvtransfer import PendingTransfer, Preference, QuarantineLimits, Region, TransferDestination
 
 log = logs.get(__name__)
 
@@ -81,7 +81,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             progress_timeout_s=transceiver.progress_timeout_s,
             stall_timeout_s=transceiver.kv_transfer_timeout_ms / 1000,
             copier=server.copier,
-            num_pool_blocks=server.loaded.layout.num_blocks,
+            limits=QuarantineLimits(num_blocks=server.loaded.layout.num_blocks),
         )
         lends = transceiver.pull_back and server.copier is None
         self._lender = PrefixLender(server, self.engine) if lends else None

@@ -7,9 +7,10 @@ Read in this order: region, transport, frames, listener, link, shm, tcp; machine
 destination; staging, staged_source for pools in a device's memory.
 """
 
-from kvtransfer.destination.peer import PeerStatistics, Ticket
 from kvtransfer.destination.landed import Landed
+from kvtransfer.destination.peer import PeerStatistics, Ticket
 from kvtransfer.destination.pending import PendingTransfer
+from kvtransfer.destination.quarantine import Quarantine, QuarantineLimits
 from kvtransfer.destination.transfer_destination import TransferDestination
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
@@ -26,6 +27,8 @@ __all__ = [
     "PendingTransfer",
     "Preference",
     "Publisher",
+    "Quarantine",
+    "QuarantineLimits",
     "Region",
     "StagedSource",
     "TakesNews",

@@ -26,7 +26,7 @@ from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.destination.peer import Destination, Into, PeerStatistics, SourcePeer, Ticket
-from kvtransfer.destination.peers import SourcePeers
+from kvtransfer.destination.peers import IDLE_MAX_S, SourcePeers
 from kvtransfer.destination.pending import PendingTransfer, Strand
 from kvtransfer.destination.pull import STALL_TIMEOUT_S, Pull
 from kvtransfer.destination.quarantine import Quarantine, QuarantineLimits, judge
@@ -76,7 +76,8 @@ class TransferDestination:
         transports: Sequence[DestinationTransport] | None = None,
         copier: DeviceCopier | None = None,
         shard: KVShard | None = None,
-        num_pool_blocks: int | None = None,
+        limits: QuarantineLimits | None = None,
+        idle_max_s: float = IDLE_MAX_S,
     ) -> None:
         """A source that moves no byte and answers nothing for `progress_timeout_s` is lost; a transfer of which nothing
         more is published for `stall_timeout_s`, once something was, has failed. `transports` replaces ours.
@@ -85,7 +86,8 @@ class TransferDestination:
         always may be, and one whole block where blocks are staged or converted. None or 0: it slows nobody down.
 
         With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
-        `num_pool_blocks` of that pool are what a quarantine is measured by; None: region is the pool.
+        `limits` are those of a quarantine in that pool; None: `layout` is the pool's, the limits are the usual ones.
+        A source that nobody pulls from for `idle_max_s` is let go of.
         `shard` is the part of the model that our pool holds; None: all of it.
 
         Raises ConfigError when `preference` cannot be honoured.
@@ -106,12 +108,16 @@ class TransferDestination:
         part_tokens = max_tokens_in_buffer or PART_BYTES // layout.token_bytes
         self._foreign = ForeignPools(self._holding, ours_by_name, part_tokens=part_tokens)
         self._peers = SourcePeers(
-            us, Into(ours_by_name, self._foreign), self._readers, progress_timeout_s=progress_timeout_s
+            us,
+            Into(ours_by_name, self._foreign),
+            self._readers,
+            progress_timeout_s=progress_timeout_s,
+            idle_max_s=idle_max_s,
         )
         self._place = InPlace() if copier is None else Staged(StagingBlocks(layout.num_blocks), copier)
         self._view = PoolView(self._pool, layout) if copier is None else None
         self._farewells = Farewells(instance_id)
-        self._limits = QuarantineLimits(num_blocks=num_pool_blocks or layout.num_blocks)
+        self._limits = limits or QuarantineLimits(num_blocks=layout.num_blocks)
         self._pending: set[PendingTransfer] = set()
         self._closed = False
 

@@ -9,6 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
@@ -167,7 +168,9 @@ async def destination(
     progress_timeout_s: float = 0.5,
     max_tokens_in_buffer: int | None = None,
     shard: KVShard | None = None,
+    **options: Any,
 ) -> AsyncIterator[TransferDestination]:
+    """`options` are further ones of TransferDestination."""
     made = TransferDestination(
         region,
         layout,
@@ -178,6 +181,7 @@ async def destination(
         progress_timeout_s=progress_timeout_s,
         max_tokens_in_buffer=max_tokens_in_buffer,
         shard=shard,
+        **options,
     )
     try:
         yield made
@@ -192,6 +196,12 @@ class Traces:
     descriptors: frozenset[str]
     threads: frozenset[str]
     mappings: int
+
+
+def memory_of_others() -> tuple[int, int]:
+    """Mappings of pools, and descriptors of them, in this process."""
+    found = traces()
+    return found.mappings, len(found.descriptors)
 
 
 def traces() -> Traces:
