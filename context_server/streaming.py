@@ -11,11 +11,27 @@ Nothing here computes, waits or fails: the engine's thread goes on at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from disaggregated.engine.api import ChunkComputed, EngineEvent, RequestFailed, TokensSampled
 from disaggregated.engine.layer_watch import ChunkUnderWay
 from disaggregated.kv_layout import KVLayout
 from kvtransfer import News, TakesNews
+
+GROUPS_OF_SMALL_CHUNK: Final = 3
+"""A chunk that is smaller than a few groups goes in so many: what prefill cannot hide is the last one."""
+GROUP_BYTES_MIN: Final = 256 << 10
+"""A publication costs some tenths of a millisecond of the engine's cores; less than this moves in less time."""
+
+
+def layers_at_a_time(layout: KVLayout, num_tokens: int, *, layer_group_bytes: int) -> int | None:
+    """After how many layers to publish, while `num_tokens` are computed; None: when all are."""
+    chunk_bytes = num_tokens * layout.token_bytes
+    if chunk_bytes == 0 or layer_group_bytes == 0:
+        return None
+    group_bytes = min(layer_group_bytes, max(GROUP_BYTES_MIN, chunk_bytes // GROUPS_OF_SMALL_CHUNK))
+    every = -(-group_bytes * layout.num_layers // chunk_bytes)
+    return every if every < layout.num_layers else None
 
 
 class PrefillStream:
@@ -26,7 +42,7 @@ class PrefillStream:
     ) -> None:
         """`transfers`: engine id to transfer id of every prompt that somebody wants; the role's own table.
 
-        Groups of layers of at least `layer_group_bytes` are published while their chunk is computed; 0: whole chunks.
+        Groups of layers of `layer_group_bytes` are published while their chunk is computed; 0: whole chunks.
         """
         self._transfers = transfers
         self._publisher = publisher
@@ -40,11 +56,7 @@ class PrefillStream:
             if transfer_id is not None:
                 num_tokens += chunk.num_computed_tokens - chunk.first_position
                 self._publisher.leave(transfer_id, News(block_ids=chunk.block_ids, num_tokens=chunk.first_position))
-        layer_bytes = num_tokens * self._layout.token_bytes // self._layout.num_layers
-        if layer_bytes == 0 or self._layer_group_bytes == 0:
-            return None
-        every = -(-self._layer_group_bytes // layer_bytes)
-        return every if every < self._layout.num_layers else None
+        return layers_at_a_time(self._layout, num_tokens, layer_group_bytes=self._layer_group_bytes)
 
     def layers_written(self, chunks: Sequence[ChunkUnderWay], num_layers: int) -> None:
         for chunk in chunks:

@@ -38,8 +38,8 @@ class CacheTransceiverConfig:
     max_tokens_in_buffer: int | None = None
     """Bounds what a server has in flight of all transfers that it receives; None or 0: 16 MiB of each."""
     layer_group_bytes: int = 4 << 20
-    """Of a context server: while a chunk is computed, layers are published in groups of at least so much KV; 0: when
-    the chunk is computed."""
+    """Of a context server: while a chunk is computed, layers are published in groups of so much KV, or of a third of
+    the chunk where that is less; 0: when the chunk is computed."""
     pull_back: bool = True
     """Of a context server: have blocks of a prompt brought from a generation server that holds them, where that is
     quicker than to compute them. Of a generation server: lend them."""

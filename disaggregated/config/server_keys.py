@@ -148,8 +148,8 @@ _HONOURED: Final = (
     honoured(
         "cache_transceiver_config.layer_group_bytes",
         AT_LEAST_0,
-        "While a chunk of a prompt is computed, its layers are published in groups of at least so many bytes; 0: the "
-        "whole chunk when it is computed. On CPU.",
+        "While a chunk of a prompt is computed, its layers are published in groups of so many bytes, or of a third of "
+        "the chunk where that is less; 0: the whole chunk when it is computed. On CPU.",
     ),
     honoured(
         "cache_transceiver_config.pull_back",
