@@ -50,8 +50,9 @@ gpu: ## Checks and figures of the CUDA path, with what is installed; says so whe
 stubs: $(VENV)/dev.stamp ## Generate disaggregated/v1 from proto/
 	@$(BIN)/python tools/generate_stubs.py
 
-docs: $(VENV)/run.stamp ## Print docs/config.md from the key tables
+docs: $(VENV)/run.stamp ## Print docs/config.md from the key tables, and the tables of docs/transfer-life-cycle.md
 	@$(BIN)/python -m disaggregated.config.document > docs/config.md
+	@$(BIN)/python -m kvtransfer.document
 
 clean: ## Remove the environment and every cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
