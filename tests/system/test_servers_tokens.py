@@ -23,8 +23,10 @@ SAMPLED = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, seed=7)
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module", params=["SHM", "TCP"])
 async def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servers]:
+    """Every layer is published as soon as it is computed, which by default no model as small as this is."""
     model = write_model(tmp_path_factory.mktemp("model"))
-    async with server_pair(model, f"--cache-transceiver-config.backend={request.param}") as pair:
+    flags = (f"--cache-transceiver-config.backend={request.param}", "--cache-transceiver-config.layer-group-bytes=1")
+    async with server_pair(model, *flags) as pair:
         yield pair.context, pair.generation
         await pair.wait_idle()
 
@@ -74,6 +76,8 @@ async def test_the_times_say_what_travelled_and_how(servers: Servers) -> None:
     assert times.transport == generation.description.transports[0]
     assert times.exposed_s > 0
     assert times.transfer_s > 0
+    assert times.num_publications > 0
+    assert times.hidden_bytes <= times.transfer_bytes
     assert times.landed_to_step_s > 0
     assert times.compute_s == times.queue_s == 0
 
