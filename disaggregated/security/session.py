@@ -4,7 +4,7 @@
     Greet, once a channel: n_c, fresh             ──▶
                                    ◀──  boot, number of the session, HMAC(greeting key, n_c, boot, number)
     each call, in its metadata: boot, number, count, n_c,
-        HMAC(session key, count, method)          ──▶      before a handler is looked for, or a byte of the message read
+        MAC(session key, count, method)           ──▶      before a handler is looked for, or a byte of the message read
 
     session key = HMAC(cluster secret, "grpc session", n_c, boot, number)
 
@@ -22,10 +22,11 @@ from __future__ import annotations
 import collections
 import secrets
 import struct
+from hashlib import blake2b
 from typing import Final, Self
 
 from disaggregated.errors import ServerLost, Unauthenticated
-from disaggregated.security.secret import FILE_KEY, VARIABLE, ClusterSecret, mac, same
+from disaggregated.security.secret import FILE_KEY, VARIABLE, ClusterSecret, same
 
 NONCE_BYTES: Final = 16
 SESSIONS_MAX: Final = 4096
@@ -158,4 +159,5 @@ def _session_key(secret: ClusterSecret, nonce: bytes, boot: bytes, number: int) 
 
 
 def _tag(key: bytes, count: int, method: bytes) -> bytes:
-    return mac(key, "grpc call", count.to_bytes(8, "little"), method)[:_TAG_BYTES]
+    """Keyed BLAKE2b (RFC 7693): with nothing of it in a cache, as between two calls, a third of the time of HMAC."""
+    return blake2b(count.to_bytes(8, "little") + method, key=key, digest_size=_TAG_BYTES, person=b"grpc call").digest()
