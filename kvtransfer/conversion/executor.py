@@ -60,13 +60,19 @@ class Executor:
 
     def convert(self, block: int, segments: Iterable[Segment], table: Sequence[int], layers: range) -> None:
         """Bring what is wanted of `layers` of the source's block `block` to our blocks `table[segment.into_block]`."""
-        pieces = [part for piece in self._pieces if (part := piece.within(layers)) is not None]
+        pieces = [part for group in self._groups(layers) for piece in self._pieces if (part := piece.within(group))]
         for segment in segments:
             for piece in pieces:
                 self._copy(
                     _box(piece.layers, piece.heads, block, segment.tokens),
                     _box(piece.into_layers, piece.into_heads, table[segment.into_block], segment.into_tokens),
                 )
+
+    def _groups(self, layers: range) -> Iterable[range]:
+        """All at once where only the place changes. Else one by one: what lies between the dtypes stays in a cache."""
+        if self._source.dtype == self._ours.dtype:
+            return [layers]
+        return [range(layer, layer + 1) for layer in layers]
 
     def _copy(self, there: Box, here: Box) -> None:
         source, ours = self._source, self._ours

@@ -6,19 +6,22 @@
     from a quantised one  q * scale in float32, then as above
 
 each bound but for the last bits of float32 arithmetic and for rows smaller than `SMALLEST`. Quantising is bit for bit
-`disaggregated.engine.ops.quantise`, written for numpy: what cannot be quantised becomes zeros with the scale NaN.
+`disaggregated.engine.ops.quantise`: what cannot be quantised becomes zeros with the scale NaN.
 float16 overflows to infinity.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from kvtransfer.native import library as native
 
 Values = npt.NDArray[Any]
 Scales = npt.NDArray[np.float32]
@@ -35,6 +38,10 @@ Q_MAX: Final = {"int8": np.float32(127), "float8_e4m3fn": np.float32(448)}
 SMALLEST: Final = {"int8": np.float32(1e-36), "float8_e4m3fn": np.float32(1e-35)}
 """A row whose largest magnitude is below becomes zeros: its factor might overflow float32."""
 
+_NATIVE: Final = {"float32": 0, "bfloat16": 1, "int8": 2, "float8_e4m3fn": 3}
+"""As csrc/convert.c calls them."""
+_NATIVE_ROW_MAX: Final = 4096
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Numbers:
@@ -49,6 +56,38 @@ def convert(numbers: Numbers, dtype: str) -> Numbers:
     """The same numbers in `dtype`, in memory of their own unless it is theirs already."""
     if numbers.dtype == dtype:
         return numbers
+    return natively(numbers, dtype) or in_numpy(numbers, dtype)
+
+
+def natively(numbers: Numbers, dtype: str) -> Numbers | None:
+    """In one pass, by csrc/convert.c; None where that cannot: float16, or no library."""
+    found = native.library()
+    rows = numbers.values.shape[:-1]
+    if found is None or not {numbers.dtype, dtype} <= _NATIVE.keys() or numbers.values.shape[-1] > _NATIVE_ROW_MAX:
+        return None
+    values = np.ascontiguousarray(numbers.values)
+    scales = None if numbers.scales is None else np.ascontiguousarray(numbers.scales)
+    converted = Numbers(
+        dtype,
+        np.empty(values.shape, NUMPY_DTYPE[dtype]),
+        np.empty(rows, np.float32) if dtype in Q_MAX else None,
+    )
+    outcome = found.convert_rows(
+        _NATIVE[numbers.dtype],
+        _NATIVE[dtype],
+        values.ctypes.data,
+        None if scales is None else scales.ctypes.data,
+        converted.values.ctypes.data,
+        None if converted.scales is None else converted.scales.ctypes.data,
+        math.prod(rows),
+        values.shape[-1],
+    )
+    assert outcome == 0, f"{numbers.dtype} into {dtype}: {outcome}"
+    return converted
+
+
+def in_numpy(numbers: Numbers, dtype: str) -> Numbers:
+    """The same bits, in several passes."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return quantised(as_float32(numbers), dtype) if dtype in Q_MAX else _as_float(numbers, dtype)
 

@@ -1,4 +1,4 @@
-"""A lease with several readers, in virtual time: each leaves once, the last one ends it, none is waited for for ever."""
+"""A lease with several readers, in virtual time: each leaves once, the last one ends it, and none keeps it for ever."""
 
 from __future__ import annotations
 

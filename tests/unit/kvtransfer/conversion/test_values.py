@@ -14,7 +14,18 @@ from hypothesis.extra import numpy as arrays
 
 from disaggregated.engine.ops.quantise import quantise_rows
 from disaggregated.kv_layout import DTYPE_BYTES, QUANTISED
-from kvtransfer.conversion.values import NUMPY_DTYPE, Q_MAX, SMALLEST, UNIT_ROUNDOFF, Numbers, as_float32, convert
+from kvtransfer.conversion.values import (
+    NUMPY_DTYPE,
+    Q_MAX,
+    SMALLEST,
+    UNIT_ROUNDOFF,
+    Numbers,
+    as_float32,
+    convert,
+    in_numpy,
+    natively,
+)
+from kvtransfer.native import library as native
 
 Floats = npt.NDArray[np.float32]
 SLACK = 1 + 2.0**-20
@@ -123,3 +134,39 @@ def test_a_number_beyond_float16_becomes_infinite_as_in_the_engine() -> None:
 def test_the_same_dtype_is_the_same_memory(dtype: str) -> None:
     numbers: Any = convert(exact(np.ones((2, 3), np.float32)), dtype)
     assert convert(numbers, dtype) is numbers
+
+
+NATIVE = ["float32", "bfloat16", "int8", "float8_e4m3fn"]
+
+
+@pytest.mark.parametrize("into", NATIVE)
+@pytest.mark.parametrize("dtype", NATIVE)
+@settings(deadline=None)
+@given(bits=arrays.arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(64)), elements=st.integers(0, 255)))
+def test_native_code_gives_the_bits_of_numpy(dtype: str, into: str, bits: npt.NDArray[np.uint8]) -> None:
+    """For any bytes at all: also numbers that are none, and the smallest ones."""
+    if dtype == into:
+        return
+    scales = np.linspace(0.5, 3, len(bits), dtype=np.float32) if dtype in QUANTISED else None
+    numbers = Numbers(dtype, bits.view(NUMPY_DTYPE[dtype]), scales)
+    ours, theirs = natively(numbers, into), in_numpy(numbers, into)
+    assert ours is not None, "no native library"
+    np.testing.assert_array_equal(ours.values.astype(np.float32), theirs.values.astype(np.float32))
+    if ours.scales is not None and theirs.scales is not None:
+        np.testing.assert_array_equal(ours.scales, theirs.scales)
+
+
+def test_every_float8_is_read_as_numpy_reads_it() -> None:
+    every = np.arange(256, dtype=np.uint8).view(NUMPY_DTYPE["float8_e4m3fn"])[None]
+    numbers = Numbers("float8_e4m3fn", every, np.ones(1, np.float32))
+    ours = natively(numbers, "float32")
+    assert ours is not None
+    np.testing.assert_array_equal(ours.values, every.astype(np.float32))
+
+
+def test_float16_and_machines_without_a_compiler_have_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = exact(np.linspace(-3, 3, 8, dtype=np.float32)[None])
+    assert natively(x, "float16") is None
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert natively(x, "int8") is None
+    assert convert(x, "int8").values.tolist() == in_numpy(x, "int8").values.tolist()
