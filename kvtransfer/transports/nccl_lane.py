@@ -3,10 +3,10 @@
     destination                                              source
     listens for gloo, HELLO tells where    ── control ──▶
                                            ◀── control ──    listens for gloo, WELCOME tells where
-    connects                               ═══  gloo  ═══    connects
+    at its first receive: connects         ═══  gloo  ═══    at its first send: connects
 
 What is told, a store of our own hands to torch: there is no rendezvous server, and an address is believed only when it
-came in a proven frame.
+came in a proven frame. Connecting waits for the other end and cannot be stopped, so it waits until both ends are there.
 
 Waiting for a gloo message blocks in C++, deaf to all but its own deadline. So a thread of the lane does that, and who
 waits for the message listens to the control socket, too. That thread is ended by the one thing that closes a gloo pair
@@ -32,7 +32,7 @@ from kvtransfer.transports.transit import Doorbell, Transit
 
 LIBRARY: Final = "NCCL (gloo)"
 JOIN_TIMEOUT_S: Final = 2.0
-"""For the other end to connect: it was there a moment ago."""
+"""For the other end to listen, and to connect: it was there a moment ago."""
 MESSAGE_TIMEOUT_S: Final = 60.0
 """The last resort: whoever waits for a message has given up long before."""
 ADDRESS_BYTES_MAX: Final = 4096
@@ -51,8 +51,9 @@ class GlooLane:
         self._store = _Addresses()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kv-NCCL-lane")
         self._jobs: list[concurrent.futures.Future[None]] = []
-        self._made = Transit(self._bell, library=LIBRARY)
+        self._peer = b""
         self._group: Any = None
+        self._failure = ""
         self._is_closed = False
         self._submit(lambda: self._make(our_host))
 
@@ -61,20 +62,18 @@ class GlooLane:
         return self._store.ours(Deadline.after(JOIN_TIMEOUT_S))
 
     def connect(self, peer: bytes, *, deadline: Deadline) -> None:
-        """A source does not wait: it may be connected to only once the destination has its address."""
+        """Only notes the address: see above."""
         if not 0 < len(peer) <= ADDRESS_BYTES_MAX:
             raise TransferError(f"a gloo address of {len(peer)} bytes")
-        self._store.tell(peer)
-        if self._rank:
-            self._made.wait_alone(deadline)
+        self._peer = peer
 
     def send(self, message: memoryview) -> Transit:
         tensor = torch.frombuffer(message, dtype=torch.uint8)
-        return self._follow(lambda: self._group.send([tensor], 1 - self._rank, _BLOCKS_TAG))
+        return self._follow(lambda group: group.send([tensor], 1 - self._rank, _BLOCKS_TAG))
 
     def receive(self, message: memoryview) -> Transit:
         tensor = torch.frombuffer(message, dtype=torch.uint8)
-        return self._follow(lambda: self._group.recv([tensor], 1 - self._rank, _BLOCKS_TAG))
+        return self._follow(lambda group: group.recv([tensor], 1 - self._rank, _BLOCKS_TAG))
 
     def hear(self, connection: FrameSocket) -> None:
         """What is under way has a thread of its own."""
@@ -85,30 +84,37 @@ class GlooLane:
             self._store.close()
             self._fence()
             self._thread.shutdown(wait=False, cancel_futures=True)
-            concurrent.futures.wait(self._jobs, timeout=_CLOSE_TIMEOUT_S)
+            _, running = concurrent.futures.wait(self._jobs, timeout=_CLOSE_TIMEOUT_S)
+            if not running:
+                self._thread.shutdown(wait=True)
             self._group = None
             self._bell.close()
         return all(job.done() for job in self._jobs)
 
     def _make(self, our_host: str) -> None:
+        """By the lane's thread: returns when both ends are connected."""
         try:
             self._group = _make_group(self._store, self._rank, our_host)
         except (RuntimeError, ValueError) as error:  # c10d raises nothing else.
-            self._made.end(_in_a_line(error))
-        else:
-            self._made.end()
+            self._failure = _in_a_line(error)
 
-    def _follow(self, begin: Callable[[], Any]) -> Transit:
-        """`begin` hands a message to gloo, which takes them in this order."""
+    def _follow(self, begin: Callable[[Any], Any]) -> Transit:
+        """`begin` hands a message to gloo, once those before it are through."""
         transit = Transit(self._bell, library=LIBRARY)
-        self._made.wait_alone(Deadline.after(JOIN_TIMEOUT_S))
+        self._store.tell(self._peer)
+        self._submit(lambda: self._carry(begin, transit))
+        return transit
+
+    def _carry(self, begin: Callable[[Any], Any], transit: Transit) -> None:
+        if self._group is None:
+            transit.end(self._failure)
+            return
         try:
-            work = begin()
-        except RuntimeError as error:  # The pair is closed.
+            begin(self._group).wait(datetime.timedelta(seconds=MESSAGE_TIMEOUT_S))
+        except RuntimeError as error:
             transit.end(_in_a_line(error))
         else:
-            self._submit(lambda: _wait(work, transit))
-        return transit
+            transit.end()
 
     def _submit(self, job: Callable[[], None]) -> None:
         self._jobs = [*(each for each in self._jobs if not each.done()), self._thread.submit(job)]
@@ -168,9 +174,9 @@ class _Addresses(distributed.Store):  # type: ignore[name-defined, misc]
 
     def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
         with self._changed:
-            known = self._changed.wait_for(lambda: self._is_closed or self._knows(keys), JOIN_TIMEOUT_S)
-            if not known or self._is_closed:
-                raise RuntimeError("the other end told no address")
+            self._changed.wait_for(lambda: self._is_closed or self._knows(keys))  # The lane ends this wait.
+            if self._is_closed:
+                raise RuntimeError("the lane was closed")
 
     def _knows(self, keys: Sequence[str]) -> bool:
         return self._peer is not None or all(key in self._values for key in keys)
@@ -183,15 +189,6 @@ def _make_group(store: Any, rank: int, our_host: str) -> Any:
     options._timeout = datetime.timedelta(seconds=JOIN_TIMEOUT_S)
     options._threads = 1
     return gloo(store, rank, 2, options)
-
-
-def _wait(work: Any, transit: Transit) -> None:
-    try:
-        work.wait(datetime.timedelta(seconds=MESSAGE_TIMEOUT_S))
-    except RuntimeError as error:
-        transit.end(_in_a_line(error))
-    else:
-        transit.end()
 
 
 def _in_a_line(error: Exception) -> str:

@@ -1,7 +1,11 @@
 """The contract suite over transports that bring a library: each in a process of its own, since no two share one."""
 
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,8 @@ SUITE = (
     "test_altered_greetings.py",
 )
 
+OPTIONS = ("-m", "not soak", "--timeout", "60", "--color", "no")
+
 
 @pytest.fixture(autouse=True)
 def not_within_itself(request: pytest.FixtureRequest) -> None:
@@ -25,7 +31,43 @@ def not_within_itself(request: pytest.FixtureRequest) -> None:
         pytest.skip("this is the process that it starts")
 
 
-@pytest.mark.timeout(240)
+MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "1")
+IN_ONE_PROCESS = ("test_transports.py", "test_hostile_peers.py", "test_transfers.py")
+"""A child of a test is in no MPI world; tests/system/test_servers_mpi.py has its dying ends."""
+
+
+def test_mpi_passes_the_contract_suite() -> None:
+    mpirun = shutil.which(MPIRUN[0], path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if mpirun is None or importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("MPI needs mpi4py and mpirun: pip install 'disaggregated[mpi]'")
+    only_loopback = {"OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_btl_tcp_if_include": "lo"}
+    passes("MPI", IN_ONE_PROCESS, (mpirun, *MPIRUN[1:], sys.executable), environ=only_loopback)
+
+
+def test_gloo_passes_the_contract_suite() -> None:
+    passes("NCCL", IN_ONE_PROCESS, (sys.executable,), environ={"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.soak
+def test_gloo_passes_it_between_processes_that_die() -> None:
+    passes("NCCL", ("test_transfer_faults.py", "test_dying_ends.py"), (sys.executable,), environ={})
+
+
+def passes(name: str, files: Sequence[str], python: Sequence[str], *, environ: Mapping[str, str]) -> None:
+    suite = subprocess.run(
+        [*python, "-m", "pytest", *(str(HERE / each) for each in files), "--transport", name, *OPTIONS],
+        cwd=HERE.parents[1],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert suite.returncode == 0, suite.stdout[-8000:] + suite.stderr[-2000:]
+    assert " passed" in suite.stdout
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["UCX", "NIXL"])
 def test_a_library_passes_the_contract_suite(name: str) -> None:
     if reason := registry.missing(name):
@@ -36,7 +78,7 @@ def test_a_library_passes_the_contract_suite(name: str) -> None:
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
-        timeout=230,
+        timeout=290,
         check=False,
     )
     assert suite.returncode == 0, suite.stdout[-8000:] + suite.stderr[-2000:]
