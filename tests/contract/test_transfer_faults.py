@@ -6,10 +6,9 @@ theirs still there?
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -23,12 +22,10 @@ from disaggregated.errors import (
 )
 from disaggregated.v1 import kv_pb2
 from kvtransfer import Quarantine, QuarantineLimits, Region, TransferDestination
-from kvtransfer.deadline import Deadline
 from kvtransfer.destination import peers
 from kvtransfer.destination.landed import Landed
 from kvtransfer.machine import CancelResult
 from kvtransfer.source.service import KVSourceService
-from kvtransfer.transport import BlockRead, DestinationTransport, Offer, PeerLink, ReadStop, SourceIdentity
 from tests.support.fault_proxy import Fault, proxied
 from tests.support.kv_endpoints import GatedEndpoint, make_endpoint, make_transport
 from tests.support.kv_pools import (
@@ -45,6 +42,7 @@ from tests.support.kv_pools import (
     served_source,
 )
 from tests.support.kv_source import RemoteSource, remote_source
+from tests.support.stuck_transport import StuckTransport
 
 TABLE = list(range(0, 128, 2))
 """64 blocks, 16 MiB in all: more than every buffer between the two ends."""
@@ -398,35 +396,6 @@ async def test_sources_are_kept_up_to_a_number(transport_name: str, monkeypatch:
 
 
 # A backend that does not end what it began: the outcome is told, the blocks are not given back.
-
-
-class StuckLink:
-    """A real link whose reads, once they have moved everything, do not return until they may; deaf to stops."""
-
-    def __init__(self, link: PeerLink, may_return: threading.Event) -> None:
-        self._link = link
-        self._may_return = may_return
-        self.is_reading = threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._link, name)
-
-    def read(self, read: BlockRead, *, stop: ReadStop, deadline: Deadline) -> None:
-        self.is_reading.set()
-        assert self._may_return.wait(20), "the test forgot to let it return"
-        self._link.read(read, stop=ReadStop(), deadline=Deadline.after(20))
-
-
-class StuckTransport:
-    def __init__(self, transport: DestinationTransport) -> None:
-        self._transport = transport
-        self.name = transport.name
-        self.may_return = threading.Event()
-        self.links: list[StuckLink] = []
-
-    def connect(self, offer: Offer, source: SourceIdentity, *, deadline: Deadline) -> PeerLink:
-        self.links.append(StuckLink(self._transport.connect(offer, source, deadline=deadline), self.may_return))
-        return cast(PeerLink, self.links[-1])
 
 
 @pytest.mark.parametrize("share_max", [0.9, 0.25])
