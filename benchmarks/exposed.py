@@ -138,14 +138,16 @@ async def rows_of(kind: str) -> list[Row]:
             worth_s = chunk_bytes / (natural / SLOWER)
             rows.append(Row(what=f"{kind}: one chunk's worth at 1/{SLOWER} of that", seen=f"{worth_s * 1e3:.1f} ms"))
             for way, seconds in (await exposed_by_way(slow)).items():
-                rows.append(_judged(f"{kind}, 1/{SLOWER} of it, {way.name}", seconds, worth_s, is_judged=way.overlap))
+                rows.append(_judged(f"{kind}, 1/{SLOWER} of it", way, seconds, worth_s))
     return rows
 
 
-def _judged(what: str, seconds: list[float], worth_s: float, *, is_judged: bool) -> Row:
+def _judged(link: str, way: Way, seconds: list[float], worth_s: float) -> Row:
+    """What servers do by default is judged; the others are there to compare it with."""
     found = statistics.median(seconds) / worth_s
-    seen = f"{report.spread(seconds, 'ms', scale=1e3)}; {found:.2f} chunks' worth"
-    return Row(what=what, seen=seen, bar="at most 1" if is_judged else "", holds=found <= 1 if is_judged else None)
+    seen, is_ours = f"{report.spread(seconds, 'ms', scale=1e3)}; {found:.2f} chunks' worth", way.group_bytes > 0
+    bar, holds = ("at most 1", found <= 1) if is_ours else ("", None)
+    return Row(what=f"{link}, {way.name}", seen=seen, bar=bar, holds=holds)
 
 
 async def main() -> None:

@@ -46,17 +46,32 @@ class SlowLink:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
 
+    def close(self) -> None:
+        """Take no more connections; those that there are go on."""
+        self._listening.shutdown(socket.SHUT_RDWR)
+
     def serve(self) -> None:
-        """Until the process ends."""
+        """Until it is closed, or the process ends."""
         while True:
-            accepted, _ = self._listening.accept()
+            try:
+                accepted, _ = self._listening.accept()
+            except OSError:
+                self._listening.close()
+                return
             onward = socket.socket()
             onward.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
             onward.connect(self._target)
             for sock in (accepted, onward):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._pump, args=[accepted, onward, False], daemon=True).start()
-            threading.Thread(target=self._pump, args=[onward, accepted, True], daemon=True).start()
+            threading.Thread(target=self._relay, args=[accepted, onward], daemon=True).start()
+
+    def _relay(self, accepted: socket.socket, onward: socket.socket) -> None:
+        forth = threading.Thread(target=self._pump, args=[accepted, onward, False], daemon=True)
+        forth.start()
+        self._pump(onward, accepted, True)
+        forth.join()
+        accepted.close()
+        onward.close()
 
     def _pump(self, source: socket.socket, into: socket.socket, is_slow: bool) -> None:
         piece = memoryview(bytearray(PIECE_BYTES))
