@@ -73,7 +73,7 @@ TRANSPORTS: Final[Mapping[str, Listed]] = {
             name="NCCL",
             module="kvtransfer.transports.nccl",
             extra="nccl",
-            carries="packed messages by torch.distributed: NCCL between CUDA pools, gloo between others",
+            carries="packed messages by torch.distributed (gloo), between any two hosts",
         ),
         Listed(
             name="MPI",

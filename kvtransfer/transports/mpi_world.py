@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from disaggregated import logs
 from disaggregated.errors import TransferError
+from disaggregated.parent_death import PARENT_PID
 from kvtransfer.deadline import Deadline
 from kvtransfer.transports.mpi_thread import MpiThread
 
@@ -48,7 +49,7 @@ def missing(environment: Mapping[str, str] = os.environ) -> str | None:
     """What this process lacks to be part of an MPI world, as the rest of a sentence. Loads nothing."""
     if importlib.util.find_spec("mpi4py") is None:
         return "needs the mpi4py package and an MPI: pip install 'disaggregated[mpi]'"
-    if not any(name in environment for name in _LAUNCHED):
+    if PARENT_PID in environment or not any(name in environment for name in _LAUNCHED):  # The first: not by mpirun.
         return f"needs both servers in one MPI world: {HOW_TO_LAUNCH}"
     return None
 

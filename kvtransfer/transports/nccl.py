@@ -1,4 +1,4 @@
-"""NCCL: torch.distributed between two processes; NCCL where both pools lie in CUDA memory, gloo where they do not.
+"""NCCL: torch.distributed between two processes, by gloo: what is sent lies in host memory, wherever the pool does.
 
 Each connection has a process group of its own, of two ranks, which is made from a private store and never touches
 torch's default group. `packed.py` has the course of a read. Torch is imported when the first lane is made.

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from disaggregated.errors import TransferError
+from disaggregated.parent_death import PARENT_PID
 from kvtransfer.transports import mpi_world
 from kvtransfer.transports.mpi_world import MpiAddress, MpiWorld
 
@@ -19,6 +20,11 @@ def test_a_process_that_a_launcher_has_started_misses_nothing(name: str) -> None
 def test_a_process_that_was_started_alone_is_told_how_to_launch() -> None:
     pytest.importorskip("mpi4py")
     assert "mpirun -n 1 disaggregated serve context" in str(mpi_world.missing({}))
+
+
+def test_a_server_that_a_launched_orchestrator_has_started_is_no_rank_of_its_own() -> None:
+    pytest.importorskip("mpi4py")
+    assert "in one MPI world" in str(mpi_world.missing({"PMIX_RANK": "0", PARENT_PID: "1"}))
 
 
 def test_without_mpi4py_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
