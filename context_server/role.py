@@ -29,6 +29,7 @@ from disaggregated.engine.api import (
 from disaggregated.engine.serving.live_requests import LiveRequests
 from disaggregated.engine.serving.role import ENGINE_STOP_S, LoadedServer, as_our_error
 from disaggregated.engine.thread import EngineThread
+from disaggregated.peer_input import checked_name, checked_seconds
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 from kvtransfer import Preference, Publisher, Region, StagedSource, TakesNews, TransferSource
@@ -136,8 +137,10 @@ class ContextRole(control_pb2_grpc.ContextServicer):
     async def Prefill(
         self, request: control_pb2.PrefillRequest, call: Any
     ) -> AsyncIterator[control_pb2.PrefillProgress]:
-        engine_id = self.live_requests.add(request.request_id)
-        prefill = PrefillCall(engine_id, request.transfer_id, deadline_s=request.deadline_s)
+        deadline_s = checked_seconds(request.deadline_s, "deadline_s")
+        transfer_id = checked_name(request.transfer_id, "transfer_id")
+        engine_id = self.live_requests.add(checked_name(request.request_id, "request_id"))
+        prefill = PrefillCall(engine_id, transfer_id, deadline_s=deadline_s)
         self._prefills[engine_id] = prefill
         try:
             self._open(prefill, request)

@@ -12,11 +12,21 @@ import dataclasses
 import functools
 from typing import Final
 
+from disaggregated.errors import LayoutMismatch
 from disaggregated.v1 import kv_pb2
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
 QUANTISED: Final = frozenset({"int8", "float8_e4m3fn"})
 SCALE_BYTES: Final = 4
+_MOST: Final = {
+    "num_layers": 4096,
+    "num_kv_heads": 65_536,
+    "head_dim": 65_536,
+    "block_size": 65_536,
+    "num_blocks": 1 << 31,
+    "num_planes": 2,
+}
+"""Of another process's layout: far more than any model has, and little enough to be computed with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,4 +93,15 @@ class KVLayout:
 
     @classmethod
     def from_proto(cls, message: kv_pb2.KVLayout) -> KVLayout:
+        """Raises LayoutMismatch for what can be no pool's shape, so that whoever computes with it may rely on it."""
+        _check_plausible(message)
         return cls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(cls)})
+
+
+def _check_plausible(message: kv_pb2.KVLayout) -> None:
+    if message.dtype not in DTYPE_BYTES:
+        raise LayoutMismatch(f"a layout of dtype {message.dtype[:40]!r}; known are {', '.join(DTYPE_BYTES)}")
+    for name, most in _MOST.items():
+        value = getattr(message, name)
+        if not 1 <= value <= most:
+            raise LayoutMismatch(f"a layout whose {name} is {value}; it must be between 1 and {most}")

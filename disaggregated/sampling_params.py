@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
+from disaggregated.errors import InvalidRequest
+from disaggregated.peer_input import checked_number
 from disaggregated.v1 import control_pb2
+
+STOP_TOKEN_IDS_MAX: Final = 4096
+"""More than any model has, and a client may add."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Checked by the orchestrator; servers trust it.
+    """Checked by the orchestrator, in the client's words; a server looks once more at what comes to it.
 
     The random number for the token at position `p` of a sequence (prompt included) depends on `(seed, p)` alone,
     so a sequence gives the same tokens wherever it is continued.
@@ -48,8 +53,21 @@ class SamplingParams:
 
     @classmethod
     def from_proto(cls, message: control_pb2.SamplingParams) -> SamplingParams:
+        """Raises InvalidRequest for values that no orchestrator of ours sends."""
+        _check(message)
         fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(cls)}
         return cls(**{**fields, "stop_token_ids": frozenset(message.stop_token_ids)})
+
+
+def _check(message: control_pb2.SamplingParams) -> None:
+    checked_number(message.temperature, "temperature", low=0.0)
+    checked_number(message.top_p, "top_p", low=0.0, high=1.0)
+    checked_number(message.min_p, "min_p", low=0.0, high=1.0)
+    if len(message.stop_token_ids) > STOP_TOKEN_IDS_MAX:
+        raise InvalidRequest(
+            f"there are {len(message.stop_token_ids)} stop_token_ids, {STOP_TOKEN_IDS_MAX} are allowed",
+            param="stop_token_ids",
+        )
 
 
 def over_model_defaults(

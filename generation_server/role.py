@@ -38,6 +38,7 @@ from disaggregated.errors import (
     InvalidRequest,
     TransferError,
 )
+from disaggregated.peer_input import checked_name, checked_seconds
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 from generation_server.admission import Admission, Caller
@@ -162,6 +163,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         A second stream of the same orchestrator takes the place of the first, which may be a connection that broke
         without our seeing it.
         """
+        checked_name(request.orchestrator_id, "orchestrator_id")
         if earlier := self._callers.get(request.orchestrator_id):
             self._hang_up(earlier)
         caller = self._callers[request.orchestrator_id] = Caller()
@@ -192,6 +194,8 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             raise
 
     async def _admit(self, request: control_pb2.AdmitRequest) -> control_pb2.AdmitReply:
+        checked_seconds(request.deadline_s, "deadline_s")
+        checked_name(request.request_id, "request_id")
         caller = self._callers.get(request.orchestrator_id)
         if caller is None:
             raise AdmissionError(f"orchestrator {request.orchestrator_id!r} has no Generate stream open here")

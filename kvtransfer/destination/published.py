@@ -9,6 +9,7 @@ from typing import Self
 from disaggregated.errors import TransferError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2
+from kvtransfer.transport import LEASE_KEY_BYTES
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,8 @@ class PublishedBlocks:
         layers = self._layers_of(publication)
         self._check_blocks(publication)
         self._lease_key = publication.lease_key or self._lease_key
+        if len(self._lease_key) != LEASE_KEY_BYTES and publication.block_ids:
+            raise TransferError(f"a lease key of {len(self._lease_key)} bytes; it has {LEASE_KEY_BYTES}")
         block_ids = tuple(publication.block_ids)
         self._await(self._num_whole, block_ids, tuple(publication.checksums), layers)
         if layers.stop == self._source_layout.num_layers:

@@ -21,6 +21,7 @@ from disaggregated.errors import (
     TransferError,
 )
 from disaggregated.kv_shard import KVHolding
+from disaggregated.peer_input import checked_name
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.conversion.planner import refusal
 from kvtransfer.machine import SourcePhase
@@ -108,7 +109,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
     async def Follow(self, request: kv_pb2.FollowRequest, call: Any) -> AsyncIterator[kv_pb2.Publication]:
         """Ends when the lease does. A stream that breaks before that is a destination that gave up, or has gone."""
         self._check_epoch(request.epoch)
-        transfer_id = request.transfer_id
+        transfer_id = checked_name(request.transfer_id, "transfer_id")
         with self._following(transfer_id, request.peer_id) as changed:
             if request.block_hashes:
                 await self._open_by_content(request)
@@ -140,6 +141,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
 
     async def Release(self, request: kv_pb2.ReleaseRequest, call: Any) -> kv_pb2.ReleaseReply:
         self._check_epoch(request.epoch)
+        checked_name(request.transfer_id, "transfer_id")
         if request.landed:
             held = self._leave(request.transfer_id, request.peer_id, SourcePhase.RELEASED, "landed")
         else:

@@ -13,6 +13,7 @@ from disaggregated.engine.serving.block_stream import block_messages
 from disaggregated.engine.serving.live_requests import request_id_of
 from disaggregated.engine.serving.role import LoadedServer, Role
 from disaggregated.errors import DeadlineExceeded
+from disaggregated.peer_input import checked_seconds
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 
 HEARTBEAT_INTERVAL_MIN_S: Final = 0.02
@@ -52,7 +53,7 @@ class ServerService(control_pb2_grpc.ServerServicer):
         )
 
     async def Watch(self, request: control_pb2.WatchRequest, call: Any) -> AsyncIterator[control_pb2.Heartbeat]:
-        interval_s = max(request.interval_s, HEARTBEAT_INTERVAL_MIN_S)
+        interval_s = max(checked_seconds(request.interval_s, "interval_s"), HEARTBEAT_INTERVAL_MIN_S)
         while not self._ending.is_set():
             yield self.heartbeat()
             await self._wait_for_news(interval_s)
@@ -100,10 +101,11 @@ class ServerService(control_pb2_grpc.ServerServicer):
         )
 
     async def Drain(self, request: control_pb2.DrainRequest, call: Any) -> control_pb2.DrainReply:
+        deadline_s = checked_seconds(request.deadline_s, "deadline_s")
         live_requests = self._role.live_requests
         live_requests.begin_draining()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(request.deadline_s):
+            async with asyncio.timeout(deadline_s):
                 await live_requests.wait_idle()
         return control_pb2.DrainReply(num_left=len(live_requests))
 

@@ -24,7 +24,7 @@ def publication(
         first_block=first,
         block_ids=block_ids,
         checksums=[block_id + 100 * layers.start for block_id in block_ids],
-        lease_key=b"k",
+        lease_key=b"k" * 16,
         first_layer=layers.start,
         num_layers=len(layers),
     )

@@ -1,0 +1,103 @@
+"""Numbers and names of other processes are refused before a timer, a comparison or an allocation gets to see them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from disaggregated.errors import InvalidRequest, LayoutMismatch, TransferError
+from disaggregated.kv_layout import KVLayout
+from disaggregated.peer_input import checked_name, checked_seconds
+from disaggregated.sampling_params import SamplingParams
+from disaggregated.v1 import control_pb2, kv_pb2
+from kvtransfer.destination.published import PublishedBlocks
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32", num_blocks=8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.001, 1e9])
+def test_a_time_that_no_timer_can_wait_for_is_refused(value: float) -> None:
+    with pytest.raises(InvalidRequest, match=r"deadline_s is .* between 0 and 604800 seconds") as caught:
+        checked_seconds(value, "deadline_s")
+    assert caught.value.param == "deadline_s"
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 604_800.0])
+def test_a_time_that_can_be_waited_for_is_taken(value: float) -> None:
+    assert checked_seconds(value, "deadline_s") == value
+
+
+def test_a_name_is_kept_only_when_it_is_short() -> None:
+    assert checked_name("x" * 256, "request_id") == "x" * 256
+    with pytest.raises(InvalidRequest, match="request_id has 257 characters"):
+        checked_name("x" * 257, "request_id")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in (math.nan, math.inf, -0.5)),
+        *(("top_p", value) for value in (math.nan, 1.5, -0.1, math.inf)),
+        *(("min_p", value) for value in (math.nan, 2.0, -0.1)),
+    ],
+)
+def test_sampling_numbers_out_of_range_are_named(field: str, value: float) -> None:
+    message = SamplingParams(max_tokens=4).to_proto()
+    setattr(message, field, value)
+    with pytest.raises(InvalidRequest, match=f"{field} is") as caught:
+        SamplingParams.from_proto(message)
+    assert caught.value.param == field
+
+
+def test_what_an_orchestrator_sends_comes_back_as_it_was() -> None:
+    sent = SamplingParams(max_tokens=4, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=2**64 - 1)
+    assert SamplingParams.from_proto(sent.to_proto()) == sent
+
+
+def test_a_million_stop_tokens_are_refused() -> None:
+    message = control_pb2.SamplingParams(max_tokens=1, stop_token_ids=range(1_000_000))
+    with pytest.raises(InvalidRequest, match="1000000 stop_token_ids"):
+        SamplingParams.from_proto(message)
+
+
+@pytest.mark.parametrize("field", ["num_layers", "num_kv_heads", "head_dim", "block_size", "num_blocks", "num_planes"])
+@pytest.mark.parametrize("value", [0, 2**32 - 1])
+def test_a_layout_that_no_pool_has_is_refused_before_anything_is_computed_with_it(field: str, value: int) -> None:
+    message = dataclasses.replace(LAYOUT, **{field: value}).to_proto()  # type: ignore[arg-type]
+    with pytest.raises(LayoutMismatch, match=f"{field} is {value}"):
+        KVLayout.from_proto(message)
+
+
+def test_a_layout_of_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(LayoutMismatch, match="dtype 'float3'"):
+        KVLayout.from_proto(dataclasses.replace(LAYOUT, dtype="float3").to_proto())
+    assert KVLayout.from_proto(LAYOUT.to_proto()) == LAYOUT
+
+
+def published() -> PublishedBlocks:
+    return PublishedBlocks(epoch=1, source_layout=LAYOUT, into=range(4), skip_blocks=0)
+
+
+@pytest.mark.parametrize(
+    "publication",
+    [
+        kv_pb2.Publication(epoch=1, block_ids=range(5), checksums=range(5), lease_key=b"k" * 16),
+        kv_pb2.Publication(epoch=1, block_ids=range(1_000_000), checksums=range(1_000_000), lease_key=b"k" * 16),
+        kv_pb2.Publication(epoch=1, block_ids=[8], checksums=[0], lease_key=b"k" * 16),
+        kv_pb2.Publication(epoch=1, block_ids=[1], checksums=[], lease_key=b"k" * 16),
+        kv_pb2.Publication(epoch=1, block_ids=[1], checksums=[0]),
+        kv_pb2.Publication(epoch=1, block_ids=[1], checksums=[0], lease_key=b"k" * 1_000_000),
+        kv_pb2.Publication(epoch=1, block_ids=[1], checksums=[0], lease_key=b"k" * 16, first_layer=1, num_layers=9),
+        kv_pb2.Publication(epoch=1, first_block=2**32 - 1, block_ids=[1], checksums=[0], lease_key=b"k" * 16),
+        kv_pb2.Publication(epoch=2, block_ids=[1], checksums=[0], lease_key=b"k" * 16),
+    ],
+)
+def test_a_publication_that_is_larger_than_our_table_or_contradicts_itself_is_refused(
+    publication: kv_pb2.Publication,
+) -> None:
+    blocks = published()
+    with pytest.raises(TransferError):
+        blocks.add(publication)
+    assert blocks.take() == []
