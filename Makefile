@@ -30,7 +30,7 @@ check: $(VENV)/dev.stamp ## Linters, types, import layers, generated code
 	@$(BIN)/python tools/generate_stubs.py --check
 
 bench: $(VENV)/dev.stamp ## Measure on this machine; reports go to benchmarks/results
-	@for name in ops transfer start first_token overlap; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in ops transfer start first_token overlap multi_turn; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-engine: $(VENV)/dev.stamp ## The engine beside transformers, llama.cpp and vLLM: makes their environments first, then takes an hour
 	@$(BIN)/python -m benchmarks.peers

@@ -34,7 +34,7 @@ class Lender:
 
     region: Region
     held: dict[BlockHash, int]
-    source: TransferSource
+    source: TransferSource = dataclasses.field(init=False)
     address: str = ""
     released: list[str] = dataclasses.field(default_factory=list)
     refuses: bool = False
@@ -67,21 +67,18 @@ async def lending(
     transport: str, region: Region, held: Sequence[BlockHash], *, lends: bool = True
 ) -> AsyncIterator[Lender]:
     """Block i of `held` lies in block 20 + i of the pool."""
-    made: list[Lender] = []
-    released: list[str] = []
-    source = TransferSource(
+    lender = Lender(region, {each: 20 + i for i, each in enumerate(held)})
+    source = lender.source = TransferSource(
         region,
         SMALL,
         fingerprint=FINGERPRINT,
         instance_id="context-0",
         epoch=EPOCH,
-        on_released=released.append,
+        on_released=lender.released.append,
         preference=Preference(transport),
-        lend=(lambda transfer_id, hashes: made[0].lend(transfer_id, hashes)) if lends else None,
+        lend=lender.lend if lends else None,
     )
-    lender = Lender(region, {each: 20 + i for i, each in enumerate(held)}, source, released=released)
     lender.may_go_on.set()
-    made.append(lender)
     server = rpc.make_server()
     source.add_to(server)
     lender.address = rpc.bind(server, "127.0.0.1", 0)
