@@ -134,11 +134,12 @@ def _serve(name: str, folder: Path) -> None:
 
 
 def _read(name: str, folder: Path) -> Probe:
-    told = json.loads(Path(folder, "offer").read_text())
-    if failure := told.get("failure"):
-        return Probe(transport=name, failure=f"the source: {failure}")
     with Region.allocate(LAYOUT.pool_bytes, populate=True) as region:
+        # Made before the offer is waited for: the processes of an MPI world can only begin together.
         transport = registry.load(name).make_transport(OurEnd(region=region, layout=LAYOUT, peer_id="probe"))
+        told = json.loads(Path(folder, "offer").read_text())
+        if failure := told.get("failure"):
+            return Probe(transport=name, failure=f"the source: {failure}")
         source = SourceIdentity(instance_id="probe-source", epoch=EPOCH, layout=LAYOUT)
         link = transport.connect(Offer(**told), source, deadline=Deadline.after(5.0))
         try:

@@ -22,6 +22,8 @@ import psutil
 
 from disaggregated.errors import DisaggregatedError
 from disaggregated.kv_layout import KVLayout
+from disaggregated.security import membership
+from disaggregated.security.tls import TlsFiles
 from kvtransfer import Preference, Region
 from kvtransfer.destination.pending import PendingTransfer
 from tests.support.kv_pools import SomeTicket, blocks_of, destination, fill, flip_bit, served_source
@@ -144,6 +146,7 @@ def held() -> Held:
 async def main() -> None:
     import contextlib
 
+    membership.join_as_told(secret_file="", tls=TlsFiles())
     port, name, settings = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=LINE_BYTES_MAX)
     async with contextlib.AsyncExitStack() as stack:

@@ -55,7 +55,7 @@ class DataRelay:
         self._is_of_chunk = is_of_chunk
         self._tamper: Tamper | None = None
         self._listening: list[socket.socket] = []
-        self._sockets: list[socket.socket] = []
+        self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
 
     def stand_before(self, address: str) -> str:
@@ -95,7 +95,7 @@ class DataRelay:
 
     def _spawn(self, work: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, name="fault-lab-relay", daemon=True)
-        self._threads.append(thread)
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
         thread.start()
 
     def _accept(self, listening: socket.socket, target: str) -> None:
@@ -109,10 +109,19 @@ class DataRelay:
             except OSError:  # The source has gone; its caller sees the connection end.
                 near.close()
                 continue
-            self._sockets += [near, far]
-            is_ours = threading.Event()
-            self._spawn(self._pump, near, far, False, is_ours)
-            self._spawn(self._pump, far, near, True, is_ours)
+            self._sockets |= {near, far}
+            self._spawn(self._relay, near, far)
+
+    def _relay(self, near: socket.socket, far: socket.socket) -> None:
+        """One connection, both ways, until either end hangs up."""
+        is_ours = threading.Event()
+        back = threading.Thread(target=self._pump, args=[far, near, True, is_ours], name="fault-lab-back", daemon=True)
+        back.start()
+        self._pump(near, far, False, is_ours)
+        back.join()
+        self._sockets -= {near, far}
+        near.close()
+        far.close()
 
     def _pump(self, into: socket.socket, out: socket.socket, is_from_source: bool, is_ours: threading.Event) -> None:
         """`is_ours` is set from the READ of our chunk to its answer."""
