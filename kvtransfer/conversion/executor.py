@@ -58,15 +58,15 @@ class Executor:
         self._ours = ours
         self._pieces = pieces
 
-    def convert(self, block: int, segments: Iterable[Segment], table: Sequence[int], layers: range) -> None:
-        """Bring what is wanted of `layers` of the source's block `block` to our blocks `table[segment.into_block]`."""
-        pieces = [part for group in self._groups(layers) for piece in self._pieces if (part := piece.within(group))]
-        for segment in segments:
-            for piece in pieces:
-                self._copy(
-                    _box(piece.layers, piece.heads, block, segment.tokens),
-                    _box(piece.into_layers, piece.into_heads, table[segment.into_block], segment.into_tokens),
-                )
+    def convert(self, block: int, segment: Segment, into: int, layers: range) -> None:
+        """Bring what is wanted of `layers` and `segment` of the source's block `block` to our block `into`."""
+        for group in self._groups(layers):
+            for piece in self._pieces:
+                if (part := piece.within(group)) is not None:
+                    self._copy(
+                        _box(part.layers, part.heads, block, segment.tokens),
+                        _box(part.into_layers, part.into_heads, into, segment.into_tokens),
+                    )
 
     def _groups(self, layers: range) -> Iterable[range]:
         """All at once where only the place changes. Else one by one: what lies between the dtypes stays in a cache."""

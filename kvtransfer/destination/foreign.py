@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from disaggregated.errors import TransferError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.kv_shard import KVHolding
 from kvtransfer.conversion.executor import Executor, PoolView
-from kvtransfer.conversion.tokens import TokenPlan
+from kvtransfer.conversion.planner import Piece
+from kvtransfer.conversion.tokens import Segment, TokenPlan
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.our_pool import OurPool
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.region import Region
 from kvtransfer.staging import StagingBlocks
@@ -84,9 +86,12 @@ class Converting:
 
     is_final: Final = False
 
-    def __init__(self, blocks: StagingBlocks, executor: Executor, tokens: TokenPlan, table: Sequence[int]) -> None:
-        self._blocks = blocks
-        self._executor = executor
+    def __init__(
+        self, staging: StagingRegion, ours: OurPool, pieces: Sequence[Piece], tokens: TokenPlan, table: Sequence[int]
+    ) -> None:
+        self._blocks = staging.blocks
+        self._ours = ours
+        self._executor = Executor(staging.view, ours.view, pieces)
         self._tokens = tokens
         self._table = table
 
@@ -102,8 +107,24 @@ class Converting:
         try:
             stop.check()
             yield staged
-            for block, number in zip(staged, into, strict=True):
-                stop.check()
-                self._executor.convert(block, self._tokens.segments(number), self._table, layers)
+            segments = [
+                (block, segment)
+                for block, number in zip(staged, into, strict=True)
+                for segment in self._tokens.segments(number)
+            ]
+            touched = list(dict.fromkeys(segment.into_block for _, segment in segments))
+            for begin in range(0, len(touched), self._ours.blocks_max):
+                chosen = touched[begin : begin + self._ours.blocks_max]
+                blocks = [self._table[number] for number in chosen]
+                with self._ours.writing(blocks, stop=stop, deadline=deadline) as places:
+                    self._convert(segments, dict(zip(chosen, places, strict=True)), layers, stop)
         finally:
             self._blocks.give_back(staged)
+
+    def _convert(
+        self, segments: Sequence[tuple[int, Segment]], places: Mapping[int, int], layers: range, stop: ReadStop
+    ) -> None:
+        for block, segment in segments:
+            if segment.into_block in places:
+                stop.check()
+                self._executor.convert(block, segment, places[segment.into_block], layers)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import xxhash
 
-from disaggregated.errors import LayoutMismatch, TransferError
+from disaggregated.errors import TransferError
 from disaggregated.kv_shard import KVHolding
-from kvtransfer.conversion.executor import Executor, PoolView
 from kvtransfer.conversion.planner import Piece, plan_conversion
 from kvtransfer.conversion.tokens import WHOLE, TokenMap, TokenPlan
 from kvtransfer.destination.foreign import Converting
 from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.landing import Lander
+from kvtransfer.destination.our_pool import OurPool
 from kvtransfer.destination.peer import SourcePeer, Ticket
 from kvtransfer.destination.published import PublishedBlocks
 from kvtransfer.transport import PeerLink
@@ -29,8 +29,7 @@ class OurShare:
     """Where a prompt is to land."""
 
     holding: KVHolding
-    pool: PoolView | None
-    """None in a device's memory."""
+    pool: OurPool
     make_lander: Callable[[PeerLink], Lander]
     """For blocks that are ours as they are."""
     table: Sequence[int]
@@ -65,8 +64,6 @@ def _pieces(sources: Sequence[KVHolding], ours: OurShare, turn: int) -> Sequence
         return [everything if number == chosen else () for number in range(len(sources))]
     if ours.num_tokens is None and _needs_length([*sources, ours.holding]):
         raise TransferError("a prompt's tokens are cut into parts by its length, which was not told")
-    if ours.pool is None:
-        raise LayoutMismatch("a pool in a device's memory takes blocks of its own shape only")
     return plan_conversion(sources, ours.holding, turn=turn).pieces
 
 
@@ -78,7 +75,7 @@ def _part(peer: SourcePeer, ticket: Ticket, pieces: Sequence[Piece], ours: OurSh
             epoch=epoch, source_layout=layout, into=range(WHOLE), skip_blocks=0, is_wanted=lambda block, layers: False
         )
         return Part(peer, ticket, nothing, direct)
-    if peer.staging is None or ours.pool is None:
+    if peer.staging is None:
         in_place = PublishedBlocks(epoch=epoch, source_layout=layout, into=ours.table, skip_blocks=ours.skip_blocks)
         return Part(peer, ticket, in_place, direct)
     tokens = _token_plan(peer.holding, ours)
@@ -94,7 +91,7 @@ def _part(peer: SourcePeer, ticket: Ticket, pieces: Sequence[Piece], ours: OurSh
         pool=peer.staging.region.buffer,
         layout=peer.staging.layout,
         part_bytes=peer.staging.layout.pool_bytes,
-        place=Converting(peer.staging.blocks, Executor(peer.staging.view, ours.pool, pieces), tokens, ours.table),
+        place=Converting(peer.staging, ours.pool, pieces, tokens, ours.table),
     )
     return Part(peer, ticket, published, lander)
 

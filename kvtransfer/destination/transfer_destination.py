@@ -24,6 +24,7 @@ from kvtransfer.destination.in_flight import InFlight
 from kvtransfer.destination.joint import OurShare, Part
 from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.landing import Lander
+from kvtransfer.destination.our_pool import DevicePool, HostPool, OurPool
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.destination.peer import Destination, Into, PeerStatistics, SourcePeer, Ticket
 from kvtransfer.destination.peers import IDLE_MAX_S, SourcePeers
@@ -34,7 +35,7 @@ from kvtransfer.destination.readers import FairReaders
 from kvtransfer.machine import CancelResult
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
-from kvtransfer.staging import DeviceCopier, InPlace, Staged, StagingBlocks
+from kvtransfer.staging import DeviceCopier, InPlace, LandingPlace, Staged, StagingBlocks
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd, PeerLink
 
 PART_BYTES: Final = 16 << 20
@@ -114,8 +115,12 @@ class TransferDestination:
             progress_timeout_s=progress_timeout_s,
             idle_max_s=idle_max_s,
         )
-        self._place = InPlace() if copier is None else Staged(StagingBlocks(layout.num_blocks), copier)
-        self._view = PoolView(self._pool, layout) if copier is None else None
+        self._place: LandingPlace = InPlace()
+        self._ours: OurPool = HostPool(PoolView(self._pool, layout))
+        if copier is not None:
+            staging = StagingBlocks(layout.num_blocks)
+            self._place = Staged(staging, copier)
+            self._ours = DevicePool(self._ours.view, staging, copier)
         self._farewells = Farewells(instance_id)
         self._limits = limits or QuarantineLimits(num_blocks=layout.num_blocks)
         self._pending: set[PendingTransfer] = set()
@@ -303,7 +308,7 @@ class TransferDestination:
     def _share(self, table: Sequence[int], skip_blocks: int, num_tokens: int | None) -> OurShare:
         return OurShare(
             holding=self._holding,
-            pool=self._view,
+            pool=self._ours,
             make_lander=self._make_lander,
             table=table,
             skip_blocks=skip_blocks,

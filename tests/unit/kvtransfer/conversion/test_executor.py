@@ -44,7 +44,8 @@ def convert_all(sources: list[KVHolding], ours: KVHolding, kv: Floats, table: li
         executor = Executor(*views, pieces)
         for block in range(source.layout.num_blocks):
             for layer in range(source.layout.num_layers):  # One by one: it does not matter in which order they come.
-                executor.convert(block, tokens.segments(block), table, range(layer, layer + 1))
+                for segment in tokens.segments(block):
+                    executor.convert(block, segment, table[segment.into_block], range(layer, layer + 1))
     return pool
 
 
