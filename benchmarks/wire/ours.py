@@ -34,18 +34,22 @@ class Ours:
     landing: TransferDestination
     layout: KVLayout
     number: int = 0
+    transfer_id: str = ""
 
     def pids(self) -> Sequence[int]:
         return [ourselves(), self.source.child.pid]
 
-    async def transfer(self) -> float:
+    async def prepare(self) -> None:
         self.number += 1
-        transfer_id = f"{self.name}-{self.number}"
+        self.transfer_id = f"{self.name}-{self.number}"
         num_tokens = self.layout.block_size * self.layout.num_blocks
-        await self.source.call("open", transfer_id)
-        await self.source.call("finish", transfer_id, shapes.scattered(self.layout, shapes.SOURCE_SEED), num_tokens, 1)
+        blocks = shapes.scattered(self.layout, shapes.SOURCE_SEED)
+        await self.source.call("open", self.transfer_id)
+        await self.source.call("finish", self.transfer_id, blocks, num_tokens, 1)
+
+    async def transfer(self) -> float:
         into = shapes.scattered(self.layout, shapes.INTO_SEED)
-        landed = await self.landing.pull(self.source.ticket(transfer_id), into, deadline_s=60)
+        landed = await self.landing.pull(self.source.ticket(self.transfer_id), into, deadline_s=60)
         assert landed.num_bytes == self.layout.pool_bytes, f"{landed.num_bytes} bytes travelled"
         return landed.transfer_s
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from disaggregated.kv_layout import KVLayout
@@ -38,6 +38,12 @@ def touched(region: Region) -> Region:
     """With all its pages there, which a first write would pay for."""
     region.buffer[:] = b"\1" * region.nbytes
     return region
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begin_s = time.perf_counter()
+    work()
+    return time.perf_counter() - begin_s
 
 
 def memcpy(source: Region, into: Region, layout: KVLayout) -> float:

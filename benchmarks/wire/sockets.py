@@ -121,6 +121,9 @@ class RawSockets:
     def pids(self) -> Sequence[int]:
         return [ourselves(), self.sender.pid]
 
+    async def prepare(self) -> None:
+        """Nothing."""
+
     async def transfer(self) -> float:
         asked = asyncio.create_task(self.sender.ask("send"))
         begin_s = time.perf_counter()

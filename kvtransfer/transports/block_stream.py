@@ -5,7 +5,7 @@ They lie on the wire layer by layer, within a layer in the order that was asked 
 
 from __future__ import annotations
 
-from kvtransfer.checksum import BlockSums, NativeSums, PoolBlocks, native_order
+from kvtransfer.checksum import BlockSums, NativeSums, PlainSums, PoolBlocks, native_order
 from kvtransfer.native.library import library
 from kvtransfer.region import memory_at
 from kvtransfer.runs import runs, views
@@ -28,21 +28,24 @@ def send_blocks(connection: FrameSocket, source: PoolBlocks, layers: range) -> N
 
 
 def receive_blocks(
-    connection: FrameSocket, into: PoolBlocks, layers: range, sums: BlockSums, *, stop: ReadStop
+    connection: FrameSocket, into: PoolBlocks, layers: range, sums: BlockSums | None, *, stop: ReadStop
 ) -> None:
-    """Fill `into` and sum it up: behind the kernel, while it is hot in the cache. No byte lands after it has ended.
+    """Fill `into`, and sum it up behind the kernel, while it is hot in the cache. No byte lands after it has ended.
 
     Raises PeerLost, TransferTimeout; without native code ReadStopped, too.
     """
     native = library()
-    if native is None or not isinstance(sums, NativeSums):
+    if native is None or isinstance(sums, PlainSums):
         connection.receive_into(_views(into, layers))
-        sums.take(into, layers, stop)
+        if sums is not None:
+            sums.take(into, layers, stop)
         return
-    order = sums.order(into, None, layers)
+    assert sums is None or isinstance(sums, NativeSums), f"checksums of another kind: {sums}"
+    order = native_order(into, None, layers) if sums is None else sums.order(into, None, layers)
+    address = None if sums is None else sums.address()
 
     def receive(fd: int, deadline_s: float) -> int:
-        return int(native.receive_blocks(fd, order.buffer_info()[0], sums.address(), deadline_s))
+        return int(native.receive_blocks(fd, order.buffer_info()[0], address, deadline_s))
 
     connection.move(receive, what="bytes of a peer")
 

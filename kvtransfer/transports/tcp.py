@@ -11,7 +11,7 @@ from typing import Final
 
 from disaggregated.errors import PeerLost, TransferError
 from disaggregated.kv_layout import KVLayout
-from kvtransfer.checksum import PoolBlocks, block_sums
+from kvtransfer.checksum import PoolBlocks
 from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
 from kvtransfer.runs import block_ids_of
@@ -145,10 +145,8 @@ class _TcpDialler:
         return len(read.source) * len(read.layers) * self._us.layout.block_bytes
 
     def land(self, connection: FrameSocket, read: BlockRead, *, stop: ReadStop) -> None:
-        layout = self._us.layout
-        sums = block_sums(len(read.source), layout, len(read.layers)) if read.sums is None else read.sums
-        into = PoolBlocks(self._us.region.base_address, layout, read.into)
-        receive_blocks(connection, into, read.layers, sums, stop=stop)
+        into = PoolBlocks(self._us.region.base_address, self._us.layout, read.into)
+        receive_blocks(connection, into, read.layers, read.sums, stop=stop)
 
     def close(self) -> None:
         """Nothing but connections, which the link closes."""

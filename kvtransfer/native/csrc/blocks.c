@@ -38,7 +38,7 @@ EXPORT int64_t checksum_bytes(void) { return sizeof(checksum); }
 
 void begin_sums(const order *what, checksum *sums)
 {
-    for (int64_t i = 0; i < what->count; i++)
+    for (int64_t i = 0; sums && i < what->count; i++)
         if (sums[i].length == 0)
             checksum_begin(&sums[i], what->length);
 }
