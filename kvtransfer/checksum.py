@@ -7,7 +7,7 @@
 
 What a running checksum covers: the source's memory at the moment of the copy, the way, and the order of the blocks. It
 does not cover our memory after the store, as a second pass over it would until that pass is over. Measured: the first
-costs nothing, the second a third of the time (docs/decisions/0011).
+costs nothing, the second a third of the time (docs/decisions/0016).
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ class RunPair:
 
 def runs(block_ids: Sequence[int]) -> tuple[Run, ...]:
     """`block_ids` in order, adjacent ones joined."""
+    if len(block_ids) == 1:  # What a small read asks for.
+        return (Run(block_ids[0], 1),)
     return tuple(Run(pair.source, pair.count) for pair in run_pairs(block_ids, block_ids))
 
 
