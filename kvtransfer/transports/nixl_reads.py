@@ -133,12 +133,15 @@ class SharedAgent:
         try:
             yield
         finally:
-            with self._changed:
-                self._num_inside -= 1
-                if self._is_doomed:
-                    if self._num_inside == 0:
-                        self._end_agent()
-                    self._changed.wait_for(lambda: self._has_ended)
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._num_inside -= 1
+            if self._is_doomed:
+                if self._num_inside == 0:
+                    self._end_agent()
+                self._changed.wait_for(lambda: self._has_ended)
 
     def _doom(self) -> None:
         with self._changed:

@@ -19,7 +19,7 @@ from kvtransfer.transports.packed import PackedEndpoint, PackedTransport, Packin
 from kvtransfer.transports.ucx_lane import UcxLane
 
 NAME: Final = "UCX"
-PACKING: Final = Packing(chunk_bytes=4 << 20, in_flight=2, buffers_max=16)
+PACKING: Final = Packing(chunk_bytes=2 << 20, in_flight=4, buffers_max=32)
 
 
 def missing() -> str | None:
