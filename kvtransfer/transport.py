@@ -38,7 +38,7 @@ PROGRESS_TIMEOUT_S: Final = 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """How to reach one endpoint. `address` is opaque and no secret: who uses it must prove that it knows the cluster's."""
+    """How to reach one endpoint. `address` is opaque and no secret: who uses it proves that it knows the cluster's."""
 
     name: str
     address: str

@@ -22,7 +22,7 @@ def test_every_transport_that_is_here_moves_bytes_between_two_processes(name: st
 
 def test_a_transport_that_cannot_be_made_is_a_sentence_and_not_a_traceback() -> None:
     found = probe.measure("NOSUCH")
-    assert found.failure == "the source: KeyError: 'NOSUCH'"
+    assert found.failure == "KeyError: 'NOSUCH'"
 
 
 def test_a_source_that_fails_is_told_by_the_other_end(tmp_path: Path) -> None:

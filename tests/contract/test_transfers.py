@@ -444,7 +444,7 @@ async def test_a_transport_that_is_none_of_ours_is_refused_at_start() -> None:
 
 
 async def test_a_source_left_to_decide_listens_on_what_a_configured_destination_asks_for() -> None:
-    with regions(SMALL) as (pool, into):
+    with regions(SMALL) as (pool, _):
         only_shared_memory = [registry.load("SHM").make_endpoint(pool, SMALL, epoch=EPOCH, host="127.0.0.1")]
         endpoints = SourceEndpoints(
             only_shared_memory,

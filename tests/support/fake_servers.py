@@ -43,6 +43,10 @@ class GrpcFront(control_pb2_grpc.ServerServicer, control_pb2_grpc.ContextService
             async for progress in progresses:
                 yield progress
 
+    async def Abort(self, request: control_pb2.AbortRequest, call: Any) -> control_pb2.AbortReply:
+        await self._client.abort(request.transfer_ids, timeout_s=5.0)
+        return control_pb2.AbortReply()
+
     async def Generate(self, request: control_pb2.GenerateRequest, call: Any) -> AsyncIterator[control_pb2.StepBatch]:
         await call.send_initial_metadata(())
         async with contextlib.aclosing(self._client.generate(request.orchestrator_id, lambda: None)) as batches:

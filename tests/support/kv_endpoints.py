@@ -49,14 +49,10 @@ class LeaseGate:
         assert isinstance(progress, Progress)
         return progress.key
 
-    def check_read(
-        self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str
-    ) -> None:
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str) -> None:
         self.asked.set()
         assert self.answers.wait(20), "nobody let the gate answer"
-        self.book.check_read(
-            lease_key=lease_key, epoch=epoch, blocks=blocks, layers=layers, peer_id=peer_id, now_s=0.0
-        )
+        self.book.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks, layers=layers, peer_id=peer_id, now_s=0.0)
 
 
 class GatedEndpoint:
@@ -74,9 +70,7 @@ class GatedEndpoint:
         self._gate = gate
         self._endpoint.start(self)
 
-    def check_read(
-        self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str
-    ) -> None:
+    def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str) -> None:
         assert self._gate is not None
         self.asked.set()
         assert self.answers.wait(20), "nobody let the gate answer"

@@ -97,6 +97,10 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
         with rpc.errors_from(self._source_address):
             return await self._source.Renew(request, timeout=5)
 
+    async def Ping(self, request: kv_pb2.PingRequest, call: Any) -> kv_pb2.PingReply:
+        with rpc.errors_from(self._source_address):
+            return await self._source.Ping(request, timeout=5)
+
     async def _release(self, request: kv_pb2.ReleaseRequest) -> kv_pb2.ReleaseReply:
         with rpc.errors_from(self._source_address):
             return await self._source.Release(request, timeout=5)

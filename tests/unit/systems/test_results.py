@@ -126,7 +126,7 @@ def test_the_plot_is_well_formed_and_has_a_panel_for_each_system(tmp_path: Path)
 
 
 def test_without_peers_our_own_systems_are_there() -> None:
-    found: list[System] = systems(Peers(vllm_python=None, has_nixl=False, llama_cpp=None))
+    found: list[System] = systems(Peers(vllm_python=None, has_nixl=False, llama_cpp=None, mooncake=None))
     assert [system.name for system in found] == [
         "ours-fp32", "ours-int8", "balanced-fp32", "balanced-int8", "mixed-fp32", "mixed-int8",
     ]  # fmt: skip
