@@ -150,6 +150,7 @@ class DestinationTransfer:
     phase: DestinationPhase = DestinationPhase.RESERVED
     story: list[tuple[float, DestinationPhase]] = dataclasses.field(default_factory=list)
     _decided: DestinationPhase = DestinationPhase.FAILED
+    _stopping_since_s: float = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -184,7 +185,7 @@ class DestinationTransfer:
         if self.phase is DestinationPhase.STOPPING:
             return self._in_flight(now_s)
         if self.phase is DestinationPhase.READING:
-            self._decided = outcome
+            self._decided, self._stopping_since_s = outcome, now_s
             self.advance(DestinationPhase.STOPPING, now_s=now_s)
             return self._in_flight(now_s)
         before = self.phase is DestinationPhase.RESERVED
@@ -198,4 +199,4 @@ class DestinationTransfer:
 
     def stuck_s(self, now_s: float) -> float:
         """For how long a read has been running whose outcome does not matter any more; 0 when none is."""
-        return now_s - self.story[-1][0] if self.phase is DestinationPhase.STOPPING else 0.0
+        return now_s - self._stopping_since_s if self.phase is DestinationPhase.STOPPING else 0.0

@@ -127,6 +127,8 @@ class PendingTransfer:
 
     def _cleared(self, work: Coroutine[Any, Any, Landed]) -> None:
         work.close()  # One that is cancelled before its first step was never begun.
+        if not self.is_decided:
+            self._decide(self._cancelled_from_outside())
         self.check_quiet()
         self._cleared_away.set()
         self._on_ended(self)
@@ -175,7 +177,7 @@ class PendingTransfer:
         try:
             landed = await work
         except asyncio.CancelledError:
-            self._decide(RequestCancelled(f"the transfer {self.transfer_id} was cancelled from outside"))
+            self._decide(self._cancelled_from_outside())
         except DisaggregatedError as error:
             self._decide(error)
         except Exception as error:
@@ -186,6 +188,9 @@ class PendingTransfer:
             self._landed(landed)
         finally:
             self.check_quiet()
+
+    def _cancelled_from_outside(self) -> RequestCancelled:
+        return RequestCancelled(f"the transfer {self.transfer_id} was cancelled from outside")
 
     def _landed(self, landed: Landed) -> None:
         """A completion that comes after the outcome was decided changes nothing."""

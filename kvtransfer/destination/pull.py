@@ -86,6 +86,8 @@ class Pull:
         self._arrived: asyncio.Queue[kv_pb2.Publication] = asyncio.Queue(_PUBLICATIONS_MAX)
         self._times = _Times()
         self._num_bytes = 0
+        self._has_released = False
+        """What the source ends after that, it ends because we told it to."""
 
     async def run(self) -> Landed:
         """Raises a TransferError when it did not land; then, and when cancelled, nothing can land any more.
@@ -121,7 +123,7 @@ class Pull:
 
     async def _receive(self, follow: grpc.aio.UnaryStreamCall[kv_pb2.FollowRequest, kv_pb2.Publication]) -> None:
         """Until the last publication; ends the pull when the stream ends before that."""
-        with self._deciding_failure(), source_errors(self._peer.address):
+        with self._listening(), source_errors(self._peer.address):
             async for publication in follow:
                 if publication.failure:
                     raise SourceFailed(f"{self._peer.identity.instance_id}: {publication.failure}")
@@ -137,9 +139,9 @@ class Pull:
     async def _renew(self) -> None:
         """The source learns that we are alive; and we, that it still holds what it leased."""
         request = kv_pb2.RenewRequest(transfer_id=self._transfer.transfer_id, epoch=self._peer.identity.epoch)
-        while True:
+        while not self._has_released:
             await asyncio.sleep(max(self._peer.lease_s / _RENEWALS_PER_LEASE, _RENEWAL_INTERVAL_MIN_S))
-            with self._deciding_failure(), source_errors(self._peer.address):
+            with self._listening(), source_errors(self._peer.address):
                 await self._peer.stub.Renew(request, timeout=self._answer_s())
 
     async def _watch_progress(self) -> None:
@@ -223,6 +225,7 @@ class Pull:
             landed=landed,
             peer_id=self._peer.our_id,
         )
+        self._has_released = True
         with source_errors(self._peer.address):
             reply = await self._peer.stub.Release(request, timeout=self._answer_s())
         return reply.lease_was_valid
@@ -239,6 +242,17 @@ class Pull:
         except TransferError as error:
             self._strand.fail(error)
             raise
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Around what the source says of its own accord. That it has ended what we released is no news, and must not
+        come before the answer to that release."""
+        try:
+            yield
+        except TransferError as error:
+            if not self._has_released:
+                self._strand.fail(error)
+                raise
 
     def _advance(self, to: DestinationPhase) -> None:
         self._strand.advance(to)

@@ -83,6 +83,9 @@ class ScriptedSource:
         held, self.lease_holds = self.lease_holds, False
         if held:
             self.released.append(request.landed)
+            self.follow.send(None)  # The stream ends with its lease, and overtakes the answer.
+            for _ in range(5):
+                await asyncio.sleep(0)
         return kv_pb2.ReleaseReply(lease_was_valid=held)
 
 

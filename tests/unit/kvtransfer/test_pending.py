@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 
-from disaggregated.errors import DisaggregatedError, PeerLost, RequestCancelled, SourceFailed, TransferTimeout
+from disaggregated.errors import (
+    ChecksumMismatch,
+    DisaggregatedError,
+    PeerLost,
+    RequestCancelled,
+    SourceFailed,
+    TransferTimeout,
+)
 from disaggregated.v1 import kv_pb2
 from kvtransfer.destination.landed import Landed
 from kvtransfer.destination.pending import PendingTransfer
 from kvtransfer.destination.pull import STALL_TIMEOUT_S
 from kvtransfer.machine import STUCK_AFTER_S, CancelResult, DestinationPhase
-from tests.support.scripted_source import Scene
+from tests.support.scripted_source import DAMAGED, Scene
 from tests.support.virtual_time import run_in_virtual_time
 
 Play = Callable[[Scene], Coroutine[Any, Any, None]]
@@ -222,6 +229,35 @@ def test_a_read_that_does_not_stop_makes_its_backend_unhealthy() -> None:
         assert transfer.stuck_s(110.0) == 10.0
 
     played(play)
+
+
+def test_damage_is_told_as_damage_though_the_source_hangs_up_when_it_hears_of_it() -> None:
+    async def play(scene: Scene) -> None:
+        await reading(scene)
+        scene.reads.end(DAMAGED)
+        with pytest.raises(ChecksumMismatch):
+            await scene.pending.outcome()
+        assert scene.source.released == [False]
+
+    played(play)
+
+
+def test_one_that_is_cancelled_before_its_first_step_is_decided_too() -> None:
+    async def run() -> None:
+        pending = PendingTransfer("t", [0], on_decided=lambda _: None, on_ended=lambda _: None)
+
+        async def work() -> Landed:
+            raise AssertionError("it never begins")
+
+        pending.begin(work(), deadline_s=1000.0, late=lambda: TransferTimeout("late"))
+        (task,) = asyncio.all_tasks() - {asyncio.current_task()}
+        task.cancel()
+        with pytest.raises(RequestCancelled):
+            await asyncio.wait_for(pending.outcome(), 1.0)
+        await pending.ended()
+        assert pending.is_quiet
+
+    run_in_virtual_time(run())
 
 
 def test_one_source_of_several_that_fails_fails_the_transfer_and_all_must_be_quiet() -> None:
