@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ SERVER_OPTIONS: Final = [
     *_SIZES,
     *_KEEPALIVE,
     ("grpc.so_reuseport", 0),  # with it a second server on the same port would quietly take half of the calls
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),  # or an idle channel is hung up on as one that pings too much
     ("grpc.server_handshake_timeout_ms", 5_000),  # for a stranger to show that it speaks HTTP/2, or TLS
     ("grpc.max_concurrent_streams", 8192),  # of one connection
@@ -65,8 +66,11 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2_000),  # what gRPC calls so is its connect timeout; a refusal is found at once
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the backoff of an old one to a dead process
 ]
+_NUMBER: Final = "disaggregated.channel"
+"""gRPC shares connections, and how long to wait for the next try, among channels with the same options. With a number
+of its own a new channel never inherits the wait of an old one to a process that is gone by now."""
+_numbers: Final = itertools.count()
 
 
 def make_server(*, membership: Membership | None = None) -> grpc.aio.Server:
@@ -84,13 +88,12 @@ def open_channel(address: str, *, membership: Membership | None = None) -> grpc.
     Each of its calls may raise Unauthenticated, through `errors_from` or by itself.
     """
     ours = membership or membership_of.of_this_process()
-
     credentials = ours.tls.channel_credentials() if ours.tls else None
+    options = [*CHANNEL_OPTIONS, (_NUMBER, next(_numbers)), *(ours.tls.channel_options() if ours.tls else ())]
 
     def make(interceptors: Sequence[grpc.aio.ClientInterceptor]) -> grpc.aio.Channel:
-        if ours.tls is None or credentials is None:
-            return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
-        options = [*CHANNEL_OPTIONS, *ours.tls.channel_options()]
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
         return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
 
     return make([]) if ours.secret.is_open else MemberChannel(make, ours.secret, address=address)

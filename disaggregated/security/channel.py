@@ -34,7 +34,7 @@ class MemberChannel(grpc.aio.Channel):
     def __init__(self, make: MakeChannel, secret: ClusterSecret, *, address: str) -> None:
         self._channel = make([])
         self._before_greeting = make([_GreetingUnary(self), _GreetingStream(self)])
-        """Shares the connection: gRPC keeps one for all channels of a process that have the same options."""
+        """Shares the connection: gRPC keeps one for all channels of a process whose options are the same."""
         self._secret = secret
         self._address = address
         self._session: CallerSession | None = None

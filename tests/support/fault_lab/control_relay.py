@@ -40,16 +40,23 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
         """Set when one more came."""
         self._source_address = source_address
         self.data = data
-        self._channel = rpc.open_channel(source_address)
-        self._source = kv_pb2_grpc.KVSourceStub(self._channel)
+        self._channel: Any = None
         self._server = rpc.make_server()
         self._addresses: dict[str, str] = {}
         self._follows: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
+        await self.source_began()
         kv_pb2_grpc.add_KVSourceServicer_to_server(self, self._server)
         self.address = rpc.bind(self._server, "127.0.0.1", 0)
         await self._server.start()
+
+    async def source_began(self) -> None:
+        """The process at the source's address is a new one: a channel to the last one is of no use."""
+        if self._channel is not None:
+            await self._channel.close()
+        self._channel = rpc.open_channel(self._source_address)
+        self._source = kv_pb2_grpc.KVSourceStub(self._channel)
 
     async def close(self) -> None:
         await self._server.stop(grace=None)

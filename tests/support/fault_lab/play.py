@@ -342,6 +342,8 @@ class Lab:
             self._control = await self._stack.enter_async_context(
                 relays(address, self._is_of_chunk, carries_blocks=self._transport == "TCP")
             )
+        else:
+            await self._control.source_began()
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from disaggregated import errors, rpc
@@ -59,6 +60,22 @@ async def served(faulty: Faulty) -> AsyncIterator[tuple[control_pb2_grpc.ServerA
             yield control_pb2_grpc.ServerStub(channel), address, server
     finally:
         await server.stop(None)
+
+
+def num_connections(address: str) -> int:
+    port = int(address.rpartition(":")[2])
+    ours = psutil.Process().net_connections(kind="tcp")
+    return sum(each.status == psutil.CONN_ESTABLISHED and each.laddr.port == port for each in ours)
+
+
+async def test_a_channel_is_one_connection_and_shares_it_with_no_other_channel() -> None:
+    """Shaking hands takes none of its own; a channel made anew has not to wait until an old one would try again."""
+    async with served(Faulty()) as (stub, address, _), rpc.open_channel(address) as other:
+        await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
+        await stub.Describe(control_pb2.DescribeRequest(), timeout=5)
+        assert num_connections(address) == 1
+        await control_pb2_grpc.ServerStub(other).Describe(control_pb2.DescribeRequest(), timeout=5)
+        assert num_connections(address) == 2
 
 
 def tree(root: type[errors.DisaggregatedError]) -> list[type[errors.DisaggregatedError]]:
