@@ -11,11 +11,15 @@ import collections
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
+from typing import Final
 
 from disaggregated.errors import TransferTimeout
 from kvtransfer.deadline import Deadline
-from kvtransfer.transport import ReadStop
+from kvtransfer.transport import PROGRESS_TIMEOUT_S, ReadStop
+
+KEEPS_ROOM_S: Final = PROGRESS_TIMEOUT_S
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +27,7 @@ class _Request:
     source: str
     least: int
     most: int
+    came_s: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class InFlight:
@@ -44,6 +49,10 @@ class InFlight:
     def num_bytes(self) -> int:
         """Held now."""
         return self._held.total()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
 
     @contextlib.contextmanager
     def holding(self, source: str, *, least: int, most: int, stop: ReadStop, deadline: Deadline) -> Iterator[int]:
@@ -70,7 +79,7 @@ class InFlight:
                     stop.check()
                     if deadline.left_s() <= 0:
                         raise TransferTimeout(f"no {request.least} of {self.num_bytes_max} bytes came free in time")
-                    self._changed.wait(deadline.left_s())
+                    self._changed.wait(min(deadline.left_s(), KEEPS_ROOM_S))
                 self._held[request.source] += granted
                 self.high_water_bytes = max(self.high_water_bytes, self._held.total())
                 return granted
@@ -79,9 +88,9 @@ class InFlight:
                 self._changed.notify_all()
 
     def _share(self, request: _Request) -> int:
-        """What it gets now; 0: it waits. Who came first goes first among those who can be given anything."""
-        first = next((each for each in self._queue if self._fits(each)), None)
-        if first is not request:
+        """What it gets now; 0: it waits. Who came first goes first, of those who do not wait for their own source."""
+        first = next((each for each in self._queue if self._fits(each) or self._keeps_room(each)), None)
+        if first is not request or not self._fits(request):
             return 0
         free = self.num_bytes_max - self._held.total()
         fair = (free - self._held[request.source]) // 2
@@ -92,6 +101,11 @@ class InFlight:
         if not self._held:
             return True
         return free >= request.least and (own == 0 or (free - own) // 2 >= request.least)
+
+    def _keeps_room(self, request: _Request) -> bool:
+        """One that finds too little room, and whose source holds none of it, is not passed by: small reads that always
+        find some would keep a large one out for ever. But only for as long as a read that is not stuck may take."""
+        return not self._held[request.source] and time.monotonic() - request.came_s < KEEPS_ROOM_S
 
     def _wake(self) -> None:
         with self._changed:

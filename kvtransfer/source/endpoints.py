@@ -15,6 +15,7 @@ log = logs.get(__name__)
 
 ENDPOINTS_MAX: Final = 8
 """There are fewer transports than that."""
+LATE_CLOSE_S: Final = 5.0
 
 
 class SourceEndpoints:
@@ -33,6 +34,8 @@ class SourceEndpoints:
         """`make` gives an endpoint that may be added, or None where configuration or this machine forbid it."""
         self._gate = gate
         self._make = make
+        self._adding = threading.Lock()
+        """Held while one starts, which may take seconds; whoever only looks does not wait for that."""
         self._lock = threading.Lock()
         self._endpoints = {endpoint.name: endpoint for endpoint in endpoints}
         self._is_closed = False
@@ -66,8 +69,8 @@ class SourceEndpoints:
             endpoint.close(deadline=deadline)
 
     def _add(self, name: str) -> None:
-        with self._lock:
-            if name in self._endpoints or self._is_closed or len(self._endpoints) >= ENDPOINTS_MAX:
+        with self._adding:
+            if not self._has_room_for(name):
                 return
             try:
                 if (endpoint := self._make(name)) is None:
@@ -76,5 +79,14 @@ class SourceEndpoints:
             except TransferError as error:
                 log.warning("kv_endpoint_not_added", transport=name, reason=str(error))
                 return
-            self._endpoints[name] = endpoint
+            with self._lock:
+                if not self._is_closed:
+                    self._endpoints[name] = endpoint
+        if name not in self._endpoints:
+            endpoint.close(deadline=Deadline.after(LATE_CLOSE_S))  # We were closed while it started.
+            return
         log.info("kv_endpoint_added", transport=name, because="a destination asked for it")
+
+    def _has_room_for(self, name: str) -> bool:
+        with self._lock:
+            return not self._is_closed and name not in self._endpoints and len(self._endpoints) < ENDPOINTS_MAX

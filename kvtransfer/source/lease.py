@@ -143,10 +143,18 @@ class LeaseBook:
         self._live: dict[str, Lease] = {}
         self._by_key: dict[bytes, Lease] = {}
         self._ended: collections.OrderedDict[str, Ending] = collections.OrderedDict()
+        self._is_shut = False
+
+    def shut(self) -> None:
+        """From here on nothing is opened. Idempotent; what is live stays so."""
+        with self._lock:
+            self._is_shut = True
 
     def open(self, transfer_id: str, *, num_tokens: int = 0, num_readers: int = 1, now_s: float) -> None:
         """Raises TransferError when that id is live, or was used before; what its destination gave up for, if so."""
         with self._lock:
+            if self._is_shut:
+                raise TransferError(f"transfer {transfer_id}: the source is shutting down")
             ended = self._ended.get(transfer_id)
             if ended is not None and ended.cause is not None:
                 raise ended.cause
@@ -169,6 +177,12 @@ class LeaseBook:
         with self._lock:
             lease = self._live.get(transfer_id)
             return lease.published if lease else None
+
+    def num_readers(self, transfer_id: str) -> int:
+        """That it is meant for; 0 when it is not live."""
+        with self._lock:
+            lease = self._live.get(transfer_id)
+            return lease.num_readers if lease else 0
 
     def num_publications(self, transfer_id: str) -> int:
         with self._lock:

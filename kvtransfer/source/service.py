@@ -110,7 +110,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         """Ends when the lease does. A stream that breaks before that is a destination that gave up, or has gone."""
         self._check_epoch(request.epoch)
         transfer_id = checked_name(request.transfer_id, "transfer_id")
-        with self._following(transfer_id, request.peer_id) as changed:
+        with self._following(transfer_id, checked_name(request.peer_id, "peer_id")) as changed:
             if request.block_hashes:
                 await self._open_by_content(request)
             self._book.renew(transfer_id, now_s=time.monotonic())
@@ -142,12 +142,20 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
     async def Release(self, request: kv_pb2.ReleaseRequest, call: Any) -> kv_pb2.ReleaseReply:
         self._check_epoch(request.epoch)
         checked_name(request.transfer_id, "transfer_id")
+        checked_name(request.peer_id, "peer_id")
+        if self._is_for_others(request.transfer_id, request.peer_id):
+            return kv_pb2.ReleaseReply(lease_was_valid=False)
         if request.landed:
             held = self._leave(request.transfer_id, request.peer_id, SourcePhase.RELEASED, "landed")
         else:
             reason = f"{request.peer_id} does not want it {request.error_message}".rstrip()
             held = self._leave(request.transfer_id, request.peer_id, SourcePhase.GIVEN_UP, reason, _cause(request))
         return kv_pb2.ReleaseReply(lease_was_valid=held)
+
+    def _is_for_others(self, transfer_id: str, peer_id: str) -> bool:
+        """As many follow it as will read it, and this is none of them; also while it is only being opened for them."""
+        followers = self._followers.get(transfer_id, {})
+        return peer_id not in followers and len(followers) >= self._book.num_readers(transfer_id) > 0
 
     async def Renew(self, request: kv_pb2.RenewRequest, call: Any) -> kv_pb2.RenewReply:
         self._check_epoch(request.epoch)
@@ -161,6 +169,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
 
     @contextlib.contextmanager
     def _following(self, transfer_id: str, peer_id: str) -> Iterator[asyncio.Event]:
+        """Whoever goes, or breaks off, has given up; whoever is refused here had nothing to give up."""
         if peer_id in self._followers.get(transfer_id, {}):
             raise TransferError(f"transfer {transfer_id} is followed by another destination")
         if self.num_followers >= FOLLOWERS_MAX:
@@ -168,14 +177,18 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         changed = asyncio.Event()
         self._followers.setdefault(transfer_id, {})[peer_id] = changed
         self._num_followers += 1
+        is_refused = False
         try:
             yield changed
+        except DisaggregatedError:
+            is_refused = True
+            raise
         finally:
             self._num_followers -= 1
             del self._followers[transfer_id][peer_id]
             if not self._followers[transfer_id]:
                 del self._followers[transfer_id]
-            if self._book.published(transfer_id) is not None:
+            if not is_refused and self._book.published(transfer_id) is not None:
                 self._leave(transfer_id, peer_id, SourcePhase.GIVEN_UP, "the destination stopped following")
 
     def _check_epoch(self, epoch: int) -> None:

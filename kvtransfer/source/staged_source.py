@@ -30,6 +30,8 @@ from kvtransfer.transport import EndpointStatistics
 @dataclasses.dataclass(slots=True)
 class _Transfer:
     num_blocks: int
+    num_tokens: int
+    """Of its whole prompt, and so are the blocks."""
     """Of its whole prompt."""
     host_blocks: list[int] = dataclasses.field(default_factory=list)
     num_copied: int = 0
@@ -93,7 +95,7 @@ class StagedSource:
             )
         self._inner.open(transfer_id, num_tokens=num_tokens, num_readers=num_readers)
         with self._changed:
-            self._transfers[transfer_id] = _Transfer(num_blocks)
+            self._transfers[transfer_id] = _Transfer(num_tokens, num_blocks)
 
     def publish(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int) -> bool:
         """As TransferSource.publish, soon; the step that wrote the blocks is finished on the device."""
@@ -183,8 +185,10 @@ class StagedSource:
             transfer.host_blocks = taken
 
     def _stage(self, transfer_id: str, transfer: _Transfer, news: News) -> None:
-        is_last = news.first_token is not None
-        end = self._layout.num_blocks_for(news.num_tokens) if is_last else news.num_tokens // self._layout.block_size
+        """The prompt's last block is copied as soon as it holds its last token, which may be before the prompt's end is
+        told: that is when the inner source publishes it."""
+        is_whole = news.first_token is not None or news.num_tokens == transfer.num_tokens
+        end = self._layout.num_blocks_for(news.num_tokens) if is_whole else news.num_tokens // self._layout.block_size
         begin = transfer.num_copied
         if end > begin:
             self._copier.to_host(news.block_ids[begin:end], transfer.host_blocks[begin:end])

@@ -126,13 +126,14 @@ class TransferSource:
 
     # Called by the server, from any thread.
 
+        self._book.shut()
     def open(self, transfer_id: str, *, num_tokens: int = 0, num_readers: int = 1) -> None:
         """Begin a lease, before the first publication. A destination may be waiting already.
 
         `num_tokens` of the whole prompt is what a `StagedSource` needs to know; with it, a last block that is not full
         is published with its last token, and not with `finish` alone.
         `num_readers` destinations will read it, such as the ranks of one server: the blocks go back when all have left.
-        Raises TransferError when the id was used before.
+        Raises TransferError when the id was used before, and once we close.
         """
         self._book.open(transfer_id, num_tokens=num_tokens, num_readers=num_readers, now_s=time.monotonic())
         self._call_soon(self._opened.set)

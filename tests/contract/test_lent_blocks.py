@@ -126,6 +126,21 @@ async def test_a_source_that_lends_nothing_says_so(transport_name: str) -> None:
                 await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
 
 
+async def test_a_stranger_who_asks_under_anothers_name_ends_nothing_of_theirs(transport_name: str) -> None:
+    with regions(SMALL) as (pool, into):
+        async with lending(transport_name, pool, HASHES[:2]) as lender, destination(into, SMALL) as ours:
+            lender.may_go_on.clear()
+            asked = ours.start(lender.ticket(), range(2), deadline_s=5, block_hashes=to_bytes(HASHES[:2]))
+            await eventually(lender.source.ledger)
+            async with destination(into, SMALL, instance_id="a stranger") as stranger:
+                with pytest.raises(TransferError, match="an id is used once"):
+                    await stranger.pull(lender.ticket(), range(2), deadline_s=5, block_hashes=to_bytes(HASHES[:2]))
+            lender.may_go_on.set()
+            landed = await asked.outcome()
+            assert landed.num_tokens == 2 * SMALL.block_size
+            await asked.ended()
+
+
 async def test_hashes_that_are_cut_short_are_refused(transport_name: str) -> None:
     with regions(SMALL) as (pool, into):
         async with lending(transport_name, pool, HASHES) as lender, destination(into, SMALL) as ours:

@@ -14,7 +14,7 @@ from disaggregated import rpc
 from disaggregated.engine.cuda.staging import DeviceBlockCopier
 from disaggregated.errors import SourceFailed, TransferError
 from kvtransfer import Preference, Region, StagedSource, TransferDestination
-from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket, blocks_of, regions, served_source
+from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket, blocks_of, eventually, regions, served_source
 
 STAGING = dataclasses.replace(SMALL, num_blocks=8)
 """A quarter of the pool."""
@@ -106,6 +106,18 @@ async def test_blocks_of_a_device_land_in_another_device(backend: str) -> None:
         landed = await pulling
         assert (landed.first_token, landed.num_tokens) == (42, 18)
         pair.assert_landed(table, into)
+        await pair.wait_released("t")
+
+
+async def test_a_last_block_that_is_not_full_is_published_with_its_last_token() -> None:
+    """The prompt's last chunk is told before its first token is; the staging thread may come in between."""
+    async with staged_pair() as pair:
+        pair.source.open("t", num_tokens=18)
+        assert pair.source.publish("t", [30, 2, 31, 7, 8], 18)
+        await eventually(lambda: pair.crashes or pair.source.ledger()[0][1] == 5)
+        assert pair.source.finish("t", [30, 2, 31, 7, 8], 18, 42)
+        await pair.destination.pull(pair.ticket("t"), [5, 4, 20, 21, 22], deadline_s=10)
+        pair.assert_landed([30, 2, 31, 7, 8], [5, 4, 20, 21, 22])
         await pair.wait_released("t")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import pytest
 
 from disaggregated.errors import TransferTimeout
 from kvtransfer.deadline import Deadline
-from kvtransfer.destination.in_flight import InFlight
+from kvtransfer.destination.in_flight import KEEPS_ROOM_S, InFlight
 from kvtransfer.transport import ReadStop, ReadStopped
 
 
@@ -82,6 +83,35 @@ def test_a_source_that_holds_nothing_is_let_through_before_one_that_holds_much(t
             assert granted == 40
         assert not again.done()
     assert again.result(timeout=10) == 50
+
+
+def test_small_reads_do_not_keep_a_large_one_out_for_ever(threads: ThreadPoolExecutor) -> None:
+    in_flight = InFlight(10)
+    small = holding(in_flight, "a", least=1, most=1)
+    small.__enter__()
+    large = threads.submit(lambda: holding(in_flight, "b", least=10).__enter__())
+    while in_flight.num_waiting < 1:
+        time.sleep(0.001)
+    behind = threads.submit(lambda: holding(in_flight, "c", least=1, most=1).__enter__())
+    while in_flight.num_waiting < 2:
+        time.sleep(0.001)
+    assert in_flight.num_bytes == 1, "one that came later was let through first"
+    small.__exit__(None, None, None)
+    assert large.result(timeout=10) == 10
+    assert not behind.done()
+
+
+def test_a_large_read_that_a_stuck_one_keeps_out_holds_up_nobody_else_for_long(threads: ThreadPoolExecutor) -> None:
+    in_flight, stop = InFlight(10), ReadStop()
+    with holding(in_flight, "stuck", least=1, most=1):
+        large = threads.submit(lambda: holding(in_flight, "b", least=10, stop=stop).__enter__())
+        while in_flight.num_waiting < 1:
+            time.sleep(0.001)
+        with holding(in_flight, "c", least=1, most=1, timeout_s=5 * KEEPS_ROOM_S) as granted:
+            assert granted == 1
+        stop.request()
+        with pytest.raises(ReadStopped):
+            large.result(timeout=10)
 
 
 def test_who_waits_too_long_is_told(threads: ThreadPoolExecutor) -> None:
