@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -200,7 +201,7 @@ def say_frames(offer: Offer, lease_key: bytes, epoch: int, num_messages: int, se
     )
     for _ in range(num_messages):
         is_member = chance.random() < 0.4
-        with _closed_in_time(), contextlib.suppress(ConnectionError):
+        with _closed_in_time(), _may_hang_up():
             connect = kv_wire.introduced if is_member else _dialled
             with connect(offer, epoch=epoch) as sock:
                 sock.settimeout(ANSWER_S)
@@ -243,12 +244,24 @@ def say_raw(host: str, port: int, beginnings: Sequence[bytes], num_messages: int
         message = mutated(chance.choice(beginnings), chance) + chance.randbytes(chance.choice((0, 0, 9, 300)))
         with (
             _closed_in_time(),
-            contextlib.suppress(ConnectionError),
+            _may_hang_up(),
             socket.create_connection((host, port), timeout=ANSWER_S) as sock,
         ):
             sock.sendall(message)
             sock.shutdown(socket.SHUT_WR)
             kv_wire.read_to_the_end(sock)
+
+
+@contextlib.contextmanager
+def _may_hang_up() -> Iterator[None]:
+    """The other end closes when it has heard enough, also while we speak."""
+    try:
+        yield
+    except ConnectionError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:  # What `shutdown` says then; Python has no class for it.
+            raise
 
 
 @contextlib.contextmanager
