@@ -5,6 +5,10 @@ for, by name: whoever imports this package for anything else, as the orchestrato
 """
 
 import importlib
+import os
+
+# Else gRPC tells its own affairs ("skipping fork() handlers") on stderr, into our log. It looks when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 __version__ = "0.1.0"
 

@@ -265,4 +265,4 @@ async def test_an_idle_channel_is_kept_by_both_ends() -> None:
         assert said["grpc.http2.max_pings_without_data"] == 0
     said = dict(rpc.SERVER_OPTIONS)
     callers = dict(rpc.CHANNEL_OPTIONS)
-    assert said["grpc.http2.min_recv_ping_interval_without_data_ms"] < callers["grpc.keepalive_time_ms"]
+    assert said["grpc.http2.min_ping_interval_without_data_ms"] < callers["grpc.keepalive_time_ms"]

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import importlib.util
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -76,6 +81,41 @@ async def test_a_channel_is_one_connection_and_shares_it_with_no_other_channel()
         assert num_connections(address) == 1
         await control_pb2_grpc.ServerStub(other).Describe(control_pb2.DescribeRequest(), timeout=5)
         assert num_connections(address) == 2
+
+
+@pytest.mark.parametrize("name", sorted(dict([*rpc.SERVER_OPTIONS, *rpc.CHANNEL_OPTIONS])))
+def test_every_option_is_one_that_grpc_knows(name: str) -> None:
+    """It takes any name without a word, and a misspelt one has no effect."""
+    assert name.encode() + b"\0" in library()
+
+
+@functools.cache
+def library() -> bytes:
+    spec = importlib.util.find_spec("grpc._cython.cygrpc")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_bytes()
+
+
+def test_grpc_tells_only_errors_in_our_log() -> None:
+    starting_a_child_beside_grpc = """
+import disaggregated, asyncio, grpc, os
+async def main():
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+    await channel.channel_ready()
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+    await channel.close()
+    await server.stop(None)
+asyncio.run(main())
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-c", starting_a_child_beside_grpc]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def tree(root: type[errors.DisaggregatedError]) -> list[type[errors.DisaggregatedError]]:
