@@ -18,7 +18,7 @@ from kvtransfer import Region, TransferDestination, registry
 from kvtransfer.checksum import block_sums
 from kvtransfer.deadline import Deadline
 from kvtransfer.transport import BlockRead, Offer, OurEnd, PeerLink, ReadStop, SourceIdentity
-from kvtransfer.transports.shm import host_key
+from kvtransfer.transports.unix_port import host_key
 from tests.support.kv_pools import FINGERPRINT, destination
 from tests.support.kv_source import RemoteSource, remote_source
 

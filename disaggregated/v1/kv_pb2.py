@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64isaggregated/v1/kv.proto\x12\x10\x64isaggregated.v1\"\x91\x01\n\x08KVLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x12\n\nnum_planes\x18\x07 \x01(\r\"\xbf\x01\n\x07KVShard\x12\x18\n\x10num_model_layers\x18\x01 \x01(\r\x12\x17\n\x0fnum_model_heads\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\x14\n\x0chead_replica\x18\x05 \x01(\r\x12\x12\n\ntoken_rank\x18\x06 \x01(\r\x12\x17\n\x0fnum_token_ranks\x18\x07 \x01(\r\x12\x15\n\rstripe_tokens\x18\x08 \x01(\r\"A\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08host_key\x18\x03 \x01(\t\"\xc6\x01\n\x0e\x43onnectRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x12\n\npeer_epoch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12*\n\x06layout\x18\x04 \x01(\x0b\x32\x1a.disaggregated.v1.KVLayout\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x10\n\x08host_key\x18\x06 \x01(\t\x12(\n\x05shard\x18\x07 \x01(\x0b\x32\x19.disaggregated.v1.KVShard\"\xdb\x01\n\x0c\x43onnectReply\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x06layout\x18\x03 \x01(\x0b\x32\x1a.disaggregated.v1.KVLayout\x12\x30\n\x06offers\x18\x04 \x03(\x0b\x32 .disaggregated.v1.TransportOffer\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\x12(\n\x05shard\x18\x0c \x01(\x0b\x32\x19.disaggregated.v1.KVShard\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\"Z\n\rFollowRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x14 \x01(\x0c\"\xe4\x01\n\x0bPublication\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x11\n\tchecksums\x18\x04 \x03(\x06\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12*\n\x07landing\x18\x06 \x01(\x0b\x32\x19.disaggregated.v1.Landing\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x11\n\tlease_key\x18\x08 \x01(\x0c\x12\x13\n\x0b\x66irst_layer\x18\t \x01(\r\x12\x12\n\nnum_layers\x18\n \x01(\r\"F\n\x07Landing\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\"\x80\x01\n\x0eReleaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06landed\x18\x03 \x01(\x08\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x12\n\nerror_kind\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\"\'\n\x0cReleaseReply\x12\x17\n\x0flease_was_valid\x18\x01 \x01(\x08\"C\n\x0cRenewRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07peer_id\x18\x0c \x01(\t\"\x1c\n\x0bPingRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x0b\n\tPingReply\"\x1d\n\nRenewReply\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\x32\xfb\x02\n\x08KVSource\x12K\n\x07\x43onnect\x12 .disaggregated.v1.ConnectRequest\x1a\x1e.disaggregated.v1.ConnectReply\x12J\n\x06\x46ollow\x12\x1f.disaggregated.v1.FollowRequest\x1a\x1d.disaggregated.v1.Publication0\x01\x12K\n\x07Release\x12 .disaggregated.v1.ReleaseRequest\x1a\x1e.disaggregated.v1.ReleaseReply\x12\x45\n\x05Renew\x12\x1e.disaggregated.v1.RenewRequest\x1a\x1c.disaggregated.v1.RenewReply\x12\x42\n\x04Ping\x12\x1d.disaggregated.v1.PingRequest\x1a\x1b.disaggregated.v1.PingReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64isaggregated/v1/kv.proto\x12\x10\x64isaggregated.v1\"\x91\x01\n\x08KVLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x12\n\nnum_planes\x18\x07 \x01(\r\"\xbf\x01\n\x07KVShard\x12\x18\n\x10num_model_layers\x18\x01 \x01(\r\x12\x17\n\x0fnum_model_heads\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\x14\n\x0chead_replica\x18\x05 \x01(\r\x12\x12\n\ntoken_rank\x18\x06 \x01(\r\x12\x17\n\x0fnum_token_ranks\x18\x07 \x01(\r\x12\x15\n\rstripe_tokens\x18\x08 \x01(\r\"A\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08host_key\x18\x03 \x01(\t\"\xe3\x01\n\x0e\x43onnectRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x12\n\npeer_epoch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12*\n\x06layout\x18\x04 \x01(\x0b\x32\x1a.disaggregated.v1.KVLayout\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x10\n\x08host_key\x18\x06 \x01(\t\x12(\n\x05shard\x18\x07 \x01(\x0b\x32\x19.disaggregated.v1.KVShard\x12\x1b\n\x13opens_device_memory\x18\t \x01(\x08\"\xf5\x01\n\x0c\x43onnectReply\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x06layout\x18\x03 \x01(\x0b\x32\x1a.disaggregated.v1.KVLayout\x12\x30\n\x06offers\x18\x04 \x03(\x0b\x32 .disaggregated.v1.TransportOffer\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\x12(\n\x05shard\x18\x0c \x01(\x0b\x32\x19.disaggregated.v1.KVShard\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x18\n\x10in_device_memory\x18\x0e \x01(\x08\"t\n\rFollowRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x14 \x01(\x0c\x12\x18\n\x10in_device_memory\x18\x15 \x01(\x08\"\xe4\x01\n\x0bPublication\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x11\n\tchecksums\x18\x04 \x03(\x06\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12*\n\x07landing\x18\x06 \x01(\x0b\x32\x19.disaggregated.v1.Landing\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x11\n\tlease_key\x18\x08 \x01(\x0c\x12\x13\n\x0b\x66irst_layer\x18\t \x01(\r\x12\x12\n\nnum_layers\x18\n \x01(\r\"F\n\x07Landing\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\"\x80\x01\n\x0eReleaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06landed\x18\x03 \x01(\x08\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x12\n\nerror_kind\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\"\'\n\x0cReleaseReply\x12\x17\n\x0flease_was_valid\x18\x01 \x01(\x08\"C\n\x0cRenewRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07peer_id\x18\x0c \x01(\t\"\x1c\n\x0bPingRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x0b\n\tPingReply\"\x1d\n\nRenewReply\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\x32\xfb\x02\n\x08KVSource\x12K\n\x07\x43onnect\x12 .disaggregated.v1.ConnectRequest\x1a\x1e.disaggregated.v1.ConnectReply\x12J\n\x06\x46ollow\x12\x1f.disaggregated.v1.FollowRequest\x1a\x1d.disaggregated.v1.Publication0\x01\x12K\n\x07Release\x12 .disaggregated.v1.ReleaseRequest\x1a\x1e.disaggregated.v1.ReleaseReply\x12\x45\n\x05Renew\x12\x1e.disaggregated.v1.RenewRequest\x1a\x1c.disaggregated.v1.RenewReply\x12\x42\n\x04Ping\x12\x1d.disaggregated.v1.PingRequest\x1a\x1b.disaggregated.v1.PingReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,27 +38,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSPORTOFFER']._serialized_start=389
   _globals['_TRANSPORTOFFER']._serialized_end=454
   _globals['_CONNECTREQUEST']._serialized_start=457
-  _globals['_CONNECTREQUEST']._serialized_end=655
-  _globals['_CONNECTREPLY']._serialized_start=658
-  _globals['_CONNECTREPLY']._serialized_end=877
-  _globals['_FOLLOWREQUEST']._serialized_start=879
-  _globals['_FOLLOWREQUEST']._serialized_end=969
-  _globals['_PUBLICATION']._serialized_start=972
-  _globals['_PUBLICATION']._serialized_end=1200
-  _globals['_LANDING']._serialized_start=1202
-  _globals['_LANDING']._serialized_end=1272
-  _globals['_RELEASEREQUEST']._serialized_start=1275
-  _globals['_RELEASEREQUEST']._serialized_end=1403
-  _globals['_RELEASEREPLY']._serialized_start=1405
-  _globals['_RELEASEREPLY']._serialized_end=1444
-  _globals['_RENEWREQUEST']._serialized_start=1446
-  _globals['_RENEWREQUEST']._serialized_end=1513
-  _globals['_PINGREQUEST']._serialized_start=1515
-  _globals['_PINGREQUEST']._serialized_end=1543
-  _globals['_PINGREPLY']._serialized_start=1545
-  _globals['_PINGREPLY']._serialized_end=1556
-  _globals['_RENEWREPLY']._serialized_start=1558
-  _globals['_RENEWREPLY']._serialized_end=1587
-  _globals['_KVSOURCE']._serialized_start=1590
-  _globals['_KVSOURCE']._serialized_end=1969
+  _globals['_CONNECTREQUEST']._serialized_end=684
+  _globals['_CONNECTREPLY']._serialized_start=687
+  _globals['_CONNECTREPLY']._serialized_end=932
+  _globals['_FOLLOWREQUEST']._serialized_start=934
+  _globals['_FOLLOWREQUEST']._serialized_end=1050
+  _globals['_PUBLICATION']._serialized_start=1053
+  _globals['_PUBLICATION']._serialized_end=1281
+  _globals['_LANDING']._serialized_start=1283
+  _globals['_LANDING']._serialized_end=1353
+  _globals['_RELEASEREQUEST']._serialized_start=1356
+  _globals['_RELEASEREQUEST']._serialized_end=1484
+  _globals['_RELEASEREPLY']._serialized_start=1486
+  _globals['_RELEASEREPLY']._serialized_end=1525
+  _globals['_RENEWREQUEST']._serialized_start=1527
+  _globals['_RENEWREQUEST']._serialized_end=1594
+  _globals['_PINGREQUEST']._serialized_start=1596
+  _globals['_PINGREQUEST']._serialized_end=1624
+  _globals['_PINGREPLY']._serialized_start=1626
+  _globals['_PINGREPLY']._serialized_end=1637
+  _globals['_RENEWREPLY']._serialized_start=1639
+  _globals['_RENEWREPLY']._serialized_end=1668
+  _globals['_KVSOURCE']._serialized_start=1671
+  _globals['_KVSOURCE']._serialized_end=2050
 # @@protoc_insertion_point(module_scope)

@@ -148,12 +148,17 @@ class ConnectRequest(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     HOST_KEY_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
+    OPENS_DEVICE_MEMORY_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     """the destination's instance id"""
     peer_epoch: _builtins.int
     fingerprint: _builtins.str
     """of the model and everything that shapes its KV"""
     host_key: _builtins.str
+    opens_device_memory: _builtins.bool
+    """The destination's pool is in a GPU's memory, and it can map another process's: the source may then offer its own
+    pool itself, and not the region of host memory that its blocks travel through otherwise.
+    """
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
@@ -172,10 +177,11 @@ class ConnectRequest(_message.Message):
         transports: _abc.Iterable[_builtins.str] | None = ...,
         host_key: _builtins.str = ...,
         shard: Global___KVShard | None = ...,
+        opens_device_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "host_key", b"host_key", "layout", b"layout", "peer_epoch", b"peer_epoch", "peer_id", b"peer_id", "shard", b"shard", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "host_key", b"host_key", "layout", b"layout", "opens_device_memory", b"opens_device_memory", "peer_epoch", b"peer_epoch", "peer_id", b"peer_id", "shard", b"shard", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -192,12 +198,15 @@ class ConnectReply(_message.Message):
     LEASE_S_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    IN_DEVICE_MEMORY_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     epoch: _builtins.int
     lease_s: _builtins.float
     """how long a transfer lives here without a sign of life from its destination"""
     device: _builtins.str
     """that holds the blocks: "cpu", "cuda:0" """
+    in_device_memory: _builtins.bool
+    """layout and offers are of the pool on the device, whose blocks are to be followed so"""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
@@ -214,10 +223,11 @@ class ConnectReply(_message.Message):
         lease_s: _builtins.float = ...,
         shard: Global___KVShard | None = ...,
         device: _builtins.str = ...,
+        in_device_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "instance_id", b"instance_id", "layout", b"layout", "lease_s", b"lease_s", "offers", b"offers", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "in_device_memory", b"in_device_memory", "instance_id", b"instance_id", "layout", b"layout", "lease_s", b"lease_s", "offers", b"offers", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,6 +241,7 @@ class FollowRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     PEER_ID_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    IN_DEVICE_MEMORY_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     epoch: _builtins.int
     """of the source, as its description told; a restarted source refuses"""
@@ -240,6 +251,8 @@ class FollowRequest(_message.Message):
     maybe none. 16 bytes a block, big-endian: the content hashes that WatchBlocks tells. All comes in one publication,
     whose landing has no first token.
     """
+    in_device_memory: _builtins.bool
+    """of the pool on the source's device, as its Connect offered"""
     def __init__(
         self,
         *,
@@ -247,10 +260,11 @@ class FollowRequest(_message.Message):
         epoch: _builtins.int = ...,
         peer_id: _builtins.str = ...,
         block_hashes: _builtins.bytes = ...,
+        in_device_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "epoch", b"epoch", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "epoch", b"epoch", "in_device_memory", b"in_device_memory", "peer_id", b"peer_id", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -294,7 +308,9 @@ class Publication(_message.Message):
 
     @_builtins.property
     def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """one a block: xxh3_64 over that block of these layers, in layer order"""
+        """One a block: xxh3_64 over that block of these layers, in layer order. Of blocks in a device's memory, the sum that
+        kvtransfer/device_pool.py defines.
+        """
 
     @_builtins.property
     def landing(self) -> Global___Landing:

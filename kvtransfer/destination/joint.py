@@ -21,7 +21,6 @@ from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.our_pool import OurPool
 from kvtransfer.destination.peer import SourcePeer, Ticket
 from kvtransfer.destination.published import PublishedBlocks
-from kvtransfer.transport import PeerLink
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,7 @@ class OurShare:
 
     holding: KVHolding
     pool: OurPool
-    make_lander: Callable[[PeerLink], Lander]
+    make_lander: Callable[[SourcePeer], Lander]
     """For blocks that are ours as they are."""
     table: Sequence[int]
     skip_blocks: int
@@ -69,7 +68,7 @@ def _pieces(sources: Sequence[KVHolding], ours: OurShare, turn: int) -> Sequence
 
 def _part(peer: SourcePeer, ticket: Ticket, pieces: Sequence[Piece], ours: OurShare) -> Part:
     epoch, layout = ticket.epoch, peer.identity.layout
-    direct = ours.make_lander(peer.link)
+    direct = ours.make_lander(peer)
     if not pieces:
         nothing = PublishedBlocks(
             epoch=epoch, source_layout=layout, into=range(WHOLE), skip_blocks=0, is_wanted=lambda block, layers: False

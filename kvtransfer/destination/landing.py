@@ -25,13 +25,16 @@ class Lander:
     """Brings batches into `pool`. Has no more under way than `in_flight` grants it, whatever a batch holds."""
 
     link: PeerLink
-    pool: memoryview
+    pool: memoryview | None
+    """None: it is in a device's memory, and the transport sums up what it moves."""
     layout: KVLayout
     part_bytes: int
     """Of one read at most, whatever is granted."""
     in_flight: InFlight
     place: LandingPlace = InPlace()
     """Blocks of a batch's `into` are of the engine's pool; what they are read into, this decides."""
+    make_sums: Callable[[int, KVLayout, int], BlockSums] = block_sums
+    """Running checksums of so many blocks, of a layout, through so many layers, as the source made its own."""
 
     def land(
         self,
@@ -61,7 +64,7 @@ class Lander:
             verified(len(part.source) * block_bytes)
 
     def _receive(self, part: BlockBatch, granted: int, stop: ReadStop, deadline: Deadline) -> None:
-        sums = block_sums(len(part.source), self.layout, len(part.layers))
+        sums = self.make_sums(len(part.source), self.layout, len(part.layers))
         for layers in self._layers(part.layers, granted // len(part.source)):
             read = BlockRead(
                 lease_key=part.lease_key,
@@ -83,6 +86,7 @@ class Lander:
     def _verify(self, part: BlockBatch, sums: BlockSums, stop: ReadStop) -> None:
         """By what the transport saw pass into our memory, or by what is there when it saw nothing."""
         if sums.is_untouched:
+            assert self.pool is not None, f"{self.link.transport} moved blocks of a device and summed up none"
             seen = block_checksums(self.pool, self.layout, part.into, part.layers, stop)
         else:
             seen = sums.values()

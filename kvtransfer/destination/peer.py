@@ -32,8 +32,8 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.destination.foreign import ForeignPools, StagingRegion
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.off_loop import run_to_end
-from kvtransfer.transport import DestinationTransport, LinkCounters, Offer, PeerLink, SourceIdentity
-from kvtransfer.transports import shm
+from kvtransfer.transport import LinkCounters, Offer, PeerLink, SourceIdentity
+from kvtransfer.transports.unix_port import host_key
 
 log = logs.get(__name__)
 
@@ -120,6 +120,8 @@ class Into:
 
     pool: OurTransports
     foreign: ForeignPools
+    device: OurTransports | None = None
+    """Into the pool itself, where it lies in a device's memory and `pool` is a staging region."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -138,6 +140,8 @@ class SourcePeer:
     stub: kv_pb2_grpc.KVSourceAsyncStub
     link: PeerLink
     statistics: PeerStatistics
+    in_device_memory: bool = False
+    """What `link` reads, and what it reads into: pools on a device, and no region of host memory."""
     pulls: set[FailPull] = dataclasses.field(default_factory=set)
     """Those that go on, each told when the source is found to be lost."""
     pulse: asyncio.Task[None] | None = None
@@ -185,53 +189,111 @@ async def connect(
     """
     channel = rpc.open_channel(ticket.address)
     try:
-        stub = kv_pb2_grpc.KVSourceStub(channel)
-        reply = await _introduce(stub, ticket, us, ours.pool.names, deadline)
-        identity = SourceIdentity(
-            instance_id=reply.instance_id, epoch=reply.epoch, layout=KVLayout.from_proto(reply.layout)
+        call = _Call(
+            channel=channel,
+            stub=kv_pb2_grpc.KVSourceStub(channel),
+            ticket=ticket,
+            us=us,
+            ours=ours,
+            executor=executor,
+            deadline=deadline,
         )
-        holding = KVHolding.from_proto(reply.layout, reply.shard if reply.HasField("shard") else None)
-        _check(identity, holding, ticket, us.holding)
-        if not 0.0 < reply.lease_s <= LEASE_MAX_S:  # Also when it is no number at all.
-            raise TransferError(f"{reply.instance_id} leases blocks for {reply.lease_s} s")
-        staging = ours.foreign.staging_for(holding)
-        transports = staging.transports if staging else ours.pool
-        offers = [_to_offer(offer, ticket.address) for offer in reply.offers]
-        ways = negotiate.candidates(transports.preference, offers, our_host_key=shm.host_key())
-        link, statistics = await _first_that_connects(ways, identity, transports, executor, deadline)
-        statistics.devices = f"{reply.device or 'cpu'} -> {us.device}"
+        peer, failed = None, ""
+        if ours.device is not None:
+            peer, failed = await _connect_device(call, ours.device)
+        if peer is None:
+            peer = await _link_up(await _introduce(call, ours.pool.names), call)
+        if failed:
+            peer.statistics.why = f"{peer.statistics.why}; {failed}"
+            peer.statistics.fallbacks += 1
         log.info(
             "kv_source_connected",
-            source=reply.instance_id,
-            transport=statistics.transport,
-            devices=statistics.devices,
-            converted=f"{holding.describe()} -> {us.holding.describe()}" if staging else "",
-            why=statistics.why,
+            source=peer.identity.instance_id,
+            transport=peer.statistics.transport,
+            devices=peer.statistics.devices,
+            converted=f"{peer.holding.describe()} -> {us.holding.describe()}" if peer.staging else "",
+            why=peer.statistics.why,
         )
-        return SourcePeer(
-            address=ticket.address,
-            our_id=us.instance_id,
-            identity=identity,
-            holding=holding,
-            staging=staging,
-            lease_s=reply.lease_s,
-            channel=channel,
-            stub=stub,
-            link=link,
-            statistics=statistics,
-        )
+        return peer
     except BaseException:
         await channel.close()
         raise
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One `connect`."""
+
+    channel: grpc.aio.Channel
+    stub: kv_pb2_grpc.KVSourceAsyncStub
+    ticket: Ticket
+    us: Destination
+    ours: Into
+    executor: concurrent.futures.Executor
+    deadline: Deadline
+
+
+async def _connect_device(call: _Call, ours: OurTransports) -> tuple[SourcePeer | None, str]:
+    """From pool to pool of a device. None where the source has no such pool for us, or, with the reason, where its
+    memory cannot be opened: a GPU that ours cannot read, a container that hides it. By host memory it goes all the
+    same."""
+    reply = await _introduce(call, ours.names, opens_device_memory=True)
+    if not reply.in_device_memory:
+        return None, ""
+    try:
+        return await _link_up(reply, call), ""
+    except (StaleEpoch, LayoutMismatch):
+        raise
+    except TransferError as error:
+        way = "SHM from device to device"
+        log.warning("kv_transport_fell_back", source=reply.instance_id, failed=way, reason=str(error))
+        return None, f"from device to device failed: {error}"
+
+
+async def _link_up(reply: kv_pb2.ConnectReply, call: _Call) -> SourcePeer:
+    us, ours = call.us, call.ours
+    identity = SourceIdentity(
+        instance_id=reply.instance_id, epoch=reply.epoch, layout=KVLayout.from_proto(reply.layout)
+    )
+    holding = KVHolding.from_proto(reply.layout, reply.shard if reply.HasField("shard") else None)
+    _check(identity, holding, call.ticket, us.holding)
+    if not 0.0 < reply.lease_s <= LEASE_MAX_S:  # Also when it is no number at all.
+        raise TransferError(f"{reply.instance_id} leases blocks for {reply.lease_s} s")
+    staging = ours.foreign.staging_for(holding)
+    transports = staging.transports if staging else ours.pool
+    if reply.in_device_memory:
+        if ours.device is None or staging is not None:
+            raise TransferError(f"{reply.instance_id} offers a device's memory, which we cannot read as it is")
+        transports = ours.device
+    offers = [_to_offer(offer, call.ticket.address) for offer in reply.offers]
+    ways = negotiate.candidates(transports.preference, offers, our_host_key=host_key())
+    link, statistics = await _first_that_connects(ways, identity, transports, call.executor, call.deadline)
+    statistics.devices = _devices(reply.device or "cpu", us.device, is_direct=reply.in_device_memory)
+    return SourcePeer(
+        address=call.ticket.address,
+        our_id=us.instance_id,
+        identity=identity,
+        holding=holding,
+        staging=staging,
+        lease_s=reply.lease_s,
+        channel=call.channel,
+        stub=call.stub,
+        link=link,
+        statistics=statistics,
+        in_device_memory=reply.in_device_memory,
+    )
+
+
+def _devices(theirs: str, ours: str, *, is_direct: bool) -> str:
+    """What lies between two devices is told, too: it is where most of the time goes."""
+    is_staged = not is_direct and "cpu" not in (theirs, ours)
+    return f"{theirs} -> host -> {ours}" if is_staged else f"{theirs} -> {ours}"
+
+
 async def _introduce(
-    stub: kv_pb2_grpc.KVSourceAsyncStub,
-    ticket: Ticket,
-    us: Destination,
-    transports: Sequence[str],
-    deadline: Deadline,
+    call: _Call, transports: Sequence[str], *, opens_device_memory: bool = False
 ) -> kv_pb2.ConnectReply:
+    us = call.us
     request = kv_pb2.ConnectRequest(
         peer_id=us.instance_id,
         peer_epoch=us.epoch,
@@ -239,10 +301,11 @@ async def _introduce(
         layout=us.holding.layout.to_proto(),
         shard=us.holding.shard.to_proto(),
         transports=transports,
-        host_key=shm.host_key(),
+        host_key=host_key(),
+        opens_device_memory=opens_device_memory,
     )
-    with source_errors(ticket.address):
-        return await stub.Connect(request, timeout=deadline.no_later_than(CONNECT_TIMEOUT_S).left_s())
+    with source_errors(call.ticket.address):
+        return await call.stub.Connect(request, timeout=call.deadline.no_later_than(CONNECT_TIMEOUT_S).left_s())
 
 
 def _check(identity: SourceIdentity, holding: KVHolding, ticket: Ticket, ours: KVHolding) -> None:
@@ -273,7 +336,7 @@ async def _first_that_connects(
     for number, way in enumerate(ways):
         name = way.offer.name
         try:
-            link = await _open_link(transports.get(name), way.offer, identity, executor, deadline)
+            link = await _open_link(transports, way.offer, identity, executor, deadline)
         except TransferError as error:
             failed.append(f"{name} failed: {error}")
             if number + 1 == len(ways):
@@ -286,17 +349,18 @@ async def _first_that_connects(
 
 
 async def _open_link(
-    transport: DestinationTransport,
+    transports: OurTransports,
     offer: Offer,
     identity: SourceIdentity,
     executor: concurrent.futures.Executor,
     deadline: Deadline,
 ) -> PeerLink:
-    """On a thread, which its own deadlines end. A link that was made for a caller who has gone is closed."""
+    """On a thread, which its own deadlines end: a library may have to be loaded first. A link that was made for a caller
+    who has gone is closed."""
     made: list[PeerLink] = []
 
     def dial() -> None:
-        made.append(transport.connect(offer, identity, deadline=deadline))
+        made.append(transports.get(offer.name).connect(offer, identity, deadline=deadline))
 
     try:
         await run_to_end(executor, dial, stop=lambda: None)

@@ -99,6 +99,7 @@ class Pull:
             epoch=self._peer.identity.epoch,
             peer_id=self._peer.our_id,
             block_hashes=self._block_hashes,
+            in_device_memory=self._peer.in_device_memory,
         )
         self._advance(DestinationPhase.FOLLOWING)
         follow = self._peer.stub.Follow(request, timeout=self._deadline.left_s())

@@ -33,15 +33,19 @@ from kvtransfer.destination.pull import STALL_TIMEOUT_S, Pull
 from kvtransfer.destination.quarantine import Quarantine, QuarantineLimits, judge
 from kvtransfer.destination.readers import FairReaders
 from kvtransfer.machine import CancelResult
+from kvtransfer.device_pool import DeviceSums, SharedPool
 from kvtransfer.negotiate import Preference
 from kvtransfer.region import Region
 from kvtransfer.staging import DeviceCopier, InPlace, LandingPlace, Staged, StagingBlocks
-from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd, PeerLink
+from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd
+from kvtransfer.transports import cuda_ipc
 
 PART_BYTES: Final = 16 << 20
 """Of one read at most."""
 SOURCE_KNOWS: Final = (PeerLost, StaleEpoch, LeaseExpired, SourceFailed)
 """Errors after which there is nobody to tell that we gave up, or who told us so."""
+DEVICE_PART_BYTES: Final = 256 << 20
+"""Of one read on a device at most: a tenth of a millisecond for its memory, beside which asking for it is dear."""
 READERS_MAX: Final = 16
 """Threads. A read beyond waits for one, within its deadline; a dead source holds one for the progress timeout."""
 IN_FLIGHT_BYTES: Final = 2 * READERS_MAX * PART_BYTES
@@ -78,6 +82,7 @@ class TransferDestination:
         copier: DeviceCopier | None = None,
         shard: KVShard | None = None,
         limits: QuarantineLimits | None = None,
+        device_pool: SharedPool | None = None,
         idle_max_s: float = IDLE_MAX_S,
     ) -> None:
         """A source that moves no byte and answers nothing for `progress_timeout_s` is lost; a transfer of which nothing
@@ -89,6 +94,8 @@ class TransferDestination:
         With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
         `limits` are those of a quarantine in that pool; None: `layout` is the pool's, the limits are the usual ones.
         A source that nobody pulls from for `idle_max_s` is let go of.
+        `device_pool` is that pool, where sources on this host may be copied from directly, unless `preference` names
+        another transport first.
         `shard` is the part of the model that our pool holds; None: all of it.
 
         Raises ConfigError when `preference` cannot be honoured.
@@ -110,13 +117,14 @@ class TransferDestination:
         self._foreign = ForeignPools(self._holding, ours_by_name, part_tokens=part_tokens)
         self._peers = SourcePeers(
             us,
-            Into(ours_by_name, self._foreign),
+            Into(ours_by_name, self._foreign, self._device_way(ours, preference, device_pool)),
             self._readers,
             progress_timeout_s=progress_timeout_s,
             idle_max_s=idle_max_s,
         )
         self._place: LandingPlace = InPlace()
         self._ours: OurPool = HostPool(PoolView(self._pool, layout))
+        self._device_pool = device_pool
         if copier is not None:
             staging = StagingBlocks(layout.num_blocks)
             self._place = Staged(staging, copier)
@@ -315,9 +323,26 @@ class TransferDestination:
             num_tokens=num_tokens,
         )
 
-    def _make_lander(self, link: PeerLink) -> Lander:
+    @staticmethod
+    def _device_way(us: OurEnd, preference: Preference, shared: SharedPool | None) -> OurTransports | None:
+        if shared is None or preference.order()[0] != cuda_ipc.NAME:
+            return None
+        return OurTransports(us, preference, given=[cuda_ipc.CudaIpcTransport(us, shared)])
+
+    def _make_lander(self, peer: SourcePeer) -> Lander:
+        if peer.in_device_memory:
+            assert self._device_pool is not None, "a link into no device"
+            pool = self._device_pool.pool
+            return Lander(
+                link=peer.link,
+                pool=None,
+                layout=pool.layout,
+                part_bytes=DEVICE_PART_BYTES,
+                in_flight=self._in_flight,
+                make_sums=lambda count, layout, num_layers: DeviceSums(pool, count),
+            )
         return Lander(
-            link=link,
+            link=peer.link,
             pool=self._pool,
             layout=self._layout,
             part_bytes=PART_BYTES,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 from disaggregated import rpc
@@ -106,7 +106,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
         ours, theirs = self._holding.layers, destination.layers
         self.cuts |= {layer - ours.start for layer in (theirs.start, theirs.stop) if layer in ours[1:]}
 
-    async def Follow(self, request: kv_pb2.FollowRequest, call: Any) -> AsyncIterator[kv_pb2.Publication]:
+    async def Follow(self, request: kv_pb2.FollowRequest, call: Any) -> AsyncGenerator[kv_pb2.Publication, None]:
         """Ends when the lease does. A stream that breaks before that is a destination that gave up, or has gone."""
         self._check_epoch(request.epoch)
         transfer_id = checked_name(request.transfer_id, "transfer_id")

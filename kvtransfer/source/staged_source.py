@@ -22,6 +22,7 @@ from disaggregated.errors import DisaggregatedError, TransferError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.region import Region
 from kvtransfer.source.publisher import News
+from kvtransfer.source.service import KVSourceService
 from kvtransfer.source.transfer_source import TransferSource
 from kvtransfer.staging import DeviceCopier, StagingBlocks
 from kvtransfer.transport import EndpointStatistics
@@ -73,6 +74,10 @@ class StagedSource:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         self._inner.add_to(server)
+    @property
+    def service(self) -> KVSourceService:
+        return self._inner.service
+
 
     async def start(self) -> None:
         await self._inner.start()

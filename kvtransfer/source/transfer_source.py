@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -44,7 +45,7 @@ class TransferSource:
 
     def __init__(
         self,
-        region: Region,
+        region: Region | None,
         layout: KVLayout,
         *,
         fingerprint: str,
@@ -58,19 +59,24 @@ class TransferSource:
         endpoints: Sequence[SourceEndpoint] | None = None,
         lend: Lend | None = None,
         shard: KVShard | None = None,
+        checksums: Callable[[Sequence[int], range], tuple[int, ...]] | None = None,
     ) -> None:
         """`host` is what our sockets bind; `endpoints`, when given, replaces those that `preference` asks for.
 
         `shard` is the part of the model that our pool holds; None: all of it.
 
+        `checksums` sums up blocks of a pool that is no region of host memory; then `endpoints` are given, too.
+
         `lend` is awaited when a destination asks for blocks by their hashes; it opens and finishes that transfer.
         """
-        self._pool = region.buffer
+        assert region is not None or (checksums is not None and endpoints is not None), "a pool that nobody can read"
+        self._checksums = checksums or functools.partial(_checksums_of, region, layout)
         self._layout = layout
         self._on_released = on_released
         self._book = LeaseBook(epoch=epoch, lease_s=lease_s, num_layers=layout.num_layers)
 
         def listen_on(name: str) -> SourceEndpoint:
+            assert region is not None, "endpoints were given"
             return registry.load(name).make_endpoint(region, layout, epoch=epoch, host=host)
 
         preference.check()
@@ -93,6 +99,11 @@ class TransferSource:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reaper: asyncio.Task[None] | None = None
         self._opened = asyncio.Event()
+
+    @property
+    def service(self) -> KVSourceService:
+        """For who adds it to a server behind something of his own."""
+        return self._service
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the KVSource service, before the server starts."""
@@ -222,7 +233,7 @@ class TransferSource:
         return Chunk(
             first_block=span.begin,
             block_ids=fresh,
-            checksums=block_checksums(self._pool, self._layout, fresh, span.layers),
+            checksums=self._checksums(fresh, span.layers),
             num_tokens=min(num_tokens, span.end * self._layout.block_size),
             layers=span.layers,
         )
@@ -271,3 +282,8 @@ class TransferSource:
             for transfer_id in self._book.due(now_s=time.monotonic()):
                 log.warning("kv_lease_expired", transfer_id=transfer_id, lease_s=self._book.lease_s)
                 self._end(transfer_id, SourcePhase.EXPIRED, f"no sign of life for {self._book.lease_s} s")
+
+
+def _checksums_of(region: Region | None, layout: KVLayout, block_ids: Sequence[int], layers: range) -> tuple[int, ...]:
+    assert region is not None, "checksums of no region"
+    return block_checksums(region.buffer, layout, block_ids, layers)

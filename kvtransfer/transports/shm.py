@@ -1,20 +1,16 @@
 """SHM: two processes of one host and one user. The pool is a sealed memfd; a read is a copy that sums up as it goes.
 
-The descriptor travels over an abstract unix socket (no file to leave behind). The same socket carries each read's
-request: so a dead source, an expired lease or a wrong epoch is found before the copy, exactly as over a network.
+The descriptor travels over the control socket (`unix_port.py`). Pools in a device's memory are copied likewise, device
+to device: `cuda_ipc.py`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
 import socket
-import struct
 import threading
 from typing import Final
 
-from disaggregated.errors import PeerLost, TransferError
 from disaggregated.kv_layout import KVLayout
 from kvtransfer.checksum import PoolBlocks, block_sums
 from kvtransfer.deadline import Deadline
@@ -31,27 +27,15 @@ from kvtransfer.transport import (
     SourceEndpoint,
     SourceIdentity,
 )
-from kvtransfer.transports import frames
+from kvtransfer.transports import frames, unix_port
 from kvtransfer.transports.frame_socket import FrameSocket
 from kvtransfer.transports.frames import Hello, ReadRequest
 from kvtransfer.transports.link import FramedLink
-from kvtransfer.transports.listener import FrameServer, Greeting
-from kvtransfer.transports.meeting import EndpointIdentity, Introduction
+from kvtransfer.transports.listener import Greeting
+from kvtransfer.transports.meeting import Introduction
+from kvtransfer.transports.unix_port import UnixPort, host_key
 
 NAME: Final = "SHM"
-_CREDENTIALS: Final = struct.Struct("=iII")
-
-
-def host_key() -> str:
-    """Equal for two processes that can reach each other's abstract sockets; "" when this system cannot tell.
-
-    The boot id tells kernels apart; abstract socket names live in the network namespace.
-    """
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot_id:
-            return f"{boot_id.read().strip()}/{os.readlink('/proc/self/ns/net')}"
-    except OSError:
-        return ""
 
 
 class ShmEndpoint:
@@ -63,33 +47,22 @@ class ShmEndpoint:
         """`region` must stay open until `close`."""
         self._region = region
         self._layout = layout
-        self._socket_name = f"disaggregated-kv-{secrets.token_hex(8)}"
-        self._identity = EndpointIdentity.fresh(epoch)
-        self._server: FrameServer | None = None
+        self._port = UnixPort(NAME, self, layout, epoch=epoch)
 
     def start(self, gate: ReadGate) -> None:
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            listening.bind(f"\0{self._socket_name}")
-            listening.listen()
-        except OSError as error:
-            listening.close()
-            raise TransferError(f"no unix socket for shared memory: {error}") from error
-        self._server = FrameServer(listening, self, gate, name=self.name, layout=self._layout, identity=self._identity)
-        self._server.start()
+        self._port.start(gate)
 
     def describe(self) -> Offer:
-        return Offer(name=self.name, address=self._identity.address(self._socket_name), host_key=host_key())
+        return self._port.describe()
 
     def close(self, *, deadline: Deadline) -> None:
-        if self._server is not None:
-            self._server.close(deadline=deadline)
+        self._port.close(deadline=deadline)
 
     def statistics(self) -> EndpointStatistics:
-        return self._server.statistics if self._server else EndpointStatistics()
+        return self._port.statistics()
 
     def is_welcome(self, accepted: socket.socket) -> bool:
-        return peer_uid(accepted) == os.getuid()
+        return unix_port.is_ours(accepted)
 
     def greeting(self, connection: FrameSocket, hello: Hello) -> Greeting:
         return Greeting(fd=self._region.fd)
@@ -128,13 +101,9 @@ class _ShmDialler:
         self._mapped: MappedRegion | None = None
 
     def dial(self, *, deadline: Deadline) -> FrameSocket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        connection = FrameSocket(sock, progress_timeout_s=self._us.progress_timeout_s)
+        place, limit_s = self._introduction.place, self._us.progress_timeout_s
+        connection = unix_port.dial(place, progress_timeout_s=limit_s, deadline=deadline)
         try:
-            connection.limit_waits(deadline)
-            _connect(sock, f"\0{self._introduction.place}")
-            if peer_uid(sock) != os.getuid():
-                raise TransferError("the source runs as another user")
             _, fd = self._introduction.meet_for_descriptor(connection)
             self._take(fd)
         except BaseException:
@@ -181,17 +150,3 @@ def make_endpoint(region: Region, layout: KVLayout, *, epoch: int, host: str) ->
 
 def make_transport(us: OurEnd) -> DestinationTransport:
     return ShmTransport(us)
-
-
-def peer_uid(sock: socket.socket) -> int:
-    """Who made the other end of this unix socket, as the kernel tells it."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(credentials)[1])
-
-
-def _connect(sock: socket.socket, address: str) -> None:
-    try:
-        sock.connect(address)
-    except OSError as error:
-        reason = "its queue of connections is full" if error.errno == errno.EAGAIN else str(error)
-        raise PeerLost(f"the source's shared memory is not reachable: {reason}") from error

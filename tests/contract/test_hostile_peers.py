@@ -18,7 +18,7 @@ from kvtransfer.transport import Offer
 from kvtransfer.transports import frames, listener
 from kvtransfer.transports.frames import HEADER, Kind, ReadRequest, Welcome
 from kvtransfer.transports.meeting import EndpointIdentity
-from kvtransfer.transports.shm import host_key
+from kvtransfer.transports.unix_port import host_key
 from tests.support import kv_wire
 from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, Pair, connected_pair
 from tests.support.kv_pools import EPOCH, SMALL, blocks_of

@@ -23,7 +23,7 @@ from disaggregated.sampling_params import SamplingParams
 from disaggregated.security.membership import NOBODY
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.transport import Offer
-from kvtransfer.transports.shm import host_key
+from kvtransfer.transports.unix_port import host_key
 from tests.support import hostile
 from tests.support.front_door import front_door
 from tests.support.kv_pools import eventually
