@@ -6,10 +6,12 @@ from context_server.role import ContextRole
 from disaggregated.config.server import ServerConfig
 from disaggregated.config.server_cli import server_command
 from disaggregated.engine.serving.process_life import run_server
-from kvtransfer import Region
+from kvtransfer import Preference, Region
 
 
 def main(config: ServerConfig) -> int:
+    transceiver = config.cache_transceiver_config
+    Preference(transceiver.backend, transceiver.fallback).check()  # Before minutes go by in which weights are loaded.
     return run_server(
         config, allocate=lambda layout: Region.allocate(layout.pool_bytes, populate=True), make_role=ContextRole
     )

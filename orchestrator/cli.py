@@ -71,6 +71,7 @@ def disaggregated() -> None:
     Start one server of a pool:            disaggregated serve context MODEL --port 8001
     Serve from one process, not split:     disaggregated serve mixed MODEL
     Change a running deployment:           disaggregated scale generation=2
+    Show it, and how its KV travels:       disaggregated status
     See what this machine can do:          disaggregated doctor
     """
 
@@ -100,11 +101,13 @@ _DEPLOYMENT_FILE: Final = click.Path(path_type=Path)
 @click.option("-m", "--metadata-server-config-file", hidden=True)
 @click.option("--check", is_flag=True, help="Read the file, say what it comes to, and start nothing.")
 def run_verb(config_file: Path, check: bool, metadata_server_config_file: str | None, **overriding: object) -> None:
-    """Run the orchestrator, and the servers for which the file names no urls. Stop it with Ctrl-C.
+    """Run a deployment (the default).
+
+    That is the orchestrator, and the servers for which the file names no urls. Stop it with Ctrl-C.
 
     The verb may be left out: disaggregated -c disagg-config.yml. Times are in seconds.
     """
-    from disaggregated.config.load import check_can_start, load_deployment
+    from disaggregated.config.load import load_deployment
     from disaggregated.errors import ConfigError
 
     if metadata_server_config_file:
@@ -115,16 +118,19 @@ def run_verb(config_file: Path, check: bool, metadata_server_config_file: str | 
         from orchestrator.run import run
 
         sys.exit(run(config))
-    for note in config.notes:
+    from orchestrator.start_checks import check_start
+
+    for note in (*config.notes, *check_start(config)):
         click.echo(f"note: {note}")
-    check_can_start(config)
     click.echo(f"{config_file.name}: can be started")
 
 
 @disaggregated.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve_verb(arguments: Sequence[str]) -> None:
-    """Run one server: serve context|generation|mixed MODEL [FLAGS]
+    """Run one server: context|generation|mixed
+
+    disaggregated serve ROLE MODEL [FLAGS]
 
     A context or a generation server belongs to an orchestrator, whose file names it in urls. A mixed one comes with its
     own: it prefills, decodes and speaks the OpenAI API.
@@ -169,7 +175,9 @@ def split_role(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="The orchestrator.")
 @click.option("--timeout", default=300.0, show_default=True, help="Seconds to wait until it is done.")
 def scale_verb(counts: Sequence[str], url: str, timeout: float) -> None:
-    """Change the number of servers while requests run: scale generation=2 context=0
+    """Change the number of servers.
+
+    disaggregated scale generation=2 context=0: requests go on meanwhile.
 
     Returns when the new servers are ready and those let go have finished their requests.
     """
@@ -188,7 +196,11 @@ def scale_verb(counts: Sequence[str], url: str, timeout: float) -> None:
 @disaggregated.command("status", context_settings=SETTINGS)
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="The orchestrator.")
 def status_verb(url: str) -> None:
-    """Show the servers of a running deployment. Exits with 1 when no request can be served."""
+    """Show a running deployment and its KV links.
+
+    Each server with its load and free blocks; each link with its transport, what went over it, how fast, and why that
+    transport. Exits with 1 when no request can be served.
+    """
     from orchestrator.remote_control import status
 
     lines, is_serving = status(url)
@@ -199,7 +211,11 @@ def status_verb(url: str) -> None:
 @disaggregated.command("doctor", context_settings=SETTINGS)
 @click.option("--measure/--no-measure", default=True, help="Move bytes over each transport between two processes.")
 def doctor_verb(measure: bool) -> None:
-    """Say what this machine has and what each transport does on it. Exits with 1 when something is broken."""
+    """Say what this machine can do.
+
+    Cores, memory, compiler, GPU, network cards, cluster secret; then each transport: 64 MiB are moved over it between
+    two processes, or it is said what is missing. Exits with 1 when something is broken.
+    """
     from orchestrator.doctor import doctor
 
     sys.exit(0 if doctor(with_measurements=measure) else 1)
@@ -210,7 +226,10 @@ def doctor_verb(measure: bool) -> None:
 @click.option("--prompt", default="What is the capital of Germany, and what is it known for?", show_default=True)
 @click.option("--max-tokens", default=96, show_default=True)
 def demo_verb(config_file: Path | None, prompt: str, max_tokens: int) -> None:
-    """Start a small deployment, chat with it, and show how the request was served."""
+    """Chat once and see how it was served.
+
+    Starts a small deployment for it, and stops it afterwards.
+    """
     from orchestrator.demo import demo
 
     demo(config_file, prompt=prompt, max_tokens=max_tokens)

@@ -17,6 +17,7 @@ from typing import Final
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from disaggregated import __version__
 from disaggregated.security.status import secret_status
@@ -68,7 +69,8 @@ def doctor(*, with_measurements: bool) -> bool:
         line.add_column(width=2)
         line.add_column(width=16, no_wrap=True)
         line.add_column()
-        line.add_row(f"[{_COLORS[finding.verdict]}]{finding.verdict}[/]", finding.about, finding.says)
+        verdict = Text(finding.verdict, style=_COLORS[finding.verdict])
+        line.add_row(verdict, finding.about, Text(finding.says))  # Text: an extra's brackets are no markup.
         console.print(line)
         is_well = is_well and finding.verdict is not Verdict.BROKEN
     return is_well

@@ -22,7 +22,6 @@ from aiohttp import web
 
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
-from disaggregated.config.load import check_can_start
 from disaggregated.config.one_line import EXIT_INTERRUPTED
 from disaggregated.security import membership
 from disaggregated.security.secret import ClusterSecret
@@ -32,6 +31,7 @@ from orchestrator.launcher import Launcher
 from orchestrator.listening import address_of, listen
 from orchestrator.served_model import ServedModel
 from orchestrator.server_pools import ServerPools
+from orchestrator.start_checks import check_start
 from orchestrator.totals_log import totals_logged
 
 log = logs.get(__name__)
@@ -50,10 +50,12 @@ OnListening = Callable[[str], object]
 
 def run(config: DeploymentConfig, *, on_listening: OnListening = lambda address: None) -> int:
     """Serves until SIGINT or SIGTERM. Raises StartupError when it cannot start; nothing is left running then."""
-    check_can_start(config)
+    otherwise = check_start(config)
     logs.configure("orchestrator", level=config.log_level)
     for note in config.notes:
         log.info("config_note", note=note)
+    for note in otherwise:
+        log.warning("config_note", note=note)
     join_deployment(config)
     with contextlib.closing(listen(config.hostname, config.port)) as listener:
         uvloop.run(_serve(config, listener, on_listening))

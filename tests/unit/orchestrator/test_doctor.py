@@ -40,6 +40,13 @@ def test_a_transport_without_its_package_says_what_to_install_and_is_not_measure
     assert found.says.startswith("needs the ucxx package: pip install 'disaggregated[ucx]'. It would be sockets")
 
 
+def test_what_to_install_is_printed_as_pip_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"UCX": "needs the ucxx package: pip install 'disaggregated[ucx]'"}
+    monkeypatch.setattr(registry, "missing", missing.get)
+    said = CliRunner().invoke(disaggregated, ["doctor", "--no-measure"]).output
+    assert "pip install 'disaggregated[ucx]'." in " ".join(said.split())
+
+
 def test_there_is_a_line_for_every_transport() -> None:
     about = [finding.about for finding in findings(with_measurements=False)]
     assert [name for name in about if name.startswith("transport ")] == [

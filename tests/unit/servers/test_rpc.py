@@ -92,7 +92,8 @@ def test_every_option_is_one_that_grpc_knows(name: str) -> None:
 @functools.cache
 def library() -> bytes:
     spec = importlib.util.find_spec("grpc._cython.cygrpc")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).read_bytes()
 
 
