@@ -27,6 +27,7 @@ from kvtransfer.destination.peer import (
     source_errors,
 )
 from kvtransfer.destination.readers import FairReaders
+from kvtransfer.off_loop import cancelled_to_the_end
 
 log = logs.get(__name__)
 
@@ -98,34 +99,34 @@ class SourcePeers:
 
     @contextlib.asynccontextmanager
     async def keeping(self, peer: SourcePeer, fail: FailPull) -> AsyncIterator[None]:
-        """`peer` stays open while inside, whatever becomes of it; `fail` is called when it is found to be lost.
-
-        One that failed us is not used again.
-        """
+        """`peer` stays open while inside, whatever becomes of it; `fail` is called when it is found to be lost."""
         peer.pulls.add(fail)
         peer.used_s = time.monotonic()
         if peer.pulse is None:
             peer.pulse = asyncio.create_task(self._feel(peer), name=f"kv-pulse-{peer.identity.instance_id}")
         try:
             yield
-        except TransferError as error:
-            peer.statistics.failures_total += 1
-            if isinstance(error, PeerLost | TransferTimeout | StaleEpoch):
-                self._forget(peer)
-            raise
         finally:
             peer.pulls.discard(fail)
             peer.used_s = time.monotonic()
-            if not peer.pulls and (pulse := peer.pulse) is not None:
-                peer.pulse = None
-                await _ended(pulse)
-            if peer.is_forgotten:
-                await self._close_unused(peer)
+            try:
+                if not peer.pulls and (pulse := peer.pulse) is not None:
+                    peer.pulse = None
+                    await cancelled_to_the_end(pulse)
+            finally:
+                if peer.is_forgotten:
+                    await self._close_unused(peer)
+
+    def failed(self, peer: SourcePeer, error: TransferError) -> None:
+        """A pull from it failed, and by its own fault: it is not used again when it was too slow, or is another."""
+        peer.statistics.failures_total += 1
+        if isinstance(error, PeerLost | TransferTimeout | StaleEpoch):
+            self._forget(peer)
 
     async def close(self) -> None:
         """Close every connection. The caller has ended its pulls."""
         for watcher in tuple(self._watchers):
-            await _ended(watcher)
+            await cancelled_to_the_end(watcher)
         self._current.clear()
         while self._open:
             peer = self._open[-1]
@@ -203,10 +204,14 @@ class SourcePeers:
 
     async def _close_unused(self, peer: SourcePeer) -> None:
         """Closing twice is harmless: whoever comes second finds it done."""
-        if not peer.pulls:
+        if peer.pulls:
+            return
+        try:
             await close_peer(peer)
-            if peer in self._open:
-                self._open.remove(peer)
+        except TransferError as error:
+            log.warning("kv_link_not_closed", source=peer.identity.instance_id, reason=str(error))
+        if peer in self._open:
+            self._open.remove(peer)
 
 
 def _is_meant(peer: SourcePeer, ticket: Ticket) -> bool:
@@ -221,9 +226,3 @@ def _is_meant(peer: SourcePeer, ticket: Ticket) -> bool:
 
 def _silent(peer: SourcePeer, timeout_s: float) -> PeerLost:
     return PeerLost(f"{peer.identity.instance_id} has not answered for {timeout_s:g} s")
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    """Cancel it and wait; also when we are cancelled meanwhile, which is raised afterwards."""
-    task.cancel()
-    await asyncio.wait([task])

@@ -20,6 +20,7 @@ from disaggregated import logs
 from disaggregated.errors import DisaggregatedError, RequestCancelled, TransferError
 from kvtransfer.destination.landed import Landed
 from kvtransfer.machine import CancelResult, DestinationPhase, DestinationTransfer
+from kvtransfer.off_loop import to_the_end
 
 log = logs.get(__name__)
 
@@ -56,7 +57,7 @@ class PendingTransfer:
         self.decided_s: float | None = None
         self._on_decided = on_decided
         self._on_ended = on_ended
-        self._strands: list[DestinationTransfer] = []
+        self._strands: list[Strand] = []
         self._outcome: asyncio.Future[Landed] = asyncio.get_running_loop().create_future()
         self._quiet = asyncio.Event()
         self._cleared_away = asyncio.Event()
@@ -84,14 +85,7 @@ class PendingTransfer:
         Goes on through every cancellation of the caller's own, the last of which is raised then. Never raises for how
         the transfer ended, but for a mistake of ours after that.
         """
-        cancelled: asyncio.CancelledError | None = None
-        while not self._cleared_away.is_set():
-            try:
-                await self._cleared_away.wait()
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
+        await to_the_end(self._cleared_away.wait, self._cleared_away.is_set)
         if not self._task.cancelled():
             self._task.result()
 
@@ -133,11 +127,11 @@ class PendingTransfer:
         self._cleared_away.set()
         self._on_ended(self)
 
-    def strand(self, name: str, *, can_stop: bool = True) -> Strand:
+    def strand(self, name: str, *, source: str = "", can_stop: bool = True) -> Strand:
         """One of the reads that it is made of, from one source."""
-        transfer = DestinationTransfer(name, can_stop=can_stop)
-        self._strands.append(transfer)
-        return Strand(self, transfer)
+        strand = Strand(self, DestinationTransfer(name, can_stop=can_stop), source)
+        self._strands.append(strand)
+        return strand
 
     def fail(self, error: DisaggregatedError) -> CancelResult:
         """Decide it, where the failure is seen. The first outcome stands."""
@@ -145,18 +139,24 @@ class PendingTransfer:
 
     def check_quiet(self) -> None:
         """A read has ended."""
-        if self.is_decided and not self.is_quiet and not any(strand.is_writable for strand in self._strands):
+        if self.is_decided and not self.is_quiet and not self.writing_sources:
             self._quiet.set()
 
     @property
+    def writing_sources(self) -> list[str]:
+        """Those from which a read is running."""
+        return [strand.source for strand in self._strands if strand.transfer.is_writable]
+
+    @property
     def story(self) -> list[list[tuple[float, DestinationPhase]]]:
-        return [strand.story for strand in self._strands]
+        return [strand.transfer.story for strand in self._strands]
 
     def _decide(self, error: DisaggregatedError) -> CancelResult:
         """Also for one that is decided: what a cancel finds may be another thing by now."""
         now_s = time.monotonic()
+        strands = [strand.transfer for strand in self._strands]
         cancelled = isinstance(error, RequestCancelled)
-        found = [strand.cancel(now_s=now_s) if cancelled else strand.fail(now_s=now_s) for strand in self._strands]
+        found = [strand.cancel(now_s=now_s) if cancelled else strand.fail(now_s=now_s) for strand in strands]
         if self.is_decided:
             return _worst(found, CancelResult.ALREADY_COMPLETE)
         self._decided(error)
@@ -207,12 +207,16 @@ class PendingTransfer:
         self._on_decided(self)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Strand:
     """One source's half of a transfer, which is all of it unless it comes from several."""
 
     pending: PendingTransfer
     transfer: DestinationTransfer
+    source: str = ""
+    """Its address."""
+    error: DisaggregatedError | None = None
+    """What the transfer failed with, when it failed by this very source."""
 
     def advance(self, to: DestinationPhase) -> None:
         """Raises what was decided meanwhile: nothing is begun, and nothing lands, after that."""
@@ -226,12 +230,14 @@ class Strand:
         self.pending.check_quiet()
 
     def fail(self, error: DisaggregatedError) -> None:
+        if not self.pending.is_decided:
+            self.error = error
         self.pending.fail(error)
 
     def lost(self, error: TransferError) -> None:
         """Its source was found to be gone; that matters no more once it has brought everything."""
         if not self.transfer.is_over:
-            self.pending.fail(error)
+            self.fail(error)
 
 
 def _worst(found: Sequence[CancelResult], if_none: CancelResult) -> CancelResult:

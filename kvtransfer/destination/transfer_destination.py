@@ -7,12 +7,13 @@ byte of it can land any more: the blocks are its caller's again, to use or to gi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Final
 
-from disaggregated.errors import LeaseExpired, PeerLost, SourceFailed, StaleEpoch, TransferTimeout
+from disaggregated.errors import LeaseExpired, PeerLost, SourceFailed, StaleEpoch, TransferError, TransferTimeout
 from disaggregated.kv_layout import KVLayout
 from disaggregated.kv_shard import KVHolding, KVShard
 from kvtransfer.conversion.executor import PoolView
@@ -32,9 +33,10 @@ from kvtransfer.destination.pending import PendingTransfer, Strand
 from kvtransfer.destination.pull import STALL_TIMEOUT_S, Pull
 from kvtransfer.destination.quarantine import Quarantine, QuarantineLimits, judge
 from kvtransfer.destination.readers import FairReaders
-from kvtransfer.machine import CancelResult
 from kvtransfer.device_pool import DeviceSums, SharedPool
+from kvtransfer.machine import CancelResult
 from kvtransfer.negotiate import Preference
+from kvtransfer.off_loop import together
 from kvtransfer.region import Region
 from kvtransfer.staging import DeviceCopier, InPlace, LandingPlace, Staged, StagingBlocks
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport, OurEnd
@@ -42,10 +44,10 @@ from kvtransfer.transports import cuda_ipc
 
 PART_BYTES: Final = 16 << 20
 """Of one read at most."""
-SOURCE_KNOWS: Final = (PeerLost, StaleEpoch, LeaseExpired, SourceFailed)
-"""Errors after which there is nobody to tell that we gave up, or who told us so."""
 DEVICE_PART_BYTES: Final = 256 << 20
 """Of one read on a device at most: a tenth of a millisecond for its memory, beside which asking for it is dear."""
+SOURCE_KNOWS: Final = (PeerLost, StaleEpoch, LeaseExpired, SourceFailed)
+"""Errors after which there is nobody to tell that we gave up, or who told us so."""
 READERS_MAX: Final = 16
 """Threads. A read beyond waits for one, within its deadline; a dead source holds one for the progress timeout."""
 IN_FLIGHT_BYTES: Final = 2 * READERS_MAX * PART_BYTES
@@ -80,9 +82,9 @@ class TransferDestination:
         stall_timeout_s: float = STALL_TIMEOUT_S,
         transports: Sequence[DestinationTransport] | None = None,
         copier: DeviceCopier | None = None,
+        device_pool: SharedPool | None = None,
         shard: KVShard | None = None,
         limits: QuarantineLimits | None = None,
-        device_pool: SharedPool | None = None,
         idle_max_s: float = IDLE_MAX_S,
     ) -> None:
         """A source that moves no byte and answers nothing for `progress_timeout_s` is lost; a transfer of which nothing
@@ -92,10 +94,10 @@ class TransferDestination:
         always may be, and one whole block where blocks are staged or converted. None or 0: it slows nobody down.
 
         With a `copier`, region and layout are of a staging region, and pull() fills blocks of the device's pool.
-        `limits` are those of a quarantine in that pool; None: `layout` is the pool's, the limits are the usual ones.
-        A source that nobody pulls from for `idle_max_s` is let go of.
         `device_pool` is that pool, where sources on this host may be copied from directly, unless `preference` names
         another transport first.
+        `limits` are those of a quarantine in that pool; None: `layout` is the pool's, the limits are the usual ones.
+        A source that nobody pulls from for `idle_max_s` is let go of.
         `shard` is the part of the model that our pool holds; None: all of it.
 
         Raises ConfigError when `preference` cannot be honoured.
@@ -122,9 +124,9 @@ class TransferDestination:
             progress_timeout_s=progress_timeout_s,
             idle_max_s=idle_max_s,
         )
+        self._device_pool = device_pool
         self._place: LandingPlace = InPlace()
         self._ours: OurPool = HostPool(PoolView(self._pool, layout))
-        self._device_pool = device_pool
         if copier is not None:
             staging = StagingBlocks(layout.num_blocks)
             self._place = Staged(staging, copier)
@@ -223,12 +225,12 @@ class TransferDestination:
         if len(ranks) > 1 or not isinstance(error, SOURCE_KNOWS):
             for ticket in ranks:  # One of several may know; the others do not.
                 self.decline(ticket, error)
-        asyncio.get_running_loop().call_later(self._limits.stuck_after_s, self._check_ended, pending, ranks)
+        asyncio.get_running_loop().call_later(self._limits.stuck_after_s, self._check_ended, pending)
 
-    def _check_ended(self, pending: PendingTransfer, ranks: Sequence[Ticket]) -> None:
+    def _check_ended(self, pending: PendingTransfer) -> None:
         if pending.is_quarantined:
-            for ticket in ranks:
-                self._peers.shun(ticket.address, self.quarantine().unhealthy)
+            for address in pending.writing_sources:
+                self._peers.shun(address, self.quarantine().unhealthy)
 
     def decline(self, ticket: Ticket, why: BaseException | None = None) -> None:
         """We shall not pull this one: its source is told, soon, and need not wait for its lease to run out.
@@ -239,28 +241,28 @@ class TransferDestination:
             self._farewells.say(ticket, why)
 
     async def _pull(self, tickets: Sequence[Ticket], ours: OurShare, how: _How) -> Landed:
-        peers = [await self._peers.connected(ticket, deadline=how.deadline) for ticket in tickets]
-        pulls = joint.parts(peers, tickets, ours)
-        if len(pulls) == 1:
-            return joint.joined([await self._pull_part(pulls[0], how)], peers)
-        try:
-            async with asyncio.TaskGroup() as group:
-                running = [group.create_task(self._pull_part(part, how)) for part in pulls]
-        except BaseExceptionGroup as failed:  # The first one stopped the others, whose reads have ended as well.
-            raise failed.exceptions[0] from failed
-        return joint.joined([task.result() for task in running], peers)
+        async with contextlib.AsyncExitStack() as kept:
+            sources = await together([self._keep(ticket, how, kept) for ticket in tickets])
+            peers = [peer for peer, _ in sources]
+            parts = joint.parts(peers, tickets, ours)
+            pulls = [self._pull_part(part, strand, how) for part, (_, strand) in zip(parts, sources, strict=True)]
+            return joint.joined(await together(pulls), peers)
 
-    async def _pull_part(self, part: Part, how: _How) -> Landed:
-        strand = how.pending.strand(part.ticket.transfer_id, can_stop=part.peer.link.can_stop)
-        async with self._peers.keeping(part.peer, strand.lost):
-            try:
-                landed = await self._make_pull(part, strand, how).run()
-            except asyncio.CancelledError:
-                if how.pending.error is not None:
-                    raise how.pending.error from None
-                raise
-            self._count(part.peer, landed)
-            return landed
+    async def _keep(self, ticket: Ticket, how: _How, kept: contextlib.AsyncExitStack) -> tuple[SourcePeer, Strand]:
+        """Connected, and kept from that very moment: it may die while another one still connects."""
+        peer = await self._peers.connected(ticket, deadline=how.deadline)
+        strand = how.pending.strand(ticket.transfer_id, source=ticket.address, can_stop=peer.link.can_stop)
+        await kept.enter_async_context(self._peers.keeping(peer, strand.lost))
+        return peer, strand
+
+    async def _pull_part(self, part: Part, strand: Strand, how: _How) -> Landed:
+        try:
+            landed = await self._make_pull(part, strand, how).run()
+        finally:
+            if isinstance(strand.error, TransferError):
+                self._peers.failed(part.peer, strand.error)
+        self._count(part.peer, landed)
+        return landed
 
     @property
     def transports(self) -> tuple[str, ...]:
