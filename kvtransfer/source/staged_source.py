@@ -30,10 +30,9 @@ from kvtransfer.transport import EndpointStatistics
 
 @dataclasses.dataclass(slots=True)
 class _Transfer:
-    num_blocks: int
     num_tokens: int
     """Of its whole prompt, and so are the blocks."""
-    """Of its whole prompt."""
+    num_blocks: int
     host_blocks: list[int] = dataclasses.field(default_factory=list)
     num_copied: int = 0
     news: News | None = None
@@ -74,10 +73,10 @@ class StagedSource:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         self._inner.add_to(server)
+
     @property
     def service(self) -> KVSourceService:
         return self._inner.service
-
 
     async def start(self) -> None:
         await self._inner.start()

@@ -126,6 +126,7 @@ class TransferSource:
         """
         if self._closing:
             return
+        self._book.shut()
         for transfer_id, _, _ in self._book.live():
             self._end(transfer_id, SourcePhase.FAILED, "the source is shutting down")
         self._closing = True
@@ -137,7 +138,6 @@ class TransferSource:
 
     # Called by the server, from any thread.
 
-        self._book.shut()
     def open(self, transfer_id: str, *, num_tokens: int = 0, num_readers: int = 1) -> None:
         """Begin a lease, before the first publication. A destination may be waiting already.
 

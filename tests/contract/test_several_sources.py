@@ -109,13 +109,13 @@ async def test_what_we_gave_up_ourselves_is_nobodys_fault(two_stages: Instances,
     for rank in two_stages.context:
         rank.served.source.open("t")
     tickets = [rank.served.ticket("t") for rank in two_stages.context]
-    rank = two_stages.generation[0]
-    pending = rank.landing.start(tickets, rank.table, deadline_s=0.5 if by == "deadline" else 20, num_tokens=NUM_TOKENS)
+    ours = two_stages.generation[0]
+    pending = ours.landing.start(tickets, ours.table, deadline_s=0.5 if by == "deadline" else 20, num_tokens=NUM_TOKENS)
     await eventually(lambda: all(rank.served.source.num_followers for rank in two_stages.context))
     if by == "cancel":
         pending.cancel()
     with pytest.raises((RequestCancelled, TransferTimeout)):
         await pending.outcome()
     await pending.ended()
-    assert {peer.peer_id: peer.failures_total for peer in rank.landing.statistics()} == {"context-0": 0, "context-1": 0}
+    assert {peer.peer_id: peer.failures_total for peer in ours.landing.statistics()} == {"context-0": 0, "context-1": 0}
     await two_stages.released("t")
