@@ -54,6 +54,7 @@ NAME: Final = "SHM"
 """What is configured, offered and counted: how SHM's one copy is made is not for an operator to choose."""
 HANDLE_BYTES: Final = 64
 """CUDA_IPC_HANDLE_SIZE"""
+OTHERWISE: Final = "blocks travel by host memory"
 _TAIL: Final = struct.Struct(f"<{HANDLE_BYTES}sQQ")
 
 
@@ -64,7 +65,7 @@ def share(pool: DevicePool, mapper: DeviceMapper) -> SharedPool | None:
             raise TransferError(reason)
         exported = mapper.export(pool.address, pool.layout.pool_bytes)
     except TransferError as error:
-        log.warning("device_pool_not_shared", device=pool.device, reason=str(error), so="blocks travel by host memory")
+        log.warning("device_pool_not_shared", device=pool.device, reason=str(error), so=OTHERWISE)
         return None
     return SharedPool(pool, mapper, exported)
 

@@ -12,11 +12,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+from disaggregated import logs
 from disaggregated.errors import TransferError
-from kvtransfer.device_pool import Exported, Mapped
+from kvtransfer.device_pool import DevicePool, Exported, Mapped, SharedPool
+from kvtransfer.negotiate import Preference
+from kvtransfer.transports import cuda_ipc
 from kvtransfer.transports.cuda_ipc import HANDLE_BYTES
+
+log = logs.get(__name__)
 
 _PACKAGE: Final = "cuda.bindings"
 
@@ -39,6 +44,26 @@ def load(device_index: int) -> CudaMapper:
     except ImportError as error:  # Built for another CUDA, or for another system.
         raise TransferError(f"cuda-bindings cannot be loaded: {error}") from error
     return CudaMapper(driver, runtime, device_index)
+
+
+class CudaPool(DevicePool, Protocol):
+    @property
+    def device_index(self) -> int: ...
+
+
+def shared(pool: CudaPool | None, preference: Preference) -> SharedPool | None:
+    """`pool`, where processes of this host may copy from it and it from theirs; None, and a line in the log, where not.
+
+    It is SHM's way, so it is for those who would use SHM first.
+    """
+    if pool is None or preference.order()[0] != cuda_ipc.NAME:
+        return None
+    try:
+        mapper = load(pool.device_index)
+    except TransferError as error:
+        log.warning("device_pool_not_shared", device=pool.device, reason=str(error), so=cuda_ipc.OTHERWISE)
+        return None
+    return cuda_ipc.share(pool, mapper)
 
 
 class CudaMapper:

@@ -69,16 +69,18 @@ class DeviceBlockCopier:
 
     @contextlib.contextmanager
     def _finishing(self) -> Iterator[None]:
-        """On our stream; what was launched inside is done on the way out."""
+        """On our stream; what was launched inside is done on the way out, also when not all of it could be."""
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             if self._stream is not None:
                 stack.enter_context(torch.cuda.device(self._device))
                 stack.enter_context(torch.cuda.stream(self._stream))
-            yield
-            if self._stream is not None:
-                done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                done.record(self._stream)
-                done.synchronize()
+            try:
+                yield
+            finally:
+                if self._stream is not None:
+                    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                    done.record(self._stream)
+                    done.synchronize()
 
 
 def device_copier(device_LBX: torch.Tensor, memory: memoryview, layout: KVLayout) -> DeviceBlockCopier:

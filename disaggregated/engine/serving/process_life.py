@@ -115,6 +115,7 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
         on_crash=end.crash,
         staging=staged[0].layout if staged else None,
         copier=staged[0].copier if staged else None,
+        device_pool=staged[0].device_pool if staged else None,
     )
     role = make_role(server)
     service = ServerService(role, server)

@@ -62,6 +62,8 @@ class LoadedServer(Generic[MemoryT]):
     """Where the pool is in a device's memory: `memory` is a staging region of this layout. None: it is the pool."""
     copier: Any = None
     """kvtransfer's `DeviceCopier` between the two; this layer does not know that one."""
+    device_pool: Any = None
+    """kvtransfer's `DevicePool`: the pool itself, where it can be read by kernels of another process."""
 
     @property
     def memory_layout(self) -> KVLayout:
