@@ -26,7 +26,7 @@ from benchmarks.wire.children import Child, child
 from disaggregated.config.server import CacheTransceiverConfig
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2
-from kvtransfer import Landed, Preference, Region, TransferDestination
+from kvtransfer import DestinationOptions, Landed, PoolIdentity, Preference, Region, TransferDestination
 from tests.support.kv_pools import SomeTicket
 
 KINDS: Final = ("int8", "float32", SLEPT)
@@ -97,12 +97,8 @@ async def linked(
         region = stack.enter_context(Region.allocate(layout.pool_bytes, populate=True))
         landing = TransferDestination(
             region,
-            layout,
-            fingerprint=kind,
-            instance_id=f"benchmark-{port}",
-            epoch=1,
-            preference=Preference("TCP"),
-            progress_timeout_s=20,
+            PoolIdentity.whole(layout, instance_id=f"benchmark-{port}", epoch=1, fingerprint=kind),
+            DestinationOptions(preference=Preference("TCP"), progress_timeout_s=20),
         )
         stack.push_async_callback(landing.close)
         yield Link(source, str(told["address"]), landing, layout, kind, names)

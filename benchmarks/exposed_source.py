@@ -24,7 +24,7 @@ from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.engine.api import RequestKind
 from disaggregated.engine.load import load_engine
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import News, Publisher, Region, TransferSource, registry
+from kvtransfer import News, PoolIdentity, Publisher, Region, SourceOptions, TransferSource, registry
 from kvtransfer.deadline import Deadline
 from kvtransfer.transport import EndpointStatistics, Offer, ReadGate, SourceEndpoint
 
@@ -158,12 +158,9 @@ async def serve(kind: str) -> None:
     endpoint = RedirectedEndpoint(tcp)
     source = TransferSource(
         prefill.region,
-        prefill.layout,
-        fingerprint=kind,
-        instance_id=kind,
-        epoch=EPOCH,
+        PoolIdentity.whole(prefill.layout, instance_id=kind, epoch=EPOCH, fingerprint=kind),
         on_released=lambda _: None,
-        endpoints=[endpoint],
+        options=SourceOptions(endpoints=[endpoint]),
     )
     server = rpc.make_server()
     source.add_to(server)

@@ -21,7 +21,7 @@ from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.engine.api import RequestKind
 from disaggregated.engine.load import LoadedEngine, load_engine
 from disaggregated.kv_layout import KVLayout
-from kvtransfer import Publisher, Region, TransferSource
+from kvtransfer import PoolIdentity, Publisher, Region, SourceOptions, TransferSource
 
 MODEL: Final = "smollm2-135m-instruct"
 NUM_TOKENS: Final = 2000
@@ -50,12 +50,9 @@ class Streaming:
         self.loaded: LoadedEngine = load_engine(config, allocate=self._allocate)
         self.source = TransferSource(
             self.regions[0],
-            self.loaded.layout,
-            fingerprint="",
-            instance_id="benchmark",
-            epoch=1,
+            PoolIdentity.whole(self.loaded.layout, instance_id="benchmark", epoch=1, fingerprint=""),
             on_released=lambda _: None,
-            endpoints=[],
+            options=SourceOptions(endpoints=[]),
         )
         self.publisher = Publisher(self.source, on_crash=lambda error: print("the publisher crashed:", error))
         self.publisher.start()

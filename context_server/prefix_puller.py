@@ -27,7 +27,8 @@ from disaggregated.engine.serving.role import LoadedServer
 from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import DisaggregatedError, TransferTimeout
 from disaggregated.v1 import control_pb2
-from kvtransfer import Landed, PeerStatistics, Preference, Region, TransferDestination
+from kvtransfer import Landed, PeerStatistics, Region, TransferDestination
+from kvtransfer.configured import destination_options, identity_of
 
 log = logs.get(__name__)
 
@@ -99,17 +100,7 @@ class PrefixPuller:
         self._patience_s = transceiver.pull_back_patience_ms / 1000
         self._meter = StepMeter()
         self._costs = PullCosts()
-        self._destination = TransferDestination(
-            server.memory,
-            layout,
-            fingerprint=server.loaded.fingerprint,
-            instance_id=server.identity.instance_id,
-            epoch=server.identity.epoch,
-            preference=Preference(transceiver.backend, transceiver.fallback),
-            max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
-            progress_timeout_s=transceiver.progress_timeout_s,
-            stall_timeout_s=transceiver.kv_transfer_timeout_ms / 1000,
-        )
+        self._destination = TransferDestination(server.memory, identity_of(server), destination_options(server))
         self._pulls = asyncio.TaskGroup()
         self._running: set[asyncio.Task[Landed | DisaggregatedError]] = set()
 

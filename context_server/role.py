@@ -32,7 +32,9 @@ from disaggregated.engine.thread import EngineThread
 from disaggregated.peer_input import checked_name, checked_seconds
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
-from kvtransfer import Preference, Publisher, Region, StagedSource, TakesNews, TransferSource
+from kvtransfer import DeviceSource, Publisher, Region, StagedSource, TakesNews, TransferSource
+from kvtransfer.configured import identity_of, source_options
+from kvtransfer.transports import cuda_runtime
 
 PUBLISHER_STOP_S: Final = 5.0
 
@@ -53,25 +55,23 @@ class ContextRole(control_pb2_grpc.ContextServicer):
         self._engine_ids: dict[str, str] = {}
         """The other way round."""
         transceiver = server.config.cache_transceiver_config
-        options: dict[str, Any] = {
-            "fingerprint": server.loaded.fingerprint,
-            "instance_id": server.identity.instance_id,
-            "epoch": server.identity.epoch,
-            "lease_s": transceiver.lease_s,
-            "preference": Preference(transceiver.backend, transceiver.fallback),
-            "host": "127.0.0.1" if server.config.host == "localhost" else server.config.host,
-            "device": server.loaded.device,
-            "on_released": self._transfer_over,
-        }
-        region, layout = server.memory, server.memory_layout
-        self._source: TransferSource | StagedSource
+        region, identity, layout = server.memory, identity_of(server), server.memory_layout
+        options = source_options(server)
+        self._source: TransferSource | StagedSource | DeviceSource
         self._publisher: Publisher | None = None
         publisher: TakesNews
+        over, on_crash = self._transfer_over, server.on_crash
         if server.copier is None:
-            self._source = TransferSource(region, layout, **options)
-            publisher = self._publisher = Publisher(self._source, on_crash=server.on_crash)
+            self._source = TransferSource(region, identity, on_released=over, options=options)
+            publisher = self._publisher = Publisher(self._source, on_crash=on_crash)
+        elif (shared := cuda_runtime.shared(server.device_pool, options.preference)) is None:
+            publisher = self._source = StagedSource(
+                region, identity, server.copier, on_released=over, on_crash=on_crash, options=options
+            )
         else:
-            publisher = self._source = StagedSource(region, layout, server.copier, on_crash=server.on_crash, **options)
+            publisher = self._source = DeviceSource(
+                region, identity, server.copier, shared, on_released=over, on_crash=on_crash, options=options
+            )
         group_bytes = transceiver.layer_group_bytes
         self._stream = PrefillStream(self._transfers, publisher, layout, layer_group_bytes=group_bytes)
         if server.copier is None:

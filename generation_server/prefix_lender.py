@@ -19,7 +19,8 @@ from disaggregated.block_hash import BlockHash
 from disaggregated.engine.serving.role import LoadedServer
 from disaggregated.engine.thread import EngineThread
 from disaggregated.v1 import control_pb2
-from kvtransfer import Preference, Region, TransferSource
+from kvtransfer import Region, TransferSource
+from kvtransfer.configured import identity_of, source_options
 
 log = logs.get(__name__)
 
@@ -34,20 +35,13 @@ class PrefixLender:
     def __init__(self, server: LoadedServer[Region], engine: EngineThread) -> None:
         """server: its pool is the memory that transports read."""
         assert server.copier is None, "blocks are lent from a pool in host memory"
-        transceiver = server.config.cache_transceiver_config
         self._engine = engine
         self._block_size = server.memory_layout.block_size
         self._source = TransferSource(
             server.memory,
-            server.memory_layout,
-            fingerprint=server.loaded.fingerprint,
-            instance_id=server.identity.instance_id,
-            epoch=server.identity.epoch,
-            lease_s=transceiver.lease_s,
-            preference=Preference(transceiver.backend, transceiver.fallback),
-            host="127.0.0.1" if server.config.host == "localhost" else server.config.host,
+            identity_of(server),
             on_released=self._released,
-            lend=self._lend,
+            options=source_options(server, lend=self._lend),
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:

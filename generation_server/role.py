@@ -44,7 +44,9 @@ from disaggregated.v1 import control_pb2, control_pb2_grpc
 from generation_server.admission import Admission, Caller
 from generation_server.prefix_lender import PrefixLender
 from generation_server.step_stream import StepStream
-from kvtransfer import PendingTransfer, Preference, QuarantineLimits, Region, TransferDestination
+from kvtransfer import PendingTransfer, Region, TransferDestination
+from kvtransfer.configured import destination_options, identity_of
+from kvtransfer.transports import cuda_runtime
 
 log = logs.get(__name__)
 
@@ -70,19 +72,13 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         """By engine id."""
         self._overlap = os.environ.get(NO_OVERLAP_VARIABLE) != "1"
         transceiver = server.config.cache_transceiver_config
+        options = destination_options(server)
         self._destination = TransferDestination(
             server.memory,
-            server.memory_layout,
-            fingerprint=server.loaded.fingerprint,
-            instance_id=server.identity.instance_id,
-            epoch=server.identity.epoch,
-            device=server.loaded.device,
-            preference=Preference(transceiver.backend, transceiver.fallback),
-            max_tokens_in_buffer=transceiver.max_tokens_in_buffer,
-            progress_timeout_s=transceiver.progress_timeout_s,
-            stall_timeout_s=transceiver.kv_transfer_timeout_ms / 1000,
+            identity_of(server),
+            options,
             copier=server.copier,
-            limits=QuarantineLimits(num_blocks=server.loaded.layout.num_blocks),
+            device_pool=cuda_runtime.shared(server.device_pool, options.preference),
         )
         lends = transceiver.pull_back and server.copier is None
         self._lender = PrefixLender(server, self.engine) if lends else None

@@ -32,6 +32,7 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.destination.foreign import ForeignPools, StagingRegion
 from kvtransfer.destination.our_transports import OurTransports
 from kvtransfer.off_loop import run_to_end
+from kvtransfer.pool_identity import PoolIdentity
 from kvtransfer.transport import LinkCounters, Offer, PeerLink, SourceIdentity
 from kvtransfer.transports.unix_port import host_key
 
@@ -103,17 +104,6 @@ class PeerStatistics:
         self.fallbacks += fresh.fallbacks
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
-    """Who we are, as Connect tells the source."""
-
-    instance_id: str
-    epoch: int
-    fingerprint: str
-    holding: KVHolding
-    device: str = "cpu"
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Into:
     """What we can read into: our own pool, and staging regions for pools unlike it."""
@@ -173,7 +163,7 @@ def source_errors(address: str) -> Iterator[None]:
 
 async def connect(
     ticket: Ticket,
-    us: Destination,
+    us: PoolIdentity,
     ours: Into,
     executor: concurrent.futures.Executor,
     *,
@@ -227,7 +217,7 @@ class _Call:
     channel: grpc.aio.Channel
     stub: kv_pb2_grpc.KVSourceAsyncStub
     ticket: Ticket
-    us: Destination
+    us: PoolIdentity
     ours: Into
     executor: concurrent.futures.Executor
     deadline: Deadline
@@ -355,8 +345,8 @@ async def _open_link(
     executor: concurrent.futures.Executor,
     deadline: Deadline,
 ) -> PeerLink:
-    """On a thread, which its own deadlines end: a library may have to be loaded first. A link that was made for a caller
-    who has gone is closed."""
+    """On a thread, which its own deadlines end: a library may have to be loaded first. A link that was made for a
+    caller who has gone is closed."""
     made: list[PeerLink] = []
 
     def dial() -> None:

@@ -15,8 +15,8 @@ from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.options import IDLE_MAX_S
 from kvtransfer.destination.peer import (
-    Destination,
     FailPull,
     Into,
     PeerStatistics,
@@ -28,6 +28,7 @@ from kvtransfer.destination.peer import (
 )
 from kvtransfer.destination.readers import FairReaders
 from kvtransfer.off_loop import cancelled_to_the_end
+from kvtransfer.pool_identity import PoolIdentity
 
 log = logs.get(__name__)
 
@@ -35,8 +36,6 @@ _LOST: Final[frozenset[grpc.ChannelConnectivity]] = frozenset(
     {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN}
 )
 
-IDLE_MAX_S: Final = 300.0
-"""A source that nobody has pulled from for that long is let go of; the next pull connects within milliseconds."""
 PEERS_MAX: Final = 256
 """Connected at once, but for those that are pulled from."""
 PINGS_IN_TIMEOUT: Final = 4
@@ -53,7 +52,7 @@ class SourcePeers:
 
     def __init__(
         self,
-        us: Destination,
+        us: PoolIdentity,
         ours: Into,
         readers: FairReaders,
         *,

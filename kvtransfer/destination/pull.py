@@ -23,19 +23,18 @@ import grpc
 from disaggregated.errors import ChecksumMismatch, LeaseExpired, PeerLost, SourceFailed, TransferError, TransferTimeout
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.joint import Part
 from kvtransfer.destination.landed import Landed
-from kvtransfer.destination.landing import Lander
-from kvtransfer.destination.peer import SourcePeer, source_errors
+from kvtransfer.destination.options import STALL_TIMEOUT_S
+from kvtransfer.destination.peer import source_errors
 from kvtransfer.destination.pending import Strand
-from kvtransfer.destination.published import BlockBatch, PublishedBlocks
+from kvtransfer.destination.published import BlockBatch
 from kvtransfer.machine import DestinationPhase
 from kvtransfer.off_loop import run_to_end
 from kvtransfer.transport import ReadStop
 
 _PUBLICATIONS_MAX: Final = 256
 """Received and not yet read. When full we stop receiving, and gRPC's flow control makes the source wait."""
-STALL_TIMEOUT_S: Final = 60.0
-"""Between two publications, once there was one."""
 _RENEWALS_PER_LEASE: Final = 3
 _RENEWAL_INTERVAL_MIN_S: Final = 0.02
 
@@ -51,38 +50,31 @@ class _Times:
     verified_s: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """Of one transfer, for each of its sources."""
+
+    deadline: Deadline
+    progress_timeout_s: float
+    stall_timeout_s: float = STALL_TIMEOUT_S
+    """Between two publications, once there was one."""
+    overlap: bool = True
+    """If not, nothing is read before the last publication."""
+    block_hashes: bytes = b""
+    """Of a transfer that the source opens for us, of what it holds of these blocks."""
+
+
 class Pull:
-    """Used once. Its owner has checked that `published` and `lander` fit each other."""
+    """Used once. Its owner has checked that what is published and what lands it fit each other."""
 
-    def __init__(
-        self,
-        peer: SourcePeer,
-        strand: Strand,
-        published: PublishedBlocks,
-        lander: Lander,
-        executor: concurrent.futures.Executor,
-        *,
-        deadline: Deadline,
-        progress_timeout_s: float,
-        overlap: bool,
-        block_hashes: bytes = b"",
-        stall_timeout_s: float = STALL_TIMEOUT_S,
-    ) -> None:
-        """`overlap=False` reads nothing before the last publication: only for measuring what overlap hides.
-
-        `block_hashes`: of a transfer that the source opens for us, of what it holds of these blocks.
-        """
-        self._peer = peer
+    def __init__(self, part: Part, strand: Strand, executor: concurrent.futures.Executor, terms: Terms) -> None:
+        self._peer = part.peer
+        self._published = part.published
+        self._lander = part.lander
         self._strand = strand
         self._transfer = strand.transfer
-        self._published = published
-        self._lander = lander
         self._executor = executor
-        self._deadline = deadline
-        self._progress_timeout_s = progress_timeout_s
-        self._stall_timeout_s = stall_timeout_s
-        self._overlap = overlap
-        self._block_hashes = block_hashes
+        self._terms = terms
         self._arrived: asyncio.Queue[kv_pb2.Publication] = asyncio.Queue(_PUBLICATIONS_MAX)
         self._times = _Times()
         self._num_bytes = 0
@@ -98,11 +90,11 @@ class Pull:
             transfer_id=self._transfer.transfer_id,
             epoch=self._peer.identity.epoch,
             peer_id=self._peer.our_id,
-            block_hashes=self._block_hashes,
+            block_hashes=self._terms.block_hashes,
             in_device_memory=self._peer.in_device_memory,
         )
         self._advance(DestinationPhase.FOLLOWING)
-        follow = self._peer.stub.Follow(request, timeout=self._deadline.left_s())
+        follow = self._peer.stub.Follow(request, timeout=self._terms.deadline.left_s())
         try:
             async with asyncio.TaskGroup() as group:
                 receiving = group.create_task(self._receive(follow))
@@ -156,20 +148,20 @@ class Pull:
             since_s = self._times.progress_s
             waits = since_s is None or self._transfer.is_writable
             silent_s = 0.0 if since_s is None or waits else now_s() - since_s
-            if silent_s >= self._stall_timeout_s:
+            if silent_s >= self._terms.stall_timeout_s:
                 with self._deciding_failure():
                     raise TransferTimeout(
                         f"{self._peer.identity.instance_id} has brought nothing for {silent_s:.1f} s, "
                         f"{self._num_bytes} bytes before"
                     )
-            await asyncio.sleep(self._stall_timeout_s - silent_s)
+            await asyncio.sleep(self._terms.stall_timeout_s - silent_s)
 
     async def _land_all(self) -> None:
         while self._published.landing is None:
             self._published.add(await self._arrived.get())
             while not self._arrived.empty():
                 self._published.add(self._arrived.get_nowait())
-            if self._overlap or self._published.landing is not None:
+            if self._terms.overlap or self._published.landing is not None:
                 await self._land(self._published.take())
         self._times.verified_s = time.monotonic()
 
@@ -182,7 +174,7 @@ class Pull:
 
         def job() -> None:
             for batch in batches:
-                self._lander.land(batch, stop=stop, deadline=self._deadline, verified=self._count)
+                self._lander.land(batch, stop=stop, deadline=self._terms.deadline, verified=self._count)
 
         def decide_and_stop() -> None:
             self._transfer.cancel(now_s=time.monotonic())
@@ -233,7 +225,7 @@ class Pull:
 
     def _answer_s(self) -> float:
         """How long the source may take for a small answer."""
-        return self._deadline.no_later_than(self._progress_timeout_s).left_s()
+        return self._terms.deadline.no_later_than(self._terms.progress_timeout_s).left_s()
 
     @contextlib.contextmanager
     def _deciding_failure(self) -> Iterator[None]:

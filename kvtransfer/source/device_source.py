@@ -27,7 +27,9 @@ from disaggregated.kv_shard import KVHolding
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.device_pool import SharedPool
 from kvtransfer.negotiate import Preference
+from kvtransfer.pool_identity import PoolIdentity
 from kvtransfer.region import Region
+from kvtransfer.source.options import SourceOptions
 from kvtransfer.source.publisher import News, Publisher
 from kvtransfer.source.service import KVSourceService
 from kvtransfer.source.staged_source import StagedSource
@@ -65,33 +67,35 @@ class DeviceSource:
     def __init__(
         self,
         region: Region,
-        staging: KVLayout,
+        identity: PoolIdentity,
         copier: DeviceCopier,
         shared: SharedPool,
         *,
         on_released: Callable[[str], None],
         on_crash: Callable[[BaseException], None],
-        epoch: int,
-        **options: Any,
+        options: SourceOptions = SourceOptions(),
     ) -> None:
-        """`region` and `staging` are of the staging region; `options` are those of TransferSource, of both sources."""
+        """`region` and `identity` are of the staging region; `options` are those of both ways."""
         self._on_released = on_released
-        pool, options = shared.pool, {**options, "epoch": epoch}
+        pool = shared.pool
         self._host = StagedSource(
             region,
-            staging,
+            identity,
             copier,
             on_released=lambda name: self._released(Way.HOST, name),
             on_crash=on_crash,
-            **options,
+            options=options,
         )
         self._direct = TransferSource(
             None,
-            pool.layout,
+            dataclasses.replace(identity, holding=KVHolding.whole(pool.layout), device=pool.device),
             on_released=lambda name: self._released(Way.DEVICE, name),
-            endpoints=[cuda_ipc.CudaIpcEndpoint(shared, epoch=epoch)],
+            options=dataclasses.replace(
+                options,
+                preference=Preference(),
+                endpoints=[cuda_ipc.CudaIpcEndpoint(shared, epoch=identity.epoch)],
+            ),
             checksums=pool.checksums,
-            **{**options, "device": pool.device, "preference": Preference()},
         )
         self._device = pool.device
         self._publisher = Publisher(self._direct, on_crash=on_crash)

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Final, Protocol
 
 from disaggregated import rpc
-from disaggregated.block_hash import BlockHash, from_bytes
+from disaggregated.block_hash import from_bytes
 from disaggregated.errors import (
     DisaggregatedError,
     FingerprintMismatch,
@@ -25,11 +25,10 @@ from disaggregated.peer_input import checked_name
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.conversion.planner import refusal
 from kvtransfer.machine import SourcePhase
+from kvtransfer.pool_identity import PoolIdentity
 from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.source.lease import Ending, LeaseBook, Progress, joined
-
-Lend = Callable[[str, Sequence[BlockHash]], Awaitable[None]]
-"""Opens and finishes the transfer of that id: of what is found of these blocks, from the first on."""
+from kvtransfer.source.options import Lend
 
 FOLLOWERS_MAX: Final = 4096
 """Follow calls at once; one more is refused as QueueFull."""
@@ -48,23 +47,18 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
     def __init__(
         self,
         book: LeaseBook,
-        holding: KVHolding,
+        identity: PoolIdentity,
         endpoints: SourceEndpoints,
         *,
-        fingerprint: str,
-        instance_id: str,
         leave: LeaveTransfer,
-        device: str = "cpu",
         lend: Lend | None = None,
     ) -> None:
         """lend: None: transfers are opened by the server alone, none by the hashes of its blocks."""
+        assert book.epoch == identity.epoch, f"leases of epoch {book.epoch}, a pool of epoch {identity.epoch}"
         self._book = book
-        self._holding = holding
+        self._us = identity
         self._endpoints = endpoints
-        self._fingerprint = fingerprint
-        self._instance_id = instance_id
         self._leave = leave
-        self._device = device
         self._lend = lend
         self._followers: dict[str, dict[str, asyncio.Event]] = {}
         """By transfer and peer: what wakes it."""
@@ -82,28 +76,28 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
             changed.set()
 
     async def Connect(self, request: kv_pb2.ConnectRequest, call: Any) -> kv_pb2.ConnectReply:
-        if request.fingerprint != self._fingerprint:
+        if request.fingerprint != self._us.fingerprint:
             raise FingerprintMismatch(
-                f"{request.peer_id} serves {request.fingerprint}, {self._instance_id} serves {self._fingerprint}"
+                f"{request.peer_id} serves {request.fingerprint}, {self._us.instance_id} serves {self._us.fingerprint}"
             )
         theirs = KVHolding.from_proto(request.layout, request.shard if request.HasField("shard") else None)
-        if reason := refusal(self._holding, theirs):
-            raise LayoutMismatch(f"destination {request.peer_id} here, source {self._instance_id} there: {reason}")
+        if reason := refusal(self._us.holding, theirs):
+            raise LayoutMismatch(f"destination {request.peer_id} here, source {self._us.instance_id} there: {reason}")
         self._cut_for(theirs)
         offers = await asyncio.to_thread(self._endpoints.offers, tuple(request.transports))
         return kv_pb2.ConnectReply(
-            instance_id=self._instance_id,
+            instance_id=self._us.instance_id,
             epoch=self._book.epoch,
-            layout=self._holding.layout.to_proto(),
-            shard=self._holding.shard.to_proto(),
+            layout=self._us.holding.layout.to_proto(),
+            shard=self._us.holding.shard.to_proto(),
             offers=[kv_pb2.TransportOffer(**dataclasses.asdict(offer)) for offer in offers],
             lease_s=self._book.lease_s,
-            device=self._device,
+            device=self._us.device,
         )
 
     def _cut_for(self, destination: KVHolding) -> None:
         """From now on publications end where its layers do: they are verified as a whole, by who wants all of them."""
-        ours, theirs = self._holding.layers, destination.layers
+        ours, theirs = self._us.holding.layers, destination.layers
         self.cuts |= {layer - ours.start for layer in (theirs.start, theirs.stop) if layer in ours[1:]}
 
     async def Follow(self, request: kv_pb2.FollowRequest, call: Any) -> AsyncGenerator[kv_pb2.Publication, None]:
@@ -132,7 +126,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
 
     async def _open_by_content(self, request: kv_pb2.FollowRequest) -> None:
         if self._lend is None:
-            raise TransferError(f"{self._instance_id} lends no blocks by their hashes")
+            raise TransferError(f"{self._us.instance_id} lends no blocks by their hashes")
         try:
             hashes = from_bytes(request.block_hashes)
         except ValueError as error:
@@ -193,7 +187,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self._book.epoch:
-            raise StaleEpoch(f"{self._instance_id} is epoch {self._book.epoch}, {epoch} was asked for")
+            raise StaleEpoch(f"{self._us.instance_id} is epoch {self._book.epoch}, {epoch} was asked for")
 
 
 def _publications(progress: Progress, epoch: int) -> Iterator[kv_pb2.Publication]:

@@ -14,13 +14,13 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grpc
 
 from disaggregated.errors import DisaggregatedError, TransferError
-from disaggregated.kv_layout import KVLayout
+from kvtransfer.pool_identity import PoolIdentity
 from kvtransfer.region import Region
+from kvtransfer.source.options import SourceOptions
 from kvtransfer.source.publisher import News
 from kvtransfer.source.service import KVSourceService
 from kvtransfer.source.transfer_source import TransferSource
@@ -49,20 +49,20 @@ class StagedSource:
     def __init__(
         self,
         region: Region,
-        layout: KVLayout,
+        identity: PoolIdentity,
         copier: DeviceCopier,
         *,
         on_released: Callable[[str], None],
         on_crash: Callable[[BaseException], None],
-        **options: Any,
+        options: SourceOptions = SourceOptions(),
     ) -> None:
-        """`region` and `layout` are of the staging region; `options` are those of TransferSource."""
-        self._layout = layout
+        """`region` and `identity` are of the staging region; so is its layout."""
+        layout = self._layout = identity.layout
         self._copier = copier
         self._on_released = on_released
         self._on_crash = on_crash
         self._blocks = StagingBlocks(layout.num_blocks)
-        self._inner = TransferSource(region, layout, on_released=self._released, **options)
+        self._inner = TransferSource(region, identity, on_released=self._released, options=options)
         self._transfers: dict[str, _Transfer] = {}
         """In the order of opening."""
         self._busy: _Transfer | None = None

@@ -18,22 +18,26 @@ import grpc
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError, LeaseExpired
 from disaggregated.kv_layout import KVLayout
-from disaggregated.kv_shard import KVHolding, KVShard
 from disaggregated.v1 import kv_pb2_grpc
 from kvtransfer import registry
 from kvtransfer.checksum import block_checksums
 from kvtransfer.deadline import Deadline
 from kvtransfer.machine import SourcePhase
-from kvtransfer.negotiate import Preference
+from kvtransfer.pool_identity import PoolIdentity
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
 from kvtransfer.source.endpoints import SourceEndpoints
 from kvtransfer.source.lease import Chunk, LeaseBook, Outcome, Published
-from kvtransfer.source.service import KVSourceService, Lend
+from kvtransfer.source.options import SourceOptions
+from kvtransfer.source.service import KVSourceService
 from kvtransfer.source.unpublished import Span, unpublished
-from kvtransfer.transport import EndpointStatistics, SourceEndpoint
+from kvtransfer.transport import EndpointStatistics, ReadGate, SourceEndpoint
 
 log = logs.get(__name__)
+
+
+Checksums = Callable[[Sequence[int], range], tuple[int, ...]]
+"""Of blocks of the pool, in some layers."""
 
 
 class TransferSource:
@@ -46,55 +50,20 @@ class TransferSource:
     def __init__(
         self,
         region: Region | None,
-        layout: KVLayout,
+        identity: PoolIdentity,
         *,
-        fingerprint: str,
-        instance_id: str,
-        epoch: int,
         on_released: Callable[[str], None],
-        lease_s: float = 30.0,
-        host: str = "127.0.0.1",
-        device: str = "cpu",
-        preference: Preference = Preference(),
-        endpoints: Sequence[SourceEndpoint] | None = None,
-        lend: Lend | None = None,
-        shard: KVShard | None = None,
-        checksums: Callable[[Sequence[int], range], tuple[int, ...]] | None = None,
+        options: SourceOptions = SourceOptions(),
+        checksums: Checksums | None = None,
     ) -> None:
-        """`host` is what our sockets bind; `endpoints`, when given, replaces those that `preference` asks for.
-
-        `shard` is the part of the model that our pool holds; None: all of it.
-
-        `checksums` sums up blocks of a pool that is no region of host memory; then `endpoints` are given, too.
-
-        `lend` is awaited when a destination asks for blocks by their hashes; it opens and finishes that transfer.
-        """
-        assert region is not None or (checksums is not None and endpoints is not None), "a pool that nobody can read"
-        self._checksums = checksums or functools.partial(_checksums_of, region, layout)
-        self._layout = layout
+        """`checksums` sums up blocks of a pool that is no region of host memory; `options` have its endpoints then."""
+        assert region is not None or (checksums and options.endpoints), "a pool that nobody can read"
+        self._checksums = checksums or functools.partial(_checksums_of, region, identity.layout)
+        self._layout = identity.layout
         self._on_released = on_released
-        self._book = LeaseBook(epoch=epoch, lease_s=lease_s, num_layers=layout.num_layers)
-
-        def listen_on(name: str) -> SourceEndpoint:
-            assert region is not None, "endpoints were given"
-            return registry.load(name).make_endpoint(region, layout, epoch=epoch, host=host)
-
-        preference.check()
-        self._endpoints = SourceEndpoints(
-            [listen_on(name) for name in preference.offered()] if endpoints is None else endpoints,
-            gate=self,
-            make=lambda name: listen_on(name) if endpoints is None and preference.may_add(name) else None,
-        )
-        self._service = KVSourceService(
-            self._book,
-            KVHolding(layout=layout, shard=shard or KVShard.whole(layout)),
-            self._endpoints,
-            fingerprint=fingerprint,
-            instance_id=instance_id,
-            leave=self._leave,
-            device=device,
-            lend=lend,
-        )
+        self._book = LeaseBook(epoch=identity.epoch, lease_s=options.lease_s, num_layers=identity.layout.num_layers)
+        self._endpoints = _endpoints(region, identity, options, gate=self)
+        self._service = KVSourceService(self._book, identity, self._endpoints, leave=self._leave, lend=options.lend)
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reaper: asyncio.Task[None] | None = None
@@ -282,6 +251,25 @@ class TransferSource:
             for transfer_id in self._book.due(now_s=time.monotonic()):
                 log.warning("kv_lease_expired", transfer_id=transfer_id, lease_s=self._book.lease_s)
                 self._end(transfer_id, SourcePhase.EXPIRED, f"no sign of life for {self._book.lease_s} s")
+
+
+def _endpoints(
+    region: Region | None, identity: PoolIdentity, options: SourceOptions, *, gate: ReadGate
+) -> SourceEndpoints:
+    """Raises ConfigError when what is preferred cannot be had."""
+    preference = options.preference
+    preference.check()
+
+    def listen_on(name: str) -> SourceEndpoint:
+        assert region is not None, "endpoints were given"
+        return registry.load(name).make_endpoint(region, identity.layout, epoch=identity.epoch, host=options.host)
+
+    given = options.endpoints
+    return SourceEndpoints(
+        [listen_on(name) for name in preference.offered()] if given is None else given,
+        gate=gate,
+        make=lambda name: listen_on(name) if given is None and preference.may_add(name) else None,
+    )
 
 
 def _checksums_of(region: Region | None, layout: KVLayout, block_ids: Sequence[int], layers: range) -> tuple[int, ...]:

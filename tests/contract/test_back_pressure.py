@@ -13,19 +13,19 @@ import pytest
 from disaggregated import rpc
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
-from kvtransfer import Region, TransferDestination, registry
-from kvtransfer.destination.transfer_destination import READERS_MAX
+from kvtransfer import DestinationOptions, Region, TransferDestination, registry
+from kvtransfer.destination.options import READERS_MAX
 from kvtransfer.transport import OurEnd
 from tests.support.counting_transport import CountingTransport, UnderWay
 from tests.support.kv_endpoints import GatedEndpoint, make_endpoint
 from tests.support.kv_pools import (
     EPOCH,
-    FINGERPRINT,
     SMALL,
     ServedSource,
     SomeTicket,
     blocks_of,
     destination,
+    identity,
     regions,
     served_source,
 )
@@ -44,12 +44,10 @@ async def counted(
     transport = registry.load(name).make_transport(OurEnd(region=region, layout=layout, peer_id="generation-0"))
     made = TransferDestination(
         region,
-        layout,
-        fingerprint=FINGERPRINT,
-        instance_id="generation-0",
-        epoch=1,
-        max_tokens_in_buffer=max_tokens_in_buffer,
-        transports=[CountingTransport(transport, under_way)],
+        identity(layout),
+        DestinationOptions(
+            max_tokens_in_buffer=max_tokens_in_buffer, transports=[CountingTransport(transport, under_way)]
+        ),
     )
     try:
         yield made, under_way

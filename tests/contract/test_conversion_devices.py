@@ -11,10 +11,10 @@ import torch
 from disaggregated.engine.cuda.staging import DeviceBlockCopier
 from disaggregated.kv_layout import KVLayout
 from disaggregated.kv_shard import KVHolding
-from kvtransfer import Region, TransferDestination
+from kvtransfer import DestinationOptions, Region, TransferDestination
 from kvtransfer.negotiate import Preference
 from tests.support.kv_instances import instances
-from tests.support.kv_pools import FINGERPRINT
+from tests.support.kv_pools import identity
 from tests.support.kv_shards import Ranks, expected, fetch, model_kv, model_layout
 
 OURS = model_layout(block_size=16)
@@ -46,11 +46,8 @@ async def test_parts_of_a_block_come_together_in_a_devices_memory(
             host = torch.frombuffer(region.buffer, dtype=torch.uint8, count=staging.pool_bytes)
             landing = TransferDestination(
                 region,
-                staging,
-                fingerprint=FINGERPRINT,
-                instance_id="generation-0",
-                epoch=1,
-                preference=Preference("SHM"),
+                identity(staging),
+                DestinationOptions(preference=Preference("SHM")),
                 copier=DeviceBlockCopier(pool, host.view(staging.num_layers, staging.num_blocks, -1)),
             )
             try:

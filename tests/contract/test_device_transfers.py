@@ -17,13 +17,13 @@ from disaggregated.engine.cuda.staging import DeviceBlockCopier
 from disaggregated.errors import ChecksumMismatch, LeaseExpired, SourceFailed, TransferError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
-from kvtransfer import Preference, Region, TransferDestination
+from kvtransfer import DestinationOptions, Preference, Region, SourceOptions, TransferDestination
 from kvtransfer.destination.peer import PeerStatistics
 from kvtransfer.device_pool import SharedPool
 from kvtransfer.source.device_source import DeviceSource, Way
 from kvtransfer.transports import cuda_ipc
 from tests.support.fake_gpu import FakeDevicePool, FakeMapper
-from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket, eventually
+from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket, eventually, identity
 
 STAGING = dataclasses.replace(SMALL, num_blocks=8)
 """A quarter of the pool."""
@@ -104,17 +104,12 @@ async def device_pair(
         context, generation = Device(stack, SMALL, seed=1), Device(stack, layout, seed=None)
         source = DeviceSource(
             context.region,
-            STAGING,
+            dataclasses.replace(identity(STAGING, "context-0", epoch=EPOCH), device="cuda:0"),
             context.copier,
             context.shared,
             on_released=over,
             on_crash=crashes.append,
-            epoch=EPOCH,
-            fingerprint=FINGERPRINT,
-            instance_id="context-0",
-            lease_s=lease_s,
-            device="cuda:0",
-            preference=Preference(source_backend),
+            options=SourceOptions(lease_s=lease_s, preference=Preference(source_backend)),
         )
         server = rpc.make_server()
         source.add_to(server)
@@ -123,13 +118,8 @@ async def device_pair(
         await server.start()
         destination = TransferDestination(
             generation.region,
-            generation.staging,
-            fingerprint=FINGERPRINT,
-            instance_id="generation-0",
-            epoch=1,
-            device="cuda:0",
-            preference=Preference(backend),
-            max_tokens_in_buffer=max_tokens_in_buffer,
+            dataclasses.replace(identity(generation.staging), device="cuda:0"),
+            DestinationOptions(preference=Preference(backend), max_tokens_in_buffer=max_tokens_in_buffer),
             copier=generation.copier,
             device_pool=generation.shared if is_shared else None,
         )
@@ -238,11 +228,8 @@ async def test_two_destinations_read_two_ways_at_once() -> None:
             far = Device(stack, SMALL, seed=None)
             staged = TransferDestination(
                 far.region,
-                STAGING,
-                fingerprint=FINGERPRINT,
-                instance_id="generation-1",
-                epoch=1,
-                preference=Preference("TCP"),
+                identity(STAGING, "generation-1"),
+                DestinationOptions(preference=Preference("TCP")),
                 copier=far.copier,
             )
             near, away = pair.offer("near", [1, 2]), pair.offer("away", [3, 4])

@@ -12,16 +12,16 @@ import pytest
 from disaggregated import rpc
 from disaggregated.block_hash import BlockHash, to_bytes
 from disaggregated.errors import QueueFull, TransferError
-from kvtransfer import Preference, Region, TransferSource
+from kvtransfer import Preference, Region, SourceOptions, TransferSource
 from tests.support.kv_pools import (
     EPOCH,
-    FINGERPRINT,
     SMALL,
     SomeTicket,
     blocks_of,
     destination,
     eventually,
     has_landed,
+    identity,
     regions,
 )
 
@@ -70,13 +70,9 @@ async def lending(
     lender = Lender(region, {each: 20 + i for i, each in enumerate(held)})
     source = lender.source = TransferSource(
         region,
-        SMALL,
-        fingerprint=FINGERPRINT,
-        instance_id="context-0",
-        epoch=EPOCH,
+        identity(SMALL, "context-0", epoch=EPOCH),
         on_released=lender.released.append,
-        preference=Preference(transport),
-        lend=lender.lend if lends else None,
+        options=SourceOptions(preference=Preference(transport), lend=lender.lend if lends else None),
     )
     lender.may_go_on.set()
     server = rpc.make_server()

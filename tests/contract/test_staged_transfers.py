@@ -13,8 +13,17 @@ import torch
 from disaggregated import rpc
 from disaggregated.engine.cuda.staging import DeviceBlockCopier
 from disaggregated.errors import SourceFailed, TransferError
-from kvtransfer import Preference, Region, StagedSource, TransferDestination
-from tests.support.kv_pools import EPOCH, FINGERPRINT, SMALL, SomeTicket, blocks_of, eventually, regions, served_source
+from kvtransfer import DestinationOptions, Preference, Region, StagedSource, TransferDestination
+from tests.support.kv_pools import (
+    EPOCH,
+    SMALL,
+    SomeTicket,
+    blocks_of,
+    eventually,
+    identity,
+    regions,
+    served_source,
+)
 
 STAGING = dataclasses.replace(SMALL, num_blocks=8)
 """A quarter of the pool."""
@@ -63,13 +72,10 @@ async def staged_pair(*, backend: str = "DEFAULT", max_tokens_in_buffer: int | N
         context, generation = Device(stack, seed=1), Device(stack, seed=None)
         source = StagedSource(
             context.region,
-            STAGING,
+            identity(STAGING, "context-0", epoch=EPOCH),
             context.copier,
             on_released=released.put_nowait,
             on_crash=crashes.append,
-            fingerprint=FINGERPRINT,
-            instance_id="context-0",
-            epoch=EPOCH,
         )
         server = rpc.make_server()
         source.add_to(server)
@@ -78,12 +84,8 @@ async def staged_pair(*, backend: str = "DEFAULT", max_tokens_in_buffer: int | N
         await server.start()
         destination = TransferDestination(
             generation.region,
-            STAGING,
-            fingerprint=FINGERPRINT,
-            instance_id="generation-0",
-            epoch=1,
-            preference=Preference(backend),
-            max_tokens_in_buffer=max_tokens_in_buffer,
+            identity(STAGING),
+            DestinationOptions(preference=Preference(backend), max_tokens_in_buffer=max_tokens_in_buffer),
             copier=generation.copier,
         )
         try:
@@ -157,11 +159,8 @@ async def test_layers_that_a_source_publishes_one_by_one_land_in_a_device(max_to
         async with served_source(pool, SMALL) as served:
             landing = TransferDestination(
                 generation.region,
-                STAGING,
-                fingerprint=FINGERPRINT,
-                instance_id="generation-0",
-                epoch=1,
-                max_tokens_in_buffer=max_tokens,
+                identity(STAGING),
+                DestinationOptions(max_tokens_in_buffer=max_tokens),
                 copier=generation.copier,
             )
             served.source.open("t", num_tokens=18)

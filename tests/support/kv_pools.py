@@ -17,8 +17,16 @@ import numpy.typing as npt
 
 from disaggregated import rpc
 from disaggregated.kv_layout import KVLayout
-from disaggregated.kv_shard import KVShard
-from kvtransfer import Preference, Region, TransferDestination, TransferSource
+from disaggregated.kv_shard import KVHolding, KVShard
+from kvtransfer import (
+    DestinationOptions,
+    PoolIdentity,
+    Preference,
+    Region,
+    SourceOptions,
+    TransferDestination,
+    TransferSource,
+)
 from kvtransfer.transport import SourceEndpoint
 
 SMALL = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32", num_blocks=32)
@@ -117,6 +125,19 @@ class ServedSource:
         return self.ticket(transfer_id)
 
 
+def identity(
+    layout: KVLayout,
+    instance_id: str = "generation-0",
+    *,
+    epoch: int = 1,
+    shard: KVShard | None = None,
+    fingerprint: str = FINGERPRINT,
+) -> PoolIdentity:
+    """Of a pool that holds the whole model, unless `shard` says otherwise."""
+    holding = KVHolding(layout=layout, shard=shard or KVShard.whole(layout))
+    return PoolIdentity(instance_id=instance_id, epoch=epoch, fingerprint=fingerprint, holding=holding)
+
+
 @contextlib.asynccontextmanager
 async def served_source(
     region: Region,
@@ -134,15 +155,9 @@ async def served_source(
     released: asyncio.Queue[str] = asyncio.Queue()
     source = TransferSource(
         region,
-        layout,
-        fingerprint=fingerprint,
-        instance_id=instance_id,
-        epoch=epoch,
+        identity(layout, instance_id, epoch=epoch, shard=shard, fingerprint=fingerprint),
         on_released=released.put_nowait,
-        lease_s=lease_s,
-        preference=preference,
-        endpoints=endpoints,
-        shard=shard,
+        options=SourceOptions(lease_s=lease_s, preference=preference, endpoints=endpoints),
     )
     server = rpc.make_server()
     source.add_to(server)
@@ -163,25 +178,20 @@ async def destination(
     layout: KVLayout,
     *,
     backend: str = "DEFAULT",
+    preference: Preference | None = None,
     fingerprint: str = FINGERPRINT,
     instance_id: str = "generation-0",
     progress_timeout_s: float = 0.5,
-    max_tokens_in_buffer: int | None = None,
     shard: KVShard | None = None,
     **options: Any,
 ) -> AsyncIterator[TransferDestination]:
-    """`options` are further ones of TransferDestination."""
+    """`preference`, when given, stands for `backend`. `options` are further ones of DestinationOptions."""
     made = TransferDestination(
         region,
-        layout,
-        fingerprint=fingerprint,
-        instance_id=instance_id,
-        epoch=1,
-        preference=Preference(backend),
-        progress_timeout_s=progress_timeout_s,
-        max_tokens_in_buffer=max_tokens_in_buffer,
-        shard=shard,
-        **options,
+        identity(layout, instance_id, shard=shard, fingerprint=fingerprint),
+        DestinationOptions(
+            preference=preference or Preference(backend), progress_timeout_s=progress_timeout_s, **options
+        ),
     )
     try:
         yield made

@@ -15,11 +15,12 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.kv_shard import KVHolding, KVShard
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.joint import Part
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.peer import PeerStatistics, SourcePeer
 from kvtransfer.destination.pending import PendingTransfer, Strand
 from kvtransfer.destination.published import PublishedBlocks
-from kvtransfer.destination.pull import Pull
+from kvtransfer.destination.pull import Pull, Terms
 from kvtransfer.transport import SourceIdentity
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", num_blocks=8)
@@ -143,16 +144,9 @@ class Scene:
             link=cast(Any, type("Link", (), {"transport": "SCRIPT"})()),
             statistics=PeerStatistics("source", transport="SCRIPT", why=""),
         )
-        return Pull(
-            peer,
-            strand,
-            PublishedBlocks(epoch=1, source_layout=LAYOUT, into=range(NUM_BLOCKS), skip_blocks=0),
-            cast(Lander, None),
-            self.reads,
-            deadline=Deadline.after(10_000.0),
-            progress_timeout_s=5.0,
-            overlap=True,
-        )
+        published = PublishedBlocks(epoch=1, source_layout=LAYOUT, into=range(NUM_BLOCKS), skip_blocks=0)
+        part = Part(peer, cast(Any, None), published, cast(Lander, None))
+        return Pull(part, strand, self.reads, Terms(deadline=Deadline.after(10_000.0), progress_timeout_s=5.0))
 
     def late(self) -> TransferTimeout:
         return TransferTimeout("late")

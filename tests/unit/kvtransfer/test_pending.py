@@ -18,8 +18,8 @@ from disaggregated.errors import (
 )
 from disaggregated.v1 import kv_pb2
 from kvtransfer.destination.landed import Landed
+from kvtransfer.destination.options import STALL_TIMEOUT_S
 from kvtransfer.destination.pending import PendingTransfer
-from kvtransfer.destination.pull import STALL_TIMEOUT_S
 from kvtransfer.machine import STUCK_AFTER_S, CancelResult, DestinationPhase
 from tests.support.scripted_source import DAMAGED, Scene
 from tests.support.virtual_time import run_in_virtual_time

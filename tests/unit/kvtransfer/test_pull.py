@@ -13,11 +13,12 @@ from disaggregated.kv_shard import KVHolding, KVShard
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
 from kvtransfer.destination.in_flight import InFlight
+from kvtransfer.destination.joint import Part
 from kvtransfer.destination.landing import Lander
 from kvtransfer.destination.peer import PeerStatistics, SourcePeer
 from kvtransfer.destination.pending import PendingTransfer
 from kvtransfer.destination.published import PublishedBlocks
-from kvtransfer.destination.pull import Pull
+from kvtransfer.destination.pull import Pull, Terms
 from kvtransfer.machine import DestinationPhase
 from kvtransfer.transport import SourceIdentity
 from tests.support.virtual_time import run_in_virtual_time
@@ -70,16 +71,10 @@ def test_a_release_is_not_undone_by_a_renewal_that_comes_after_it() -> None:
         pending = PendingTransfer("t", [0], on_decided=lambda _: None, on_ended=lambda _: None)
         strand = pending.strand("t")
         with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            pull = Pull(
-                peer,
-                strand,
-                PublishedBlocks(epoch=1, source_layout=LAYOUT, into=[0], skip_blocks=0),
-                Lander(link=peer.link, pool=memoryview(b""), layout=LAYOUT, part_bytes=1, in_flight=InFlight(1)),
-                executor,
-                deadline=Deadline.after(60.0),
-                progress_timeout_s=5.0,
-                overlap=True,
-            )
+            published = PublishedBlocks(epoch=1, source_layout=LAYOUT, into=[0], skip_blocks=0)
+            lander = Lander(link=peer.link, pool=memoryview(b""), layout=LAYOUT, part_bytes=1, in_flight=InFlight(1))
+            part = Part(peer, cast(Any, None), published, lander)
+            pull = Pull(part, strand, executor, Terms(deadline=Deadline.after(60.0), progress_timeout_s=5.0))
             pending.begin(pull.run(), deadline_s=60.0, late=lambda: TransferTimeout("late"))
             landed = await pending.outcome()
             await pending.ended()

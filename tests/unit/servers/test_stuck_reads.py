@@ -13,8 +13,8 @@ from context_server.role import ContextRole
 from disaggregated.errors import LeaseExpired
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
-from generation_server import role as generation_role
-from kvtransfer import QuarantineLimits
+from generation_server.role import GenerationRole
+from kvtransfer import QuarantineLimits, configured
 from kvtransfer.transport import OurEnd
 from kvtransfer.transports import shm
 from tests.support.kv_pools import eventually
@@ -54,10 +54,10 @@ async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
         return QuarantineLimits(num_blocks=num_blocks, stuck_after_s=0.2)
 
     monkeypatch.setattr(shm, "make_transport", make_transport)
-    monkeypatch.setattr(generation_role, "QuarantineLimits", limits)
+    monkeypatch.setattr(configured, "QuarantineLimits", limits)
     async with (
         serving("context", ContextRole) as context_server,
-        serving("generation", generation_role.GenerationRole) as generation_server,
+        serving("generation", GenerationRole) as generation_server,
         ContextClient(context_server.address) as context,
         GenerationClient(generation_server.address) as generation,
     ):
