@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 _STATUS_TIMEOUT_S = 5.0
+_WORD_MAX = 40
+"""Characters. Whatever is longer is a sentence, to the width of which the other rows are not stretched."""
 
 
 def scale(url: str, wanted: Mapping[str, int], *, timeout_s: float) -> None:
@@ -30,7 +32,8 @@ def status(url: str) -> tuple[list[str], bool]:
     lines = [f"{url}: {'serving' if code == 200 else f'not serving: {_reason(code, health)}'}"]
     rows = [_worker_row(worker) for workers in info["current_workers"].values() for worker in workers]
     rows += [_process_row(local) for local in info.get("processes", []) if local["phase"] != "ready"]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    widths = [max((len(word) for word in column if len(word) <= _WORD_MAX), default=0) for column in columns]
     for row in rows:
         lines.append("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
     for workers in info["current_workers"].values():

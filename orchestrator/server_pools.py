@@ -17,7 +17,7 @@ from typing import Final
 
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
-from disaggregated.errors import DisaggregatedError, InvalidRequest, ServerLost
+from disaggregated.errors import DisaggregatedError, InvalidRequest, ServerLost, Unauthenticated
 from disaggregated.v1 import control_pb2
 from orchestrator.agreement import ServedModelNames, disagreement
 from orchestrator.block_follower import follow_blocks
@@ -182,6 +182,8 @@ class ServerPools:
             server.lost(error if isinstance(error, ServerLost) else ServerLost(str(error)))
             self.on_change()
         elif server.standing is not Standing.REFUSED:
+            if isinstance(error, Unauthenticated) and server.reason != str(error):  # Said once; waiting mends nothing.
+                log.error("server_not_of_this_cluster", role=server.role, address=server.address, reason=str(error))
             server.unreachable(str(error))
 
     async def _join(self, server: Server, client: ServerClient) -> None:

@@ -84,6 +84,14 @@ def test_status_shows_servers_in_columns_and_the_processes_that_are_not_ready(se
     ]
 
 
+def test_a_server_with_a_long_reason_leaves_the_columns_of_the_others_alone(serve: Serve) -> None:
+    strange = WORKER | {"port": 8002, "standing": "connecting", "reason": "it has another cluster secret than we: " * 3}
+    url = serve({"/health": (200, {}), "/cluster_info": (200, {"current_workers": {"context": [WORKER, strange]}})})
+    _, well, unwell = status(url)[0]
+    assert well == "context  127.0.0.1:8001  ready       2 requests  100 of 128 blocks free"
+    assert unwell.startswith("context  127.0.0.1:8002  connecting  it has another cluster secret than we: ")
+
+
 def test_status_of_a_deployment_without_servers_is_one_line(serve: Serve) -> None:
     url = serve({"/health": (200, {}), "/cluster_info": (200, {"current_workers": {}})})
     assert status(url) == ([f"{url}: serving"], True)

@@ -11,10 +11,10 @@ import pytest
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
-from disaggregated.errors import InvalidRequest
+from disaggregated.errors import InvalidRequest, Unauthenticated
 from orchestrator.server import Role, Server, Share, Standing
 from orchestrator.server_pools import BACKOFF_S_MAX, STEP_LIMIT_FACTOR, ServerPools
-from tests.support.fake_cluster import FakeCluster, FakeServer
+from tests.support.fake_cluster import FakeCluster, FakeServer, Pipe
 from tests.support.virtual_time import run_in_virtual_time
 
 Play = Callable[[FakeCluster, ServerPools], Coroutine[Any, Any, None]]
@@ -162,6 +162,36 @@ def test_whoever_disagrees_is_refused_until_it_agrees() -> None:
         (refused,) = [server for server in pools if server.standing is Standing.REFUSED]
         assert "weights-2 here and weights-1 there" in refused.reason
         odd.fingerprint = "weights-1"
+        await asyncio.sleep(BACKOFF_S_MAX + 1.0)
+        assert len(pools.ready(Role.GENERATION)) == 2
+
+    played(play)
+
+
+class Stranger(FakeServer):
+    """A server of another cluster, until somebody gives it our secret."""
+
+    refuses = True
+
+    async def describe(self, pipe: Pipe) -> None:
+        if self.refuses:
+            pipe.queue.put_nowait(Unauthenticated("it has another cluster secret than we"))
+        else:
+            await super().describe(pipe)
+
+
+def test_a_server_of_another_cluster_is_named_in_the_log_once_and_joins_when_it_is_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def play(cluster: FakeCluster, pools: ServerPools) -> None:
+        strange = Stranger(cluster, "generation", "generation-9")
+        cluster.servers["generation-9"] = strange
+        pools.add("generation", "generation-9")
+        await asyncio.sleep(60.0)
+        (connecting,) = [server for server in pools if server.standing is Standing.CONNECTING]
+        assert connecting.reason == "it has another cluster secret than we"
+        assert caplog.text.count("server_not_of_this_cluster") == 1
+        strange.refuses = False
         await asyncio.sleep(BACKOFF_S_MAX + 1.0)
         assert len(pools.ready(Role.GENERATION)) == 2
 
