@@ -105,6 +105,8 @@ class ServerConfig:
     """"cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one."""
     deterministic: bool = True
     """On CUDA: a sequence's tokens do not depend on its batch, at the price of some padding. CPUs always are so."""
+    attn_backend: str = "auto"
+    """On CUDA: "flashinfer" computes decode attention where it can; "auto" and "triton" are our own kernels."""
     model_impl: str = "auto"
     """"native", and "auto", are the families that are implemented here; "transformers": any causal model of that
     library, if it is installed."""

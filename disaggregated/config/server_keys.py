@@ -43,6 +43,7 @@ _QUANTISATION: Final = choice(
     words="NO_QUANT, INT8 (or W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN) or FP8 (or FP8_PER_CHANNEL_PER_TOKEN)",
 )
 _QUANTISED_LINEARS: Final = "every linear is quantised, but a router of experts; embeddings and norms never are"
+_OTHER_ATTENTION: Final = dict.fromkeys(("trtllm", "vanilla", "flashinfer_star_attention", "flash_attention"), "auto")
 _ONE_WAY: Final = "weights are quantised to INT8 or FP8, with a scale a row, and activations with a scale a token"
 _ONE_RANK: Final = "a server has one rank for now, so only 1 starts"
 _EXPERTS: Final = "experts are computed one after the other, by the kernels of the dense layers"
@@ -65,11 +66,18 @@ _HONOURED: Final = (
         target="quantization",
         not_built_values=dict.fromkeys(_OTHER_QUANTISATIONS, _ONE_WAY),
     ),
-    honoured("device", TEXT, "cpu, cuda or cuda:N; auto is cuda where there is one. KV blocks travel by host memory."),
+    honoured("device", TEXT, "cpu, cuda or cuda:N; auto is cuda where there is one."),
     honoured(
         "deterministic",
         BOOLEAN,
         "On cuda: a sequence's tokens do not depend on its batch, which failover with the same tokens needs.",
+    ),
+    honoured(
+        "attn_backend",
+        choice("auto", "triton", "flashinfer", spellings=_OTHER_ATTENTION),
+        "Who computes decode attention on cuda. auto is triton, our kernel, until a run of `make gpu` shows that the "
+        "other is faster. flashinfer is used if it is installed and deterministic is false, for float16 and bfloat16 "
+        "pools with heads of 64, 128 or 256; the log says why not, and triton does the rest.",
     ),
     honoured(
         "use_cuda_graph", BOOLEAN, "Capture decode steps into CUDA graphs.", target="cuda_graph_config.is_enabled"
@@ -272,7 +280,7 @@ _NO_EFFECT: Final = (
     *_without_effect(_EXPERTS, "moe_config", "moe_backend", "enable_layerwise_nvtx_marker", "nvfp4_gemm_config"),
     *_without_effect(_ONE_RANK, "attention_dp_config", "allreduce_strategy", "gpus_per_node", "ray_placement_config"),
     *_without_effect(_ONE_RANK, "ray_worker_extension_cls", "enable_lm_head_tp_in_adp"),
-    *_without_effect("the best kernel present is used, and named at start", "attn_backend", "sampler_type"),
+    *_without_effect("the best kernel present is used, and named at start", "sampler_type"),
     *_without_effect("the best kernel present is used, and named at start", "enable_min_latency"),
     *_without_effect("adapters are not loaded", "peft_cache_config"),
     *_without_effect(

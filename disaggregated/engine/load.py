@@ -93,6 +93,7 @@ def load_engine(
         num_planes=kv.num_planes,
         num_threads=config.num_threads,
         is_deterministic=config.deterministic,
+        attn_backend=config.attn_backend,
     )
     model = load_model(
         files.path,

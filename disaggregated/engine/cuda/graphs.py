@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from disaggregated.engine.api import ScheduledSequence
@@ -23,6 +24,8 @@ from disaggregated.engine.ops.api import AttentionBatch
 Forward = Callable[[torch.Tensor, AttentionBatch], torch.Tensor]
 """(token ids, their layout) → logits of every token."""
 Replay = Callable[[], None]
+Prepare = Callable[[AttentionBatch, Sequence[int], npt.NDArray[np.int32]], None]
+"""Tells attention that plans on the host, before each run, what a graph's batch is: context lengths, block tables."""
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 """Records what a call launches; the replay writes into the returned tensor again."""
 
@@ -47,11 +50,19 @@ class DecodeGraph:
     """One captured size. `run()` launches; nothing here waits for the device."""
 
     def __init__(
-        self, num_rows: int, limits: GraphLimits, last_tokens: torch.Tensor, forward: Forward, capture: Capture
+        self,
+        num_rows: int,
+        limits: GraphLimits,
+        last_tokens: torch.Tensor,
+        forward: Forward,
+        capture: Capture,
+        *,
+        prepare: Prepare | None = None,
     ) -> None:
         """`last_tokens` is where the step before leaves its tokens by row, on the device; its address is recorded."""
         self.num_rows = num_rows
         self._limits = limits
+        self._prepare = prepare
         self._device = last_tokens.device
         self._longs = torch.zeros(4, num_rows, dtype=torch.int64, device=self._device)
         self._first_position = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
@@ -103,6 +114,9 @@ class DecodeGraph:
         self._first_position.copy_(self._longs[_POSITIONS], non_blocking=True)
         used = to_device(np.ascontiguousarray(tables[:, :width]), self._device)
         self._tables[:, :width].copy_(used, non_blocking=True)
+        if self._prepare is not None:
+            dummies = [1] * (self.num_rows - len(batch))
+            self._prepare(self._batch, [*(row.first_position + 1 for row in batch), *dummies], tables)
 
 
 class DecodeGraphs:

@@ -11,12 +11,16 @@ Legend as in `ops/api.py`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from disaggregated.engine.cuda import flashinfer_decode
+from disaggregated.engine.cuda.flashinfer_decode import FlashInferDecode
+from disaggregated.engine.cuda.graphs import Prepare
 from disaggregated.engine.cuda.kernels import attention, elementwise
 from disaggregated.engine.cuda.kernels.quantise import quantise_rows
 from disaggregated.engine.cuda.linear import CudaLinear, CudaLinears, ScaledProduct, scaled_product
@@ -39,8 +43,11 @@ class CudaOps:
         num_multiprocessors: int,
         chip: str,
         product: ScaledProduct = scaled_product,
+        decode: FlashInferDecode | None = None,
     ) -> None:
-        """`chip` names the device in the table's name, since another chip adds up in another order."""
+        """`chip` names the device in the table's name, since another chip adds up in another order. `decode` takes what
+        it can of single tokens' attention, in the fast mode only."""
+        assert not (is_deterministic and decode), "a decode kernel whose sums depend on the batch"
         assert quantization in ("none", "fp8"), f"weights in {quantization}"
         self.is_deterministic = is_deterministic
         self._num_multiprocessors = num_multiprocessors
@@ -52,6 +59,7 @@ class CudaOps:
             to_fp8=quantization == "fp8",
         )
         self._latent_attention = ReferenceAttention()
+        self._decode = decode
         self.name = self._named()
         """Final once every linear has been prepared."""
         self.is_capturable = False
@@ -102,10 +110,21 @@ class CudaOps:
         self, q_TND: torch.Tensor, pool: LayerPool, batch: AttentionBatch, spec: AttentionSpec
     ) -> torch.Tensor:
         """Latents (MLA) and unusual heads go through torch's reference, which plans on the host: right, not fast."""
+        if self._decode is not None and (attended := self._decode.attend(q_TND, pool, batch, spec)) is not None:
+            return attended
         _, num_planes, num_kv_heads, _, head_dim = pool.values.shape
         if num_planes == 1 or attention.unsupported(q_TND.shape[1], num_kv_heads, head_dim):
             return self._latent_attention.attend(q_TND, pool, batch, spec)
         return attention.paged_attention(q_TND, pool, batch, spec, num_multiprocessors=self._num_multiprocessors)
+
+    @property
+    def decode_attention(self) -> str:
+        """Whose kernel it is, for the log."""
+        return "our kernel" if self._decode is None else "FlashInfer, where it can"
+
+    def prepare_decode(self, block_size: int) -> Prepare | None:
+        """What a graph of decode steps over a pool of such blocks calls before it runs; None: nothing."""
+        return None if self._decode is None else functools.partial(self._decode.prepare, block_size=block_size)
 
     def argmax(self, logits_RV: torch.Tensor) -> torch.Tensor:
         return logits_RV.argmax(-1)
@@ -144,15 +163,19 @@ class CudaOps:
         elementwise.rope_and_store(q_TND, key_TGD, value_TGD, pool, batch.slots, rope)
 
 
-def load(device: torch.device, quantization: Quantization, *, is_deterministic: bool) -> CudaOps:
+def load(
+    device: torch.device, quantization: Quantization, *, is_deterministic: bool, attn_backend: str = "auto"
+) -> CudaOps:
     """The table of this device. Sums of bfloat16 products are kept in float32 from here on, process-wide."""
     if device.index:
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     properties = torch.cuda.get_device_properties(device)
+    wants_flashinfer = attn_backend == "flashinfer"
     return CudaOps(
         quantization=quantization,
         is_deterministic=is_deterministic,
         num_multiprocessors=properties.multi_processor_count,
         chip=f"sm{properties.major}{properties.minor}",
+        decode=flashinfer_decode.load(device, is_deterministic=is_deterministic) if wants_flashinfer else None,
     )

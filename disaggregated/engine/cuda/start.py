@@ -20,6 +20,7 @@ from disaggregated.engine.cuda.graphs import (
     DecodeGraphs,
     Forward,
     GraphLimits,
+    Prepare,
     capture_on_device,
     graph_sizes,
 )
@@ -67,19 +68,38 @@ def start_runner(
         capture = capture_on_device(torch.cuda.graph_pool_handle())
         wanted = graph_sizes(graphs.batch_sizes, graphs.max_batch_size or config.max_batch_size)
         sizes = [ops.padded_rows(size) for size in wanted]
-        runner.graphs = capture_graphs(runner, sizes, limits, capture, is_padding_enabled=graphs.enable_padding)
-    log.info("cuda_ready: graphs of %s rows, %.1f s", runner.graphs.sizes or "no", time.monotonic() - started_s)
+        runner.graphs = capture_graphs(
+            runner,
+            sizes,
+            limits,
+            capture,
+            is_padding_enabled=graphs.enable_padding,
+            prepare=ops.prepare_decode(kv_cache.layout.block_size),
+        )
+    log.info(
+        "cuda_ready: graphs of %s rows, decode attention by %s, %.1f s",
+        runner.graphs.sizes or "no",
+        ops.decode_attention,
+        time.monotonic() - started_s,
+    )
     return runner
 
 
 def capture_graphs(
-    runner: CudaModelRunner, sizes: Sequence[int], limits: GraphLimits, capture: Capture, *, is_padding_enabled: bool
+    runner: CudaModelRunner,
+    sizes: Sequence[int],
+    limits: GraphLimits,
+    capture: Capture,
+    *,
+    is_padding_enabled: bool,
+    prepare: Prepare | None = None,
 ) -> DecodeGraphs:
     """The largest first: the smaller ones then find its working memory free."""
     forward: Forward = runner.forward_and_logits
     with torch.inference_mode():
         captured = [
-            DecodeGraph(size, limits, runner.last_tokens, forward, capture) for size in sorted(set(sizes), reverse=True)
+            DecodeGraph(size, limits, runner.last_tokens, forward, capture, prepare=prepare)
+            for size in sorted(set(sizes), reverse=True)
         ]
     return DecodeGraphs(captured, is_padding_enabled=is_padding_enabled)
 

@@ -37,6 +37,7 @@ def select(
     num_planes: int = 2,
     num_threads: int,
     is_deterministic: bool = True,
+    attn_backend: str = "auto",
 ) -> Ops:
     """
     `head_dim` and `num_planes` are those of the KV pool.
@@ -49,8 +50,12 @@ def select(
         raise ConfigError(f"{VARIABLE}: must be torch or native, is {wanted!r}")
     if wanted == "torch":
         return _reference(precision)
-    if device.type == "cuda" and (cuda := _cuda(device, precision, is_deterministic=is_deterministic)):
+    if device.type == "cuda" and (
+        cuda := _cuda(device, precision, is_deterministic=is_deterministic, attn_backend=attn_backend)
+    ):
         return cuda
+    if attn_backend == "flashinfer":
+        log.warning("flashinfer_not_used: it needs a CUDA device, and Triton for all but decode attention")
     reason = _unsupported(device, precision)
     ops = None if reason else _native(precision, num_threads)
     if ops is not None and not _attention_is_native(precision, head_dim, num_planes):
@@ -66,7 +71,7 @@ def _reference(precision: Precision) -> Ops:
     return ReferenceOps(precision.quantization)
 
 
-def _cuda(device: torch.device, precision: Precision, *, is_deterministic: bool) -> Ops | None:
+def _cuda(device: torch.device, precision: Precision, *, is_deterministic: bool, attn_backend: str) -> Ops | None:
     if importlib.util.find_spec("triton") is None:
         log.warning("cuda_kernels_unavailable: Triton is not installed; plain torch is used, which is slow")
         return None
@@ -74,7 +79,7 @@ def _cuda(device: torch.device, precision: Precision, *, is_deterministic: bool)
         raise ConfigError(f"quant_config.quant_algo: fp8 needs compute capability 9.0, {device} has less")
     from disaggregated.engine.cuda.ops import load  # It imports Triton, which nobody without a device needs.
 
-    return load(device, precision.quantization, is_deterministic=is_deterministic)
+    return load(device, precision.quantization, is_deterministic=is_deterministic, attn_backend=attn_backend)
 
 
 def _native(precision: Precision, num_threads: int) -> Ops | None:
