@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +31,7 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
 from kvtransfer.runs import Run
 from kvtransfer.transport import BlockRead, Offer, OurEnd, PeerLink, ReadStop, SourceIdentity
+from kvtransfer.transports import mpirun
 
 LAYOUT: Final = KVLayout(num_layers=4, num_kv_heads=4, head_dim=64, block_size=32, dtype="float32", num_blocks=256)
 """64 MiB in blocks of 64 KiB."""
@@ -39,7 +40,10 @@ LEASE_KEY: Final = bytes(16)
 TIMEOUT_S: Final = 30.0
 NUM_RUNS: Final = 5
 NUM_LATENCIES: Final = 50
-UNDER_MPIRUN: Final = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
+LIFETIME_S: Final = 120
+"""Of one end, should whoever started it be gone."""
+STOP_TIMEOUT_S: Final = 5.0
+"""For an end, or mpirun, to go when it is told to."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +74,21 @@ def measure(name: str, *, timeout_s: float = TIMEOUT_S) -> Probe:
 
 def _run(name: str, commands: Sequence[Sequence[str]], timeout_s: float) -> str:
     """The last line that the reading end printed. Both ends have ended when this returns or raises."""
+    environ = dict(os.environ)
     if name == "MPI":
-        if shutil.which(UNDER_MPIRUN[0]) is None:
-            raise OSError("mpirun is not in the PATH")
-        serve, read = commands
-        commands = [[*UNDER_MPIRUN, "-n", "1", *serve, ":", "-n", "1", *read]]
+        commands = [mpirun.command(*commands)]
+        environ |= mpirun.LOOPBACK_ONLY
     children: list[subprocess.Popen[str]] = []
     try:
         for command in commands:
             children.append(
                 subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                    command,
+                    env=environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
                 )
             )
         said, complaints = children[-1].communicate(timeout=timeout_s)
@@ -90,12 +98,22 @@ def _run(name: str, commands: Sequence[Sequence[str]], timeout_s: float) -> str:
         return lines[-1]
     finally:
         for child in children:
-            child.kill()
-            child.communicate()
+            _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """SIGTERM first: an mpirun that is killed leaves behind what it has started."""
+    child.terminate()
+    try:
+        child.communicate(timeout=STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
 
 
 def main() -> None:
     end, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    signal.alarm(LIFETIME_S)
     try:
         if end == "serve":
             _serve(name, folder)

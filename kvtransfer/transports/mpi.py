@@ -30,10 +30,12 @@ def missing() -> str | None:
 
 
 def make_endpoint(region: Region, layout: KVLayout, *, epoch: int, host: str) -> SourceEndpoint:
+    mpi_world.our_world().begin()
     return PackedEndpoint(NAME, region, layout, epoch=epoch, host=host, make_lane=SourceLane, packing=PACKING)
 
 
 def make_transport(us: OurEnd) -> DestinationTransport:
+    mpi_world.our_world().begin()
     return PackedTransport(NAME, us, make_lane=DestinationLane, packing=PACKING)
 
 
@@ -41,9 +43,9 @@ class _MpiLane:
     """Messages between us and one rank under one tag. Its transits ring one bell."""
 
     def __init__(self, our_host: str) -> None:
-        """Joins the MPI world, which finds its own ways between hosts. Raises TransferError."""
+        """MPI finds its own ways between hosts. Raises TransferError when it is known not to work."""
         self._world: MpiWorld = mpi_world.our_world()
-        self._world.join(deadline=Deadline.after(mpi_world.JOIN_TIMEOUT_S))
+        self._world.check()
         self._bell = Doorbell()
         self._transits: list[Transit] = []
         self._peer = -1
@@ -75,12 +77,14 @@ class _MpiLane:
 
 
 class SourceLane(_MpiLane):
-    @property
-    def address(self) -> bytes:
+    def address(self, *, deadline: Deadline) -> bytes:
+        """Waits until this process is in its world. Raises TransferError."""
+        self._world.join(deadline=deadline)
         return self._world.ours.pack()
 
     def connect(self, peer: bytes, *, deadline: Deadline) -> None:
         """Sends the first message, which proves to the destination that messages come through."""
+        self._world.join(deadline=deadline)
         if len(peer) <= _TAG_BYTES:
             raise TransferError("the peer told no MPI address")
         self._peer = self._world.rank_of(peer[:-_TAG_BYTES])
@@ -91,12 +95,10 @@ class SourceLane(_MpiLane):
 class DestinationLane(_MpiLane):
     """Chooses the tag: a message of a broken connection is not taken for one of a later one."""
 
-    def __init__(self, our_host: str) -> None:
-        super().__init__(our_host)
+    def address(self, *, deadline: Deadline) -> bytes:
+        """Waits until this process is in its world. Raises TransferError."""
+        self._world.join(deadline=deadline)
         self._tag = self._world.fresh_tag()
-
-    @property
-    def address(self) -> bytes:
         return self._world.ours.pack() + self._tag.to_bytes(_TAG_BYTES, "little")
 
     def connect(self, peer: bytes, *, deadline: Deadline) -> None:

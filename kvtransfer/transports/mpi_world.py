@@ -1,7 +1,9 @@
 """This process in its MPI world: which one it is, how it joins, and who it is there.
 
-A world is what one `mpirun` has launched. It is joined when the first endpoint or link needs it, by the thread that
-will make all MPI calls, and left when the process ends.
+A world is what one `mpirun` has launched. MPI begins in all of its processes or in none: MPI_Init returns when every
+one of them has called it. So nobody waits for that where another process waits for him: joining begins in the
+background, on the thread that will make all MPI calls, as soon as an endpoint or a transport is made; who needs the
+world waits for it, within a deadline, when blocks are to travel. It is left when the process ends.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.util
 import os
 import struct
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
@@ -21,6 +24,7 @@ from disaggregated import logs
 from disaggregated.errors import TransferError
 from disaggregated.parent_death import PARENT_PID
 from kvtransfer.deadline import Deadline
+from kvtransfer.transports import mpirun
 from kvtransfer.transports.mpi_thread import MpiThread
 
 if TYPE_CHECKING:
@@ -28,13 +32,11 @@ if TYPE_CHECKING:
 
 log = logs.get(__name__)
 
-JOIN_TIMEOUT_S: Final = 60.0
-"""MPI_Init returns when every process of the world has called it: others may still be loading their model."""
+JOIN_TIMEOUT_S: Final = 10.0
+"""How long one read waits for a world that is not complete: several times what MPI_Init takes on a busy machine."""
 LEAVE_TIMEOUT_S: Final = 2.0
 ABANDONED_MAX: Final = 64
 """Messages that MPI has not let go of. With that many nothing new is begun: it, or its world, is not well."""
-MPIRUN_FLAGS: Final = ("--with-ft", "ulfm", "--runtime-options", "error-nonzero-status=0,continuous")
-"""With which Open MPI 5 lets the others live when one process dies, and tells them; without, it ends all of them."""
 HOW_TO_LAUNCH: Final = "mpirun -n 1 disaggregated serve context … : -n 1 disaggregated serve generation …"
 _LAUNCHED: Final = ("PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 """Set by the launchers of MPI processes (Open MPI's and Slurm's PMIx, MPICH's PMI), and by nothing else."""
@@ -48,7 +50,7 @@ _TOLERATES_DEATH: Final = "OMPI_MCA_mpi_ft_enable"
 def missing(environment: Mapping[str, str] = os.environ) -> str | None:
     """What this process lacks to be part of an MPI world, as the rest of a sentence. Loads nothing."""
     if importlib.util.find_spec("mpi4py") is None:
-        return "needs the mpi4py package and an MPI: pip install 'disaggregated[mpi]'"
+        return f"needs the mpi4py package and an MPI: {mpirun.TO_INSTALL}"
     if PARENT_PID in environment or not any(name in environment for name in _LAUNCHED):  # The first: not by mpirun.
         return f"needs both servers in one MPI world: {HOW_TO_LAUNCH}"
     return None
@@ -83,20 +85,33 @@ class MpiWorld:
         self._settled = threading.Event()
         self._failure: str | None = None
         self._runner: threading.Thread | None = None
+        self._begun_s = 0.0
         self._next_tag = int.from_bytes(os.urandom(2), "little")
         self._tag_max = 32767
         """What every MPI allows at least."""
         self.ours = MpiAddress(b"", 0)
         self.size = 0
 
-    def join(self, *, deadline: Deadline) -> None:
-        """Blocks until every process of the world is there. Idempotent; raises TransferError when that fails."""
+    def begin(self) -> None:
+        """Joins in the background. Idempotent, and never waits."""
         with self._joining:
             if self._runner is None:
+                self._begun_s = time.monotonic()
                 self._runner = threading.Thread(target=self._run, name="mpi", daemon=True)
                 self._runner.start()
+
+    def join(self, *, deadline: Deadline) -> None:
+        """Returns when every process of the world is there. Raises TransferError when that fails, or takes too long."""
+        self.begin()
         if not self._settled.wait(deadline.no_later_than(JOIN_TIMEOUT_S).left_s()):
-            raise TransferError("not every process of this MPI world has begun MPI: each must be configured for it")
+            raise TransferError(
+                f"MPI has not begun after {time.monotonic() - self._begun_s:.0f} s: each process of this mpirun must "
+                "run, and have cache_transceiver_config.backend: MPI"
+            )
+        self.check()
+
+    def check(self) -> None:
+        """Raises TransferError when this world is known to be of no use."""
         if self._failure:
             raise TransferError(f"MPI could not be begun: {self._failure}")
         if self.thread.num_abandoned >= ABANDONED_MAX:

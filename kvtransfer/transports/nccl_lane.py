@@ -30,6 +30,9 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.transports.frame_socket import FrameSocket
 from kvtransfer.transports.transit import Doorbell, Transit
 
+if not (distributed.is_available() and distributed.is_gloo_available()):
+    raise ImportError("this build of torch has no gloo")
+
 LIBRARY: Final = "NCCL (gloo)"
 JOIN_TIMEOUT_S: Final = 2.0
 """For the other end to listen, and to connect: it was there a moment ago."""
@@ -46,6 +49,7 @@ class GlooLane:
     """Our rank of a group of two. The group is made on the lane's thread, which then waits for each message."""
 
     def __init__(self, our_host: str, *, rank: int) -> None:
+        self._our_host = our_host
         self._rank = rank
         self._bell = Doorbell()
         self._store = _Addresses()
@@ -55,11 +59,14 @@ class GlooLane:
         self._group: Any = None
         self._failure = ""
         self._is_closed = False
-        self._submit(lambda: self._make(our_host))
+        self._submit(self._make)
 
-    @property
-    def address(self) -> bytes:
-        return self._store.ours(Deadline.after(JOIN_TIMEOUT_S))
+    def address(self, *, deadline: Deadline) -> bytes:
+        """Raises TransferError when gloo cannot listen."""
+        ours = self._store.ours(deadline.no_later_than(JOIN_TIMEOUT_S))
+        if ours is None:
+            raise TransferError(f"gloo does not listen on {self._our_host}: {self._failure or 'it says nothing'}")
+        return ours
 
     def connect(self, peer: bytes, *, deadline: Deadline) -> None:
         """Only notes the address: see above."""
@@ -91,12 +98,13 @@ class GlooLane:
             self._bell.close()
         return all(job.done() for job in self._jobs)
 
-    def _make(self, our_host: str) -> None:
+    def _make(self) -> None:
         """By the lane's thread: returns when both ends are connected."""
         try:
-            self._group = _make_group(self._store, self._rank, our_host)
+            self._group = _make_group(self._store, self._rank, self._our_host)
         except (RuntimeError, ValueError) as error:  # c10d raises nothing else.
             self._failure = _in_a_line(error)
+            self._store.close()
 
     def _follow(self, begin: Callable[[Any], Any]) -> Transit:
         """`begin` hands a message to gloo, once those before it are through."""
@@ -140,12 +148,10 @@ class _Addresses(distributed.Store):  # type: ignore[name-defined, misc]
         self._ours: bytes | None = None
         self._is_closed = False
 
-    def ours(self, deadline: Deadline) -> bytes:
-        """Raises TransferError when torch has made none."""
+    def ours(self, deadline: Deadline) -> bytes | None:
+        """None when torch has made no address by then, or never will."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ours is not None, deadline.left_s())
-            if self._ours is None:
-                raise TransferError("gloo does not listen")
+            self._changed.wait_for(lambda: self._ours is not None or self._is_closed, deadline.left_s())
             return self._ours
 
     def tell(self, peer: bytes) -> None:

@@ -62,9 +62,8 @@ class Passage(Protocol):
 class Lane(Protocol):
     """What a library has between the two ends of one connection. Used by that connection's thread."""
 
-    @property
-    def address(self) -> bytes:
-        """What the other end must know of this one; it travels in a proven frame."""
+    def address(self, *, deadline: Deadline) -> bytes:
+        """What the other end must know of this one; it travels in a proven frame. Raises TransferError."""
 
     def connect(self, peer: bytes, *, deadline: Deadline) -> None:
         """`peer` is the other end's address. Raises TransferError."""
@@ -85,7 +84,10 @@ class Lane(Protocol):
 
 
 MakeLane = Callable[[str], Lane]
-"""Given the address of ours by which the two ends reach each other. Raises TransferError: the library is not well."""
+"""Given the address of ours by which the two ends reach each other. Waits for nobody.
+
+Raises TransferError: the library is not well.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +151,10 @@ class PackedEndpoint:
 
     def greeting(self, connection: FrameSocket, hello: Hello) -> Greeting:
         lane = self._lanes[connection] = self._make_lane(connection.our_host)
+        deadline = Deadline.after(connection.progress_timeout_s)
         if hello.tail:  # Without it a peer may introduce itself, and not read.
-            lane.connect(hello.tail, deadline=Deadline.after(connection.progress_timeout_s))
-        return Greeting(tail=lane.address)
+            lane.connect(hello.tail, deadline=deadline)
+        return Greeting(tail=lane.address(deadline=deadline))
 
     def part(self, connection: FrameSocket) -> None:
         lane = self._lanes.pop(connection, None)
@@ -236,8 +239,9 @@ class _PackedDialler:
 
         with contextlib.ExitStack() as failed:
             failed.callback(lane.close)
+            tail = lane.address(deadline=deadline)
             connection, welcome = control_port.dial(
-                self._place, self._introduction, self._us, deadline=deadline, tail=lane.address, make=make
+                self._place, self._introduction, self._us, deadline=deadline, tail=tail, make=make
             )
             failed.callback(connection.close)
             lane.connect(welcome.tail, deadline=deadline.no_later_than(self._us.progress_timeout_s))

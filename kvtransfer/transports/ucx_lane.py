@@ -78,9 +78,8 @@ class UcxLane:
         except self._ucx.UCXError as error:
             raise TransferError(f"UCX: no worker: {error}") from error
 
-    @property
-    def address(self) -> bytes:
-        """A few hundred bytes."""
+    def address(self, *, deadline: Deadline) -> bytes:
+        """A few hundred bytes, known at once."""
         return bytes(self._worker.address.tobytes())
 
     def connect(self, peer: bytes, *, deadline: Deadline) -> None:

@@ -45,7 +45,8 @@ async def test_no_fault_makes_a_wrong_token_a_leak_or_a_hang(transport_name: str
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("transport", [name for name in TRANSPORTS if name != "MPI" and registry.missing(name) is None])
 async def test_ten_thousand_transfers_with_faults_leave_nothing(transport: str) -> None:
-    """MPI is left out: a process that is killed takes its whole job down, so that nobody's books could be compared."""
+    """MPI is left out: after a kill its world is another one, and both processes with it, so that nobody's books could
+    be compared."""
     dice = random.Random(transport)
     cells = list(all_cells(transport))
     complaints = []

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvtransfer import registry
+from kvtransfer.transports import mpirun
 
 HERE = Path(__file__).parent
 SUITE = (
@@ -22,7 +22,11 @@ SUITE = (
     "test_altered_greetings.py",
 )
 
+TIMEOUT_S = 290
+"""Of a suite: each takes 10 to 20 s on idle cores."""
 OPTIONS = ("-m", "not soak", "--timeout", "60", "--color", "no")
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 10)
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +35,14 @@ def not_within_itself(request: pytest.FixtureRequest) -> None:
         pytest.skip("this is the process that it starts")
 
 
-MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "1")
 IN_ONE_PROCESS = ("test_transports.py", "test_hostile_peers.py", "test_transfers.py")
 """A child of a test is in no MPI world; tests/system/test_servers_mpi.py has its dying ends."""
 
 
 def test_mpi_passes_the_contract_suite() -> None:
-    mpirun = shutil.which(MPIRUN[0], path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if mpirun is None or importlib.util.find_spec("mpi4py") is None:
-        pytest.skip("MPI needs mpi4py and mpirun: pip install 'disaggregated[mpi]'")
-    only_loopback = {"OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_btl_tcp_if_include": "lo"}
-    passes("MPI", IN_ONE_PROCESS, (mpirun, *MPIRUN[1:], sys.executable), environ=only_loopback)
+    if mpirun.path() is None or importlib.util.find_spec("mpi4py") is None:
+        pytest.skip(f"MPI needs mpi4py and mpirun: {mpirun.TO_INSTALL}")
+    passes("MPI", IN_ONE_PROCESS, mpirun.command([sys.executable]), environ=mpirun.LOOPBACK_ONLY)
 
 
 def test_gloo_passes_the_contract_suite() -> None:
@@ -60,29 +61,18 @@ def passes(name: str, files: Sequence[str], python: Sequence[str], *, environ: M
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert suite.returncode == 0, suite.stdout[-8000:] + suite.stderr[-2000:]
     assert " passed" in suite.stdout
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["UCX", "NIXL"])
 def test_a_library_passes_the_contract_suite(name: str) -> None:
     if reason := registry.missing(name):
         pytest.skip(f"{name} {reason}")
-    files = [str(HERE / each) for each in SUITE]
-    suite = subprocess.run(
-        [sys.executable, "-m", "pytest", *files, "--transport", name, "-m", "not soak", "--timeout", "60"],
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=290,
-        check=False,
-    )
-    assert suite.returncode == 0, suite.stdout[-8000:] + suite.stderr[-2000:]
-    assert " passed" in suite.stdout
+    passes(name, SUITE, (sys.executable,), environ={})
 
 
 def test_two_libraries_are_not_offered_from_one_process() -> None:

@@ -27,8 +27,8 @@ from kvtransfer.transport import (
 )
 from tests.support.kv_pools import EPOCH, SMALL, regions
 
-PROGRESS_TIMEOUT_S = 0.3
-"""Short, because tests wait for it."""
+PROGRESS_TIMEOUT_S = 0.8
+"""Tests wait for it; but a peer that gets no core for a while on a busy machine is not to be taken for lost."""
 
 
 class LeaseGate:

@@ -1,4 +1,5 @@
-"""Servers of one `mpirun`: blocks by MPI, tokens as from one process, and a server that dies takes no other with it."""
+"""Servers of one `mpirun`: blocks by MPI, tokens as from one process; a server that dies takes no other with it, and
+one that is started again outside of their world is used all the same."""
 
 from __future__ import annotations
 
@@ -7,40 +8,55 @@ import contextlib
 import os
 import pathlib
 import re
-import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
+import psutil
 import pytest
 
 from disaggregated.errors import DisaggregatedError
 from disaggregated.sampling_params import SamplingParams
-from kvtransfer.transports.mpi_world import MPIRUN_FLAGS
-from tests.support.processes import ServerProcess, spawned
+from kvtransfer import registry
+from kvtransfer.transports import mpirun as mpirun_of
+from tests.support.kv_pools import eventually
+from tests.support.processes import ServerProcess, running, spawned
 from tests.support.server_client import ContextClient, GenerationClient, complete_disaggregated
 from tests.support.servers import arguments, generation_server, random_prompt, write_model
 
-BESIDE_PYTHON: Final = str(pathlib.Path(sys.executable).parent)
-MPIRUN: Final = shutil.which("mpirun", path=os.pathsep.join([BESIDE_PYTHON, os.environ["PATH"]]))
 BECOME: Final = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
 SAMPLED: Final = SamplingParams(max_tokens=16, temperature=1.0, seed=7)
 READY: Final = r"^READY {role} (\S+:\d+) instance={role}-(\d+)-"
+BY_MPI: Final = "--cache-transceiver-config.backend=MPI"
+OR_ELSE: Final = "--cache-transceiver-config.fallback=true"
 
-pytestmark = pytest.mark.skipif(MPIRUN is None, reason="needs mpirun: pip install 'disaggregated[mpi]'")
+pytestmark = pytest.mark.skipif(
+    mpirun_of.path() is None or "mpi4py" in str(registry.missing("MPI")),
+    reason=f"needs mpi4py and mpirun: {mpirun_of.TO_INSTALL}",
+)
+
+
+def is_alive(server: psutil.Process) -> bool:
+    """One that mpirun has not waited for lies around dead until somebody else does."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @contextlib.asynccontextmanager
-async def launched(*roles: str, model: pathlib.Path) -> AsyncIterator[ServerProcess]:
-    """One mpirun of one server of each role, in that order. Killed at the end if it is still there."""
-    assert MPIRUN is not None
-    environ = {"TRTLLM_USE_MPI_KVCACHE": "1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_btl_tcp_if_include": "lo"}
-    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", *MPIRUN_FLAGS]
-    for role in roles:
-        command += ["-n", "1", sys.executable, *arguments(role, model), ":"]
-    async with spawned("-c", BECOME, *command[:-1], environ=environ) as mpirun:
-        yield mpirun
+async def launched(*roles: str, model: pathlib.Path, flags: Sequence[str] = (BY_MPI,)) -> AsyncIterator[ServerProcess]:
+    """One mpirun of one server of each role, in that order. Nothing of it is left afterwards."""
+    command = mpirun_of.command(*([sys.executable, *arguments(role, model, *flags)] for role in roles))
+    async with spawned("-c", BECOME, *command, environ=mpirun_of.LOOPBACK_ONLY) as mpirun:
+        try:
+            yield mpirun
+        finally:
+            if mpirun.process.returncode is None:
+                servers = psutil.Process(mpirun.pid).children(recursive=True)
+                mpirun.signal(signal.SIGTERM)
+                await mpirun.wait_exit()
+                await eventually(lambda: not any(map(is_alive, servers)))
 
 
 async def ready(mpirun: ServerProcess, role: str) -> tuple[str, int]:
@@ -58,10 +74,8 @@ async def test_blocks_travel_by_mpi_and_the_tokens_are_those_of_one_process(tmp_
     async with generation_server(model, "--kv-cache-config.enable-block-reuse=false") as (_, oracle):
         expected = [(await oracle.complete(prompt, SAMPLED)).token_ids for prompt in prompts]
     async with launched("context", "generation", model=model) as mpirun:
-        (context_address, context_pid), (address, pid) = (
-            await ready(mpirun, "context"),
-            await ready(mpirun, "generation"),
-        )
+        context_address, context_pid = await ready(mpirun, "context")
+        address, pid = await ready(mpirun, "generation")
         async with ContextClient(context_address) as context, GenerationClient(address) as generation:
             for prompt, token_ids in zip(prompts, expected, strict=True):
                 assert (await complete_disaggregated(context, generation, prompt, SAMPLED)).token_ids == token_ids
@@ -74,10 +88,8 @@ async def test_blocks_travel_by_mpi_and_the_tokens_are_those_of_one_process(tmp_
 async def test_a_killed_server_takes_no_other_with_it(tmp_path: pathlib.Path) -> None:
     prompt = random_prompt(200)
     async with launched("context", "generation", model=write_model(tmp_path)) as mpirun:
-        (context_address, context_pid), (address, pid) = (
-            await ready(mpirun, "context"),
-            await ready(mpirun, "generation"),
-        )
+        context_address, context_pid = await ready(mpirun, "context")
+        address, pid = await ready(mpirun, "generation")
         async with ContextClient(context_address) as context, GenerationClient(address) as generation:
             before = await complete_disaggregated(context, generation, prompt, SAMPLED)
             os.kill(context_pid, signal.SIGKILL)
@@ -87,3 +99,30 @@ async def test_a_killed_server_takes_no_other_with_it(tmp_path: pathlib.Path) ->
             await generation.wait_idle()
         os.kill(pid, signal.SIGTERM)
         await mpirun.wait_exit()
+
+
+async def test_a_server_that_comes_back_outside_of_its_world_is_read_another_way(tmp_path: pathlib.Path) -> None:
+    """MPI has no way back in. With `fallback: true` the next best that both ends have carries the blocks."""
+    model = write_model(tmp_path)
+    prompt = random_prompt(200)
+    async with launched("context", "generation", model=model, flags=(BY_MPI, OR_ELSE)) as mpirun:
+        context_address, context_pid = await ready(mpirun, "context")
+        address, _ = await ready(mpirun, "generation")
+        async with GenerationClient(address) as generation:
+            async with ContextClient(context_address) as context:
+                before = await complete_disaggregated(context, generation, prompt, SAMPLED)
+                await mpirun.wait_line(r"kv_source_connected .*transport=MPI")
+                os.kill(context_pid, signal.SIGKILL)
+            async with (
+                running(*arguments("context", model, BY_MPI, OR_ELSE)) as again,
+                ContextClient(again.address) as context,
+            ):
+                after = await complete_disaggregated(context, generation, prompt, SAMPLED)
+                assert after.token_ids == before.token_ids
+                await mpirun.wait_line(r"kv_source_connected .*transport=SHM .*MPI is not offered")
+
+
+async def test_a_server_that_was_not_launched_by_mpirun_says_how_to(tmp_path: pathlib.Path) -> None:
+    async with spawned(*arguments("context", write_model(tmp_path), BY_MPI)) as server:
+        assert await server.wait_exit() != 0
+        assert "MPI needs both servers in one MPI world: mpirun " in server.words()

@@ -24,13 +24,24 @@ from disaggregated.errors import DisaggregatedError
 from disaggregated.kv_layout import KVLayout
 from disaggregated.security import membership
 from disaggregated.security.tls import TlsFiles
-from kvtransfer import Preference, Region
+from kvtransfer import Preference, Region, registry
+from kvtransfer.deadline import Deadline
 from kvtransfer.destination.pending import PendingTransfer
+from kvtransfer.transports import mpi_world
 from tests.support.kv_pools import SomeTicket, blocks_of, destination, fill, flip_bit, served_source
 
 LINE_BYTES_MAX = 1 << 20
 QUIET_WITHIN_S = 5.0
 """For a read that its library cannot stop."""
+
+
+async def preferred(transport: str) -> Preference:
+    """Of a process that is asked for nothing before its MPI world is complete, as servers usually are."""
+    if transport != "MPI":
+        return Preference(transport)
+    if registry.missing(transport) is None:
+        await asyncio.to_thread(mpi_world.our_world().join, deadline=Deadline.after(mpi_world.JOIN_TIMEOUT_S))
+    return Preference(transport, fallback=True)
 
 
 class SourceActor:
@@ -42,7 +53,7 @@ class SourceActor:
         fill(self.region, seed=1)
 
     async def start(self, stack: Any, settings: dict[str, Any]) -> dict[str, Any]:
-        preference = Preference(settings["transport"])
+        preference = await preferred(settings["transport"])
         served = served_source(
             self.region,
             self.layout,
@@ -81,11 +92,12 @@ class DestinationActor:
         self.pending: PendingTransfer | None = None
 
     async def start(self, stack: Any, settings: dict[str, Any]) -> dict[str, Any]:
+        preference = await preferred(settings["transport"])
         self.landing = await stack.enter_async_context(
             destination(
                 self.region,
                 self.layout,
-                backend=settings["transport"],
+                preference=preference,
                 progress_timeout_s=settings["progress_timeout_s"],
             )
         )

@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from kvtransfer.transports import mpirun
 from tests.support.fault_lab.actor import LINE_BYTES_MAX
 
 CALL_TIMEOUT_S: Final = 15.0
 START_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 5.0
 ROOT: Final = Path(__file__).parents[3]
 
 
@@ -68,6 +70,18 @@ class Actor:
                 waiting.exception()  # Whoever waits hears it; if nobody does, that is no news.
 
 
+async def ended(child: asyncio.subprocess.Process) -> None:
+    """SIGTERM first: an mpirun that is killed leaves behind what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        child.terminate()
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await child.wait()
+    except TimeoutError:
+        child.kill()
+        await child.wait()
+
+
 class Hub:
     """Starts actors and finds out which connection is whose."""
 
@@ -88,7 +102,8 @@ class Hub:
         return [sys.executable, "-m", module, str(self._port), name, json.dumps(settings)]
 
     async def run(self, command: Sequence[str]) -> asyncio.subprocess.Process:
-        child = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, cwd=ROOT)
+        environ = {**os.environ, **mpirun.LOOPBACK_ONLY}
+        child = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, cwd=ROOT, env=environ)
         self._children.append(child)
         return child
 
@@ -101,8 +116,7 @@ class Hub:
         self._server.close()
         for child in self._children:
             if child.returncode is None:
-                child.kill()
-            await child.wait()
+                await ended(child)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         told = json.loads(await reader.readline())

@@ -18,6 +18,7 @@ from typing import Any, Final
 from disaggregated import rpc
 from disaggregated.errors import DisaggregatedError
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
+from kvtransfer.transports import mpirun
 from tests.support.fault_lab.cells import NUM_CHUNKS, Cell, Fault, Side, Verdict
 from tests.support.fault_lab.control_relay import ControlRelay, ControlTampering, relays
 from tests.support.fault_lab.hub import Actor, ActorLost, Hub, hub
@@ -36,7 +37,6 @@ NUM_BLOCKS: Final = NUM_CHUNKS * BLOCKS_PER_CHUNK
 TABLE: Final = tuple(range(0, 2 * NUM_BLOCKS, 2))
 """Of the source: every second block, so that a neighbour is never published."""
 INTO: Final = tuple(range(100, 100 + NUM_BLOCKS))
-UNDER_MPIRUN: Final = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 
 
 def chunk_of(blocks: frozenset[int]) -> set[int]:
@@ -44,7 +44,11 @@ def chunk_of(blocks: frozenset[int]) -> set[int]:
 
 
 class Lab:
-    """Both actors of one transport and the relays between them. Starts again whoever was killed."""
+    """Both actors of one transport and the relays between them. Starts again whoever was killed.
+
+    Nobody comes back into an MPI world. There whoever is started again stays outside of it, both ends have
+    `fallback: true`, and the next transfer must land by what is left; the next cell has a new world.
+    """
 
     def __init__(self, transport: str, meeting: Hub, *, stopped_s: float = STOPPED_S) -> None:
         self._transport = transport
@@ -61,6 +65,8 @@ class Lab:
         self._seen = asyncio.Event()
         self._watched: int | None = None
         self._loop = asyncio.get_running_loop()
+        self._left_world = False
+        """One of our two actors is not in the other's MPI world."""
 
     @property
     def source(self) -> Actor:
@@ -78,7 +84,7 @@ class Lab:
         return self._control
 
     async def play(self, cell: Cell) -> Verdict:
-        await self._have_both()
+        await self._have_transport()
         tampering = Tampering(cell, self._levers(cell))
         self._watched = cell.chunk
         self.control.tampering = tampering.of_control()
@@ -94,7 +100,7 @@ class Lab:
 
     async def succeed(self) -> list[str]:
         """One transfer without a fault; what was wrong with it."""
-        await self._have_both()
+        await self._have_transport()
         return await self._the_next_one()
 
     async def held(self) -> dict[str, dict[str, int]]:
@@ -130,7 +136,13 @@ class Lab:
         if tampering.struck_s is None:
             return outcome, 0.0, [f"the fault never struck: {told}"]
         found_s = ended_s - tampering.struck_s
-        return outcome, found_s, self._complaints(cell, told, found_s)
+        return outcome, found_s, [*self._complaints(cell, told, found_s), *self._wrong_way(told)]
+
+    def _wrong_way(self, told: dict[str, Any]) -> list[str]:
+        """What landed came by the transport that is played, unless there is none between the two any more."""
+        if told["outcome"] != "landed" or self._left_world or told["says"] == self._transport:
+            return []
+        return [f"it landed by {told['says']}"]
 
     def _complaints(self, cell: Cell, told: dict[str, Any], found_s: float) -> list[str]:
         complaints = []
@@ -233,7 +245,8 @@ class Lab:
         if told["outcome"] != "landed":
             return [f"the next transfer did not land: {told}"]
         wrong = await self.destination.call("num_wrong", TABLE, into)
-        return [f"{wrong} wrong bytes in the next transfer"] if wrong else []
+        wrong_bytes = [f"{wrong} wrong bytes in the next transfer"] if wrong else []
+        return [*wrong_bytes, *self._wrong_way(told)]
 
     async def _source_is_empty(self) -> None:
         async with asyncio.timeout(LEASE_S + 2.0):
@@ -290,17 +303,24 @@ class Lab:
         return {"address": address, "transfer_id": transfer_id, "instance_id": "context-0", "epoch": self._epoch}
 
     def _forget(self, side: Side) -> None:
-        """MPI's two processes are one job: both are started again."""
-        gone = [side] if self._transport != "MPI" else list(Side)
-        for each in gone:
-            actor = self.source if each is Side.SENDER else self.destination
-            actor.close()
-            with contextlib.suppress(ProcessLookupError):
-                actor.signal(signal.SIGKILL)
-            if each is Side.SENDER:
-                self._source = None
-            else:
-                self._destination = None
+        actor = self.source if side is Side.SENDER else self.destination
+        actor.close()
+        with contextlib.suppress(ProcessLookupError):
+            actor.signal(signal.SIGKILL)
+        if side is Side.SENDER:
+            self._source = None
+        else:
+            self._destination = None
+        self._left_world = self._transport == "MPI"
+
+    async def _have_transport(self) -> None:
+        """Both actors are there, and the transport is between them."""
+        if self._left_world:
+            for side in Side:
+                if (self._source if side is Side.SENDER else self._destination) is not None:
+                    self._forget(side)
+            self._left_world = False
+        await self._have_both()
 
     async def _have_both(self) -> None:
         """A source that starts again has the same port and a higher epoch, and the destination is not told."""
@@ -330,9 +350,8 @@ class Lab:
             await self._relay_to(self.source.told["address"])
 
     async def _run(self, commands: Sequence[Sequence[str]]) -> None:
-        if self._transport == "MPI" and commands:
-            source, destination = commands
-            commands = [[*UNDER_MPIRUN, "-n", "1", *source, ":", "-n", "1", *destination]]
+        if self._transport == "MPI" and len(commands) == len(Side):
+            commands = [mpirun.command(*commands)]
         for command in commands:
             await self._hub.run(command)
 
