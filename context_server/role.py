@@ -54,7 +54,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
         """Engine id to transfer id, from open to released. Read by the engine's thread."""
         self._engine_ids: dict[str, str] = {}
         """The other way round."""
-        transceiver = server.config.cache_transceiver_config
+        transceiver, pool = server.config.cache_transceiver_config, server.device_pool
         region, identity, layout = server.memory, identity_of(server), server.memory_layout
         options = source_options(server)
         self._source: TransferSource | StagedSource | DeviceSource
@@ -64,7 +64,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
         if server.copier is None:
             self._source = TransferSource(region, identity, on_released=over, options=options)
             publisher = self._publisher = Publisher(self._source, on_crash=on_crash)
-        elif (shared := cuda_runtime.shared(server.device_pool, options.preference)) is None:
+        elif (shared := cuda_runtime.shared(pool, options.preference, is_wanted=transceiver.cuda_ipc)) is None:
             publisher = self._source = StagedSource(
                 region, identity, server.copier, on_released=over, on_crash=on_crash, options=options
             )

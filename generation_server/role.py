@@ -73,12 +73,13 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         self._overlap = os.environ.get(NO_OVERLAP_VARIABLE) != "1"
         transceiver = server.config.cache_transceiver_config
         options = destination_options(server)
+        shared = cuda_runtime.shared(server.device_pool, options.preference, is_wanted=transceiver.cuda_ipc)
         self._destination = TransferDestination(
             server.memory,
             identity_of(server),
             options,
             copier=server.copier,
-            device_pool=cuda_runtime.shared(server.device_pool, options.preference),
+            device_pool=shared,
         )
         lends = transceiver.pull_back and server.copier is None
         self._lender = PrefixLender(server, self.engine) if lends else None

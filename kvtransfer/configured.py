@@ -49,7 +49,7 @@ def identity_of(server: Server) -> PoolIdentity:
         instance_id=server.identity.instance_id,
         epoch=server.identity.epoch,
         fingerprint=server.loaded.fingerprint,
-        device=server.loaded.device,
+        device=_with_number(server.loaded.device),
     )
 
 
@@ -72,3 +72,8 @@ def destination_options(server: Server) -> DestinationOptions:
         stall_timeout_s=transceiver.kv_transfer_timeout_ms / 1000,
         limits=QuarantineLimits(num_blocks=server.loaded.layout.num_blocks),
     )
+
+
+def _with_number(device: str) -> str:
+    """What torch calls `cuda` is its first one; whoever reads of a link wants to know which."""
+    return "cuda:0" if device == "cuda" else device

@@ -22,7 +22,9 @@ from rich.text import Text
 from disaggregated import __version__
 from disaggregated.security.status import secret_status
 from kvtransfer import negotiate, probe, registry
+from kvtransfer.transports import cuda_runtime
 
+_DRIVER: Final = "/dev/nvidiactl"
 _MEMORY_WISHED: Final = 4 << 30
 
 
@@ -51,6 +53,7 @@ def findings(*, with_measurements: bool) -> Iterator[Finding]:
     yield _memory()
     yield _compiler()
     yield _cuda()
+    yield device_copies(has_device=os.path.exists(_DRIVER))
     yield _network_cards()
     yield _secret()
     for name in negotiate.BEST_FIRST:
@@ -124,7 +127,7 @@ def _compiler() -> Finding:
 
 
 def _cuda() -> Finding:
-    if not os.path.exists("/dev/nvidiactl"):
+    if not os.path.exists(_DRIVER):
         return Finding(Verdict.KNOW, "GPU", "none that a driver shows; everything runs on CPU")
     has_triton = importlib.util.find_spec("triton") is not None
     return Finding(
@@ -132,6 +135,18 @@ def _cuda() -> Finding:
         "GPU",
         "a driver is here" + ("" if has_triton else "; the triton package is not, so kernels are torch's"),
     )
+
+
+def device_copies(*, has_device: bool) -> Finding:
+    """Whether SHM goes from pool to pool on a GPU, or by way of host memory."""
+    reason = cuda_runtime.missing()
+    if reason is None and importlib.util.find_spec("triton") is None:
+        reason = "needs the triton package: pip install 'disaggregated[cuda]'"
+    if not has_device:
+        return Finding(Verdict.KNOW, "CUDA IPC", "no GPU; with one, SHM copies from pool to pool of a device")
+    if reason is not None:
+        return Finding(Verdict.KNOW, "CUDA IPC", f"{reason}. Until then blocks travel by pinned host memory")
+    return Finding(Verdict.FINE, "CUDA IPC", "SHM between servers of this host copies from pool to pool of a device")
 
 
 def _secret() -> Finding:

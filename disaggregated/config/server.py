@@ -51,6 +51,8 @@ class CacheTransceiverConfig:
     """Without an answer and without a byte."""
     lease_s: float = 30.0
     """Relative; renewed by progress. A context server gives the blocks back after that long without a sign of life."""
+    cuda_ipc: bool = True
+    """Where SHM is between two pools of GPUs on one host: copy from pool to pool, not by host memory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,6 +160,12 @@ _HONOURED: Final = (
         "the chunk where that is less; 0: the whole chunk when it is computed. On CPU.",
     ),
     honoured(
+        "cache_transceiver_config.cuda_ipc",
+        BOOLEAN,
+        "On cuda: two servers of one host that would use SHM copy blocks from pool to pool on the device; false at "
+        "either end: by pinned host memory.",
+    ),
+    honoured(
         "cache_transceiver_config.pull_back",
         BOOLEAN,
         "Blocks of a prompt's beginning that a generation server holds are brought back from there where that is "

@@ -51,12 +51,12 @@ class CudaPool(DevicePool, Protocol):
     def device_index(self) -> int: ...
 
 
-def shared(pool: CudaPool | None, preference: Preference) -> SharedPool | None:
+def shared(pool: CudaPool | None, preference: Preference, *, is_wanted: bool = True) -> SharedPool | None:
     """`pool`, where processes of this host may copy from it and it from theirs; None, and a line in the log, where not.
 
-    It is SHM's way, so it is for those who would use SHM first.
+    It is SHM's way, so it is for those who would use SHM first, unless their configuration does not want it.
     """
-    if pool is None or preference.order()[0] != cuda_ipc.NAME:
+    if pool is None or not is_wanted or preference.order()[0] != cuda_ipc.NAME:
         return None
     try:
         mapper = load(pool.device_index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 
@@ -11,8 +12,9 @@ from click.testing import CliRunner
 from kvtransfer import probe, registry
 from kvtransfer.probe import Probe
 from kvtransfer.registry import TRANSPORTS
+from kvtransfer.transports import cuda_runtime
 from orchestrator.cli import disaggregated
-from orchestrator.doctor import Verdict, findings, transport
+from orchestrator.doctor import Verdict, device_copies, findings, transport
 
 
 def test_a_transport_that_works_tells_its_speed_and_how_it_carries() -> None:
@@ -78,3 +80,24 @@ def test_the_command_fails_when_something_is_broken(failure: str, code: int, mon
     assert result.exit_code == code, result.output
     assert ("!!" in result.output) == bool(failure)
     assert "transport SHM" in result.output
+
+
+@pytest.mark.parametrize(
+    ("has_device", "lacking", "expected"),
+    [
+        (False, None, "no GPU"),
+        (
+            True,
+            "needs the cuda-bindings package",
+            "needs the cuda-bindings package. Until then blocks travel by pinned",
+        ),
+        (True, None, "copies from pool to pool"),
+    ],
+)
+def test_whether_blocks_go_from_device_to_device_is_told(
+    has_device: bool, lacking: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_runtime, "missing", lambda: lacking)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    found = device_copies(has_device=has_device)
+    assert (found.about, expected in found.says) == ("CUDA IPC", True)
