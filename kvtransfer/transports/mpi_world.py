@@ -18,17 +18,14 @@ import struct
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Final, Self
+from typing import ClassVar, Final, Self
 
 from disaggregated import logs
 from disaggregated.errors import TransferError
 from disaggregated.parent_death import PARENT_PID
 from kvtransfer.deadline import Deadline
 from kvtransfer.transports import mpirun
-from kvtransfer.transports.mpi_thread import MpiThread
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from kvtransfer.transports.mpi_thread import Communicator, MpiThread
 
 log = logs.get(__name__)
 
@@ -146,9 +143,10 @@ class MpiWorld:
             return
         self._settled.set()
         self.thread.run(world)
-        _finalise()
+        self._finalise()
 
-    def _begin(self) -> MPI.Intracomm:
+    def _begin(self) -> Communicator:
+        """Returns when every process of the world has called it."""
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         import mpi4py
@@ -168,18 +166,17 @@ class MpiWorld:
         log.info("mpi_begun", library=MPI.Get_library_version().split(",")[0], rank=world.rank, size=world.size)
         return world
 
+    def _finalise(self) -> None:
+        from mpi4py import MPI
+
+        if os.environ.get(_TOLERATES_DEATH, "0") in {"", "0"}:
+            MPI.Finalize()
+
     def _leave(self) -> None:
         """Launchers take a process that ends without MPI_Finalize for one that crashed."""
         assert self._runner is not None, "a world that was left before it was joined"
         self.thread.end()
         self._runner.join(LEAVE_TIMEOUT_S)
-
-
-def _finalise() -> None:
-    from mpi4py import MPI
-
-    if os.environ.get(_TOLERATES_DEATH, "0") in {"", "0"}:
-        MPI.Finalize()
 
 
 def _world_key(size: int) -> bytes:

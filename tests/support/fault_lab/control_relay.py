@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import grpc
+
 from disaggregated import rpc
 from disaggregated.errors import PeerLost
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
@@ -40,7 +42,7 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
         """Set when one more came."""
         self._source_address = source_address
         self.data = data
-        self._channel: Any = None
+        self._channel: grpc.aio.Channel | None = None
         self._server = rpc.make_server()
         self._addresses: dict[str, str] = {}
         self._follows: set[asyncio.Task[Any]] = set()
@@ -60,7 +62,8 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
 
     async def close(self) -> None:
         await self._server.stop(grace=None)
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
     def cut(self) -> None:
         """Every stream that is open now breaks, as if its connection had."""

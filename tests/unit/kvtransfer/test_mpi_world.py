@@ -1,14 +1,20 @@
-"""Which MPI world a process is in, asked before MPI is loaded; and whom it takes for a member of the same one."""
+"""Which MPI world a process is in, asked before MPI is loaded; when it begins; and whom it takes for a member of it."""
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from disaggregated.errors import TransferError
 from disaggregated.parent_death import PARENT_PID
+from kvtransfer.deadline import Deadline
 from kvtransfer.transports import mpi_world
-from kvtransfer.transports.mpi_world import MpiAddress, MpiWorld
+from kvtransfer.transports.mpi_thread import Communicator, Request
+from kvtransfer.transports.mpi_world import ABANDONED_MAX, MpiAddress, MpiWorld
+from kvtransfer.transports.transit import Doorbell, Transit
+from tests.support.kv_endpoints import LeaseGate, make_endpoint, make_transport
+from tests.support.kv_pools import SMALL, regions
 
 
 @pytest.mark.parametrize("name", ["PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"])
@@ -85,3 +91,91 @@ def test_processes_of_one_launch_have_one_key_and_others_another(monkeypatch: py
     assert ours != mpi_world._world_key(3)
     monkeypatch.setenv("PMIX_NAMESPACE", "prterun-host-2@1")
     assert ours != mpi_world._world_key(2)
+
+
+class SlowWorld(MpiWorld):
+    """Its other processes come when `others_come` is set; MPI itself may fail."""
+
+    def __init__(self, failure: str = "") -> None:
+        super().__init__()
+        self.others_come = threading.Event()
+        self.num_begun = 0
+        self._why_not = failure
+
+    def _begin(self) -> Communicator:
+        self.num_begun += 1
+        assert self.others_come.wait(20)
+        if self._why_not:
+            raise RuntimeError(self._why_not)
+        return Nobody()
+
+    def _finalise(self) -> None:
+        """There is nothing to leave."""
+
+    def end(self) -> None:
+        self.others_come.set()
+        self.thread.end()
+        assert self._runner is not None
+        self._runner.join(5)
+        assert not self._runner.is_alive()
+
+
+class Nobody:
+    def Isend(self, buf: object, dest: int, tag: int) -> Request:
+        raise AssertionError("nothing is sent here")
+
+    def Irecv(self, buf: object, source: int, tag: int) -> Request:
+        raise AssertionError("nothing is received here")
+
+
+def test_beginning_waits_for_nobody_and_joining_for_all_the_others() -> None:
+    world = SlowWorld()
+    world.begin()
+    world.begin()
+    world.check()
+    with pytest.raises(TransferError, match=r"MPI has not begun after 0 s: .*backend: MPI"):
+        world.join(deadline=Deadline.after(0.01))
+    world.others_come.set()
+    world.join(deadline=Deadline.after(5))
+    world.end()
+    assert world.num_begun == 1
+
+
+def test_an_mpi_that_cannot_begin_fails_every_join_with_its_own_words() -> None:
+    world = SlowWorld("no network that it knows")
+    world.begin()
+    world.others_come.set()
+    for _ in range(2):
+        with pytest.raises(TransferError, match="MPI could not be begun: no network that it knows"):
+            world.join(deadline=Deadline.after(5))
+    with pytest.raises(TransferError, match="could not be begun"):
+        world.check()
+
+
+def test_a_world_that_does_not_let_go_of_messages_takes_no_new_ones() -> None:
+    world = SlowWorld()
+    world.others_come.set()
+    world.join(deadline=Deadline.after(5))
+    bell = Doorbell()
+    transits = [Transit(bell, library="MPI") for _ in range(ABANDONED_MAX)]
+    world.thread.abandon(transits)
+    with pytest.raises(TransferError, match=f"does not let go of {ABANDONED_MAX} messages"):
+        world.check()
+    transits[0].end()
+    world.check()
+    bell.close()
+    world.end()
+
+
+def test_an_endpoint_begins_mpi_when_it_is_made_and_starts_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = SlowWorld()
+    monkeypatch.setattr(mpi_world, "our_world", lambda: world)
+    with regions(SMALL) as (source, into):
+        endpoint = make_endpoint("MPI", source, SMALL)
+        make_transport("MPI", into, SMALL)
+        assert world._runner is not None
+        endpoint.start(LeaseGate([], num_layers=SMALL.num_layers))
+        assert endpoint.describe().name == "MPI"
+        assert not world._settled.is_set()
+        endpoint.close(deadline=Deadline.after(5))
+    world.end()
