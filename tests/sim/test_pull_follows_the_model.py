@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import collections
 import random
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
 import pytest
 
 from disaggregated.errors import DisaggregatedError, PeerLost
 from disaggregated.v1 import kv_pb2
+from kvtransfer.destination.pending import PendingTransfer, Strand
+from kvtransfer.destination.pull import Pull
 from kvtransfer.machine import DestinationPhase, DestinationTransfer
 from tests.support.scripted_source import DAMAGED, NUM_BLOCKS, Scene
 from tests.support.virtual_time import run_in_virtual_time
@@ -21,6 +25,7 @@ from tests.support.virtual_time import run_in_virtual_time
 READING: Final = DestinationPhase.READING
 FOLLOWING: Final = DestinationPhase.FOLLOWING
 CONFIRMING: Final = DestinationPhase.CONFIRMING
+DEPTH: Final = 8
 
 
 class Model:
@@ -142,6 +147,13 @@ class Play:
         self.may_answer = True
         self.scene.source.may_answer.set()
 
+    @property
+    def key(self) -> Hashable:
+        """Equal plays have equal futures."""
+        model, source = self.model, self.scene.source
+        books = (model.published, model.read, model.reading, model.is_decided, model.lease_holds)
+        return (model.transfer.phase, model.transfer._decided, *books, self.may_answer, source.is_alive)
+
     async def step(self, event: str) -> None:
         getattr(self, event)()
         await self.scene.settle()
@@ -178,6 +190,19 @@ async def _play(seed: int, ends: collections.Counter[str]) -> None:
     ends[await _outcome(scene)] += 1
 
 
+async def _replay(path: Sequence[str]) -> tuple[Hashable, list[str]]:
+    """Where these events lead, compared after each, and what can happen there."""
+    scene = Scene()
+    play = Play(scene)
+    await scene.settle()
+    try:
+        for event in path:
+            await play.step(event)
+        return play.key, sorted(set(play.offered()))
+    finally:
+        await scene.close()
+
+
 async def _outcome(scene: Scene) -> str:
     try:
         await scene.pending.outcome()
@@ -192,3 +217,60 @@ def test_the_real_pull_is_where_the_machine_says_after_each_event(first_seed: in
     for seed in range(first_seed, first_seed + 500):
         run_in_virtual_time(_play(seed, ends))
     assert set(ends) >= {"landed", "PeerLost", "RequestCancelled", "TransferTimeout", "SourceFailed"}
+
+
+def test_the_real_pull_follows_every_interleaving_of_eight_events() -> None:
+    """Plays that are alike are gone on with once. Each is played again from its beginning, so none spoils another."""
+    seen: set[Hashable] = set()
+    frontier: list[list[str]] = [[]]
+    num_steps = 0
+    for _ in range(DEPTH + 1):
+        reached: list[list[str]] = []
+        for path in frontier:
+            key, offered = run_in_virtual_time(_replay(path))
+            if key not in seen:
+                seen.add(key)
+                reached += [[*path, event] for event in offered]
+        frontier = reached
+        num_steps += len(reached)
+    sys.stdout.write(f"\n{len(seen)} plays that are unlike, {num_steps} steps\n")
+    assert len(seen) > 50
+
+
+# The comparison finds what it is there to find.
+
+
+def is_quiet_while_a_read_runs(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PendingTransfer, "writing_sources", [])
+
+
+def lands_though_the_lease_had_ended(patch: pytest.MonkeyPatch) -> None:
+    async def always_held(self: Pull, *, landed: bool) -> bool:
+        return True
+
+    patch.setattr(Pull, "_release", always_held)
+
+
+def tells_of_a_failure_only_when_the_read_has_ended(patch: pytest.MonkeyPatch) -> None:
+    fail = Strand.fail
+
+    def late(self: Strand, error: DisaggregatedError) -> None:
+        if not self.transfer.is_writable:
+            fail(self, error)
+
+    patch.setattr(Strand, "fail", late)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        is_quiet_while_a_read_runs,
+        lands_though_the_lease_had_ended,
+        tells_of_a_failure_only_when_the_read_has_ended,
+    ],
+)
+def test_the_comparison_finds_a_pull_that(mistake: Callable[[pytest.MonkeyPatch], None]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        mistake(patch)
+        with pytest.raises(AssertionError):
+            test_the_real_pull_follows_every_interleaving_of_eight_events()

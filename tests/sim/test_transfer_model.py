@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 import random
 import sys
 from collections.abc import Callable, Hashable, Sequence
@@ -14,7 +15,8 @@ from typing import Any, Final
 
 import pytest
 
-from kvtransfer.machine import CancelResult, DestinationPhase, DestinationTransfer
+from kvtransfer import machine
+from kvtransfer.machine import CancelResult, DestinationPhase, DestinationTransfer, InvalidTransition, SourcePhase
 from kvtransfer.source.lease import LeaseBook
 from tests.support.transfer_model import Event, World
 
@@ -27,7 +29,8 @@ GOOD: Final = [
     Event.PROGRESS,  # ask whether the lease held
     Event.PROGRESS,  # hear that it did
 ]
-GOOD_IN_TWO: Final = [*GOOD[:4], *GOOD[1:]]
+GOOD_IN: Final = {1: GOOD, 2: [*GOOD[:4], *GOOD[1:]], 3: [*GOOD[:4], *GOOD[1:4], *GOOD[1:]]}
+"""By the number of chunks."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,6 +57,12 @@ class Explored:
                     reached[there] += count
             counts = reached
         return ended + sum(counts.values())
+
+
+def on_the_way(num_chunks: int) -> list[list[Event]]:
+    """Each beginning of a transfer that goes well."""
+    good = GOOD_IN[num_chunks]
+    return [good[:end] for end in range(len(good))]
 
 
 def play(events: Sequence[Event], num_chunks: int) -> World:
@@ -92,10 +101,10 @@ def _look_at(world: World, found: Explored) -> None:
     world.settle()
 
 
-@pytest.mark.parametrize(("num_chunks", "good"), [(1, GOOD), (2, GOOD_IN_TWO)], ids=["one chunk", "two chunks"])
-def test_no_interleaving_of_eight_events_breaks_an_invariant(num_chunks: int, good: list[Event]) -> None:
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_no_interleaving_of_eight_events_breaks_an_invariant(num_chunks: int) -> None:
     """From each point of a transfer that goes well, so that its end is reached with events to spare."""
-    begin = [good[:end] for end in range(len(good))]
+    begin = on_the_way(num_chunks)
     found = explore(begin, num_chunks=num_chunks)
     num = sum(found.num_interleavings(play(events, num_chunks).key, DEPTH) for events in begin)
     counts = f"{num:,} interleavings of {DEPTH} events, {len(found.ways):,} worlds, {found.num_steps:,} steps"
@@ -167,9 +176,47 @@ def forgets_blocks_that_were_quarantined(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DestinationTransfer, "read_ended", never_ends)
 
 
+def calls_a_stopping_read_quiet(patch: pytest.MonkeyPatch) -> None:
+    reads = property(lambda self: self.phase is DestinationPhase.READING)
+    patch.setattr(DestinationTransfer, "is_writable", reads)
+
+
+def lets_the_last_outcome_stand(patch: pytest.MonkeyPatch) -> None:
+    stop = DestinationTransfer._stop
+
+    def overriding(self: DestinationTransfer, outcome: DestinationPhase, *, now_s: float) -> CancelResult:
+        result = stop(self, outcome, now_s=now_s)
+        self._decided = outcome
+        return result
+
+    patch.setattr(DestinationTransfer, "_stop", overriding)
+
+
+def says_that_blocks_in_flight_may_be_freed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CancelResult, "may_free", property(lambda self: True))
+
+
+def never_lets_a_lease_run_out(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LeaseBook, "due", lambda self, *, now_s: [])
+
+
+def gives_the_blocks_of_a_source_back_twice(patch: pytest.MonkeyPatch) -> None:
+    end = LeaseBook.end
+
+    def again(self: LeaseBook, transfer_id: str, *args: Any, **options: Any) -> bool:
+        return end(self, transfer_id, *args, **options) or self.ending(transfer_id) is not None
+
+    patch.setattr(LeaseBook, "end", again)
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
+        calls_a_stopping_read_quiet,
+        lets_the_last_outcome_stand,
+        says_that_blocks_in_flight_may_be_freed,
+        never_lets_a_lease_run_out,
+        gives_the_blocks_of_a_source_back_twice,
         frees_while_a_read_runs,
         is_revived_by_a_late_completion,
         lands_though_the_lease_had_ended,
@@ -180,4 +227,25 @@ def test_the_explorer_finds_a_transfer_that(mistake: Callable[[pytest.MonkeyPatc
     with pytest.MonkeyPatch.context() as patch:
         mistake(patch)
         with pytest.raises(AssertionError):
-            explore([GOOD[:end] for end in range(len(GOOD))], num_chunks=1)
+            explore(on_the_way(1), num_chunks=1)
+
+
+EDGES: Final = [
+    *((machine.NEXT_SOURCE, here, there) for here, ends in machine.NEXT_SOURCE.items() for there in sorted(ends)),
+    *(
+        (machine.NEXT_DESTINATION, here, there)
+        for here, ends in machine.NEXT_DESTINATION.items()
+        for there in sorted(ends)
+    ),
+]
+
+
+@pytest.mark.parametrize(("table", "here", "there"), EDGES, ids=[f"{here}-{there}" for _, here, there in EDGES])
+def test_every_edge_of_the_tables_is_needed(
+    table: Any, here: enum.StrEnum, there: enum.StrEnum, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it some interleaving stops at InvalidTransition: so the tables allow nothing that never happens."""
+    monkeypatch.setitem(table, here, table[here] - {there})
+    num_chunks = 1 + (here is SourcePhase.PUBLISHING) + (there is SourcePhase.PUBLISHING)
+    with pytest.raises(InvalidTransition):
+        explore(on_the_way(num_chunks), num_chunks=num_chunks)

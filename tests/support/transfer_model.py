@@ -18,7 +18,6 @@ from kvtransfer.machine import CancelResult, DestinationPhase, DestinationTransf
 from kvtransfer.runs import Run
 from kvtransfer.source.lease import Chunk, Ending, LeaseBook, Outcome, Progress
 
-NUM_BLOCKS: Final = 2
 LEASE_S: Final = 10.0
 EPOCH_MAX: Final = 3
 REQUESTS_MAX: Final = 2
@@ -65,22 +64,24 @@ class World:
     """Invariant: see `check`."""
 
     def __init__(self, num_chunks: int = 1) -> None:
+        """One chunk is two blocks, several are one block each."""
         self._num_chunks = num_chunks
+        self.num_blocks = max(2, num_chunks)
         self._now_s = 0.0
         self.source = self._incarnation(1)
-        self.owner: list[str] = ["request 1"] * NUM_BLOCKS
+        self.owner: list[str] = ["request 1"] * self.num_blocks
         """Who our blocks are lent to, or "free"."""
-        self.into: list[str] = ["ours"] * NUM_BLOCKS
+        self.into: list[str] = ["ours"] * self.num_blocks
         self.request = 1
-        self.releases_expected = 0
         self.admitted: set[int] = set()
-        self.decided: set[int] = set()
+        self.decided: dict[int, DestinationPhase] = {}
+        """How a request was decided first, if otherwise than by landing."""
         self.last_cancel: CancelResult | None = None
         self._begin()
 
     def _incarnation(self, epoch: int) -> Incarnation:
         book = LeaseBook(epoch=epoch, lease_s=LEASE_S, num_layers=1)
-        return Incarnation(epoch, book, [f"old {epoch}"] * NUM_BLOCKS)
+        return Incarnation(epoch, book, [f"old {epoch}"] * self.num_blocks)
 
     def _begin(self) -> None:
         """A request comes to both servers."""
@@ -91,7 +92,7 @@ class World:
         self.ticket = self.source
         if self.source.is_alive:
             self.source.book.open(self.name, now_s=self._now_s)
-            self.source.memory = [f"prompt of {self.name}"] * NUM_BLOCKS
+            self.source.memory = [f"prompt of {self.name}"] * self.num_blocks
             self.source.releases = 0
 
     @property
@@ -137,8 +138,12 @@ class World:
         book, published = self.ticket.book, self.ticket.book.published(self.name)
         assert published is not None, "published without a lease"
         begin = published.num_blocks
-        end = NUM_BLOCKS if self._num_chunks == 1 else begin + 1
-        outcome = Outcome(num_tokens=NUM_BLOCKS, num_blocks=NUM_BLOCKS, first_token=0) if end == NUM_BLOCKS else None
+        end = self.num_blocks if self._num_chunks == 1 else begin + 1
+        outcome = (
+            Outcome(num_tokens=self.num_blocks, num_blocks=self.num_blocks, first_token=0)
+            if end == self.num_blocks
+            else None
+        )
         ids = tuple(range(begin, end))
         chunk = Chunk(first_block=begin, block_ids=ids, checksums=ids, num_tokens=end)
         book.publish(self.name, chunk, outcome, now_s=self._now_s)
@@ -148,7 +153,7 @@ class World:
         if not source.is_alive or not source.book.end(self.name, phase, "x", now_s=self._now_s):
             return False
         source.releases += 1
-        source.memory = ["the next owner's"] * NUM_BLOCKS
+        source.memory = ["the next owner's"] * self.num_blocks
         return True
 
     def _prefill_fails(self) -> None:
@@ -259,26 +264,26 @@ class World:
             self._fail("the lease had ended before")
 
     def _fail(self, reason: str) -> None:
-        self._decided(self.transfer.fail(now_s=self._now_s))
+        self._decided(self.transfer.fail(now_s=self._now_s), DestinationPhase.FAILED)
 
     def _cancel(self) -> None:
-        self._decided(self.transfer.cancel(now_s=self._now_s))
+        self._decided(self.transfer.cancel(now_s=self._now_s), DestinationPhase.CANCELLED)
 
     def _timeout(self) -> None:
         self._fail("late")
 
-    def _decided(self, result: CancelResult) -> None:
+    def _decided(self, result: CancelResult, outcome: DestinationPhase) -> None:
         """Its source is told; that may be lost, and then the lease is the last resort."""
         self.last_cancel = result
-        self.decided.add(self.request)
+        self.decided.setdefault(self.request, outcome)
         assert result.may_free is not self.transfer.is_writable, f"{result} in {self.transfer.phase}"
         if self.following is not None:
             self._end_lease(SourcePhase.GIVEN_UP)
 
     def _give_back_when_quiet(self) -> None:
         if self.transfer.is_over and self.request not in self.admitted and self.owner[0] == self.name:
-            self.owner = ["free"] * NUM_BLOCKS
-            self.into = ["somebody else's"] * NUM_BLOCKS
+            self.owner = ["free"] * self.num_blocks
+            self.into = ["somebody else's"] * self.num_blocks
 
     def _can_go_on(self) -> bool:
         has_room_there = self.source.is_alive and not self.source.book.live()
@@ -286,7 +291,7 @@ class World:
 
     def _next_request(self) -> None:
         self.request += 1
-        self.owner = [self.name] * NUM_BLOCKS
+        self.owner = [self.name] * self.num_blocks
         self._begin()
 
     # What must hold after each event.
@@ -298,15 +303,20 @@ class World:
         free = {block for block, owner in enumerate(self.owner) if owner == "free"}
         assert not free & writable, "a block is free and writable at once"
         lent = {block for block, owner in enumerate(self.owner) if owner == self.name}
-        assert free | lent == set(range(NUM_BLOCKS)), "a block is lost"
-        assert not self.admitted & self.decided, "a late completion revived a decided outcome"
+        assert free | lent == set(range(self.num_blocks)), "a block is lost"
+        assert not self.admitted & self.decided.keys(), "a late completion revived a decided outcome"
         is_stopped = self.transfer.is_over or self.transfer.phase is DestinationPhase.STOPPING
         assert is_stopped or self.request not in self.decided, "a decided outcome was revived"
+        if self.transfer.is_over:
+            first = self.decided.get(self.request, DestinationPhase.LANDED)
+            assert self.transfer.phase is first, f"{first} was decided first, {self.transfer.phase} stands"
         if self.request in self.admitted:
-            assert self.into == [f"prompt of {self.name}"] * NUM_BLOCKS, f"a foreign block was admitted: {self.into}"
+            assert self.into == [f"prompt of {self.name}"] * self.num_blocks, (
+                f"a foreign block was admitted: {self.into}"
+            )
             assert self.ticket.book.ending(self.name).phase is SourcePhase.RELEASED  # type: ignore[union-attr]
         if free:
-            assert self.into == ["somebody else's"] * NUM_BLOCKS, f"a late write: {self.into}"
+            assert self.into == ["somebody else's"] * self.num_blocks, f"a late write: {self.into}"
         assert self.ticket.releases <= 1, "blocks of the source went back twice"
         assert self._lease_lives() or not self.ticket.is_alive or self.ticket.releases == 1, "blocks of it are lost"
 
@@ -339,5 +349,5 @@ class World:
             tuple(self.into),
             self.request,
             tuple(sorted(self.admitted)),
-            tuple(sorted(self.decided)),
+            tuple(sorted(self.decided.items())),
         )
