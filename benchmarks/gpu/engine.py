@@ -1,6 +1,6 @@
 """Decode and prefill of a Llama-3-8B-shaped model: share of memory bandwidth, share of FLOP/s, time between kernels.
 
-python -m benchmarks.gpu.engine bfloat16|fp8
+python -m benchmarks.gpu.engine bfloat16|fp8 [flashinfer]         flashinfer: decode attention by it, fast mode only
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def no_host_memory(layout: KVLayout) -> bytearray:
     raise AssertionError("the pool of a CUDA engine is CUDA memory")
 
 
-def make_runner(folder: pathlib.Path, dtype: str, *, deterministic: bool) -> CudaModelRunner:
+def make_runner(
+    folder: pathlib.Path, dtype: str, *, deterministic: bool, attn_backend: str = "auto"
+) -> CudaModelRunner:
     config = ServerConfig(
         model=str(llama.write_model(folder)),
         role="generation",
@@ -49,6 +51,7 @@ def make_runner(folder: pathlib.Path, dtype: str, *, deterministic: bool) -> Cud
         max_num_tokens=8192,
         max_seq_len=8448,
         deterministic=deterministic,
+        attn_backend=attn_backend,
         kv_cache_config=KVCacheConfig(
             max_tokens=POOL_TOKENS, tokens_per_block=BLOCK_SIZE, dtype="fp8" if dtype == "fp8" else "auto"
         ),
@@ -153,6 +156,14 @@ def measure_prefill(runner: CudaModelRunner, dtype: str, mode: str, flops: float
         )
 
 
+def flashinfer(dtype: str) -> None:
+    bandwidth = measured_bandwidth()
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        runner = make_runner(pathlib.Path(folder), dtype, deterministic=False, attn_backend="flashinfer")
+        measure_decode(runner, dtype, "fast, FlashInfer", SHORT + LONG, bandwidth)
+
+
 def main(dtype: str) -> None:
     bandwidth, flops = measured_bandwidth(), measured_flops()
     torch.cuda.empty_cache()
@@ -168,4 +179,4 @@ def main(dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    (flashinfer if "flashinfer" in sys.argv[2:] else main)(sys.argv[1])

@@ -1,4 +1,7 @@
-"""One context and one generation process on one GPU, a Llama-3-8B-shaped model: TTFT, ITL, transfer."""
+"""One context and one generation process on one GPU, a Llama-3-8B-shaped model: TTFT, ITL, transfer.
+
+python -m benchmarks.gpu.pair [staged]         staged: by pinned host memory, where CUDA IPC is at hand, too
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import pathlib
 import random
 import statistics
+import sys
 import tempfile
 import time
 
@@ -47,10 +51,11 @@ async def one(
     return first_s[0] - started_s, itl_s, times.transfer_s, times.transfer_bytes
 
 
-async def main() -> None:
+async def main(cuda_ipc: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = str(llama.write_model(pathlib.Path(folder)))
-        commands = [["-m", f"{role}_server", model, *FLAGS] for role in ("context", "generation")]
+        way = f"--cache-transceiver-config.cuda-ipc={cuda_ipc}"
+        commands = [["-m", f"{role}_server", model, *FLAGS, way] for role in ("context", "generation")]
         async with (
             all_running(commands, ready_timeout_s=90.0) as [context_process, generation_process],
             ContextClient(context_process.address) as context,
@@ -58,11 +63,13 @@ async def main() -> None:
         ):
             keep("pair: ready", f"{context_process.ready_line}; {generation_process.ready_line}")
             await one(context, generation, 512, 0)
+            links = (await generation.wait_idle()).links
+            name = "pair, " + "; ".join(f"{link.transport} ({link.devices})" for link in links)
             for length in (512, 2048, 8192):
                 seen = [await one(context, generation, length, length + i) for i in range(1, 4)]
                 ttft, itl, transfer, size = (statistics.median(column) for column in zip(*seen, strict=True))
                 keep(
-                    f"pair: prompt of {length}, {NUM_TOKENS} tokens",
+                    f"{name}: prompt of {length}, {NUM_TOKENS} tokens",
                     f"TTFT {ttft * 1e3:.0f} ms, ITL {itl * 1e3:.2f} ms, "
                     f"{size / 1e6:.0f} MB in {transfer * 1e3:.1f} ms, {size / max(transfer, 1e-9) / 1e9:.1f} GB/s",
                 )
@@ -71,8 +78,11 @@ async def main() -> None:
                 for i in range(16):
                     group.create_task(one(context, generation, 1024, 100_000 + i))
             seconds = time.perf_counter() - started_s
-            keep("pair: 16 prompts of 1024 at once", f"{16 * NUM_TOKENS / seconds:.0f} output tok/s in {seconds:.2f} s")
+            keep(
+                f"{name}: 16 prompts of 1024 at once",
+                f"{16 * NUM_TOKENS / seconds:.0f} output tok/s in {seconds:.2f} s",
+            )
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main("false" if "staged" in sys.argv[1:] else "true"))
