@@ -2,6 +2,7 @@
 
 port bound → engine loaded → READY on stdout → serving → SIGTERM or SIGINT → drained → exit 0
     │            │                                ├→ second signal: at once, exit 0
+    │            │                                ├→ something does not return: by force, exit 70
     └────────────┴→ StartupError: its exit code   └→ the engine crashed: traceback, exit 70
 """
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from disaggregated import logs, rpc
 from disaggregated.config.server import ServerConfig
+from disaggregated.engine.serving.last_resort import gone_within
 from disaggregated.engine.serving.role import AllocatePool, LoadedServer, MakeRole, MemoryT, Role, ServerIdentity
 from disaggregated.engine.serving.service import ServerService
 from disaggregated.engine.serving.staged_pool import stage
@@ -37,6 +39,8 @@ DRAIN_ON_SIGNAL_S: Final = 4.0
 """Short, because whoever sends a signal waits in front of it. To wait longer, call Drain first."""
 GOODBYE_S: Final = 1.0
 """For the last messages of streams to leave, once every request is done."""
+CLOSE_S: Final = 15.0
+"""For everything to be closed after that; more is only ever needed by something that does not return."""
 
 ResultT = TypeVar("ResultT")
 
@@ -126,6 +130,7 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
         _say_ready(address, server, time.monotonic() - started_s)
         await end.asked.wait()
         await _drain(role, end)
+        gone_within(CLOSE_S, EXIT_CRASHED)
         service.end_watches()
         await role.end_streams()
         await grpc_server.stop(None if end.at_once.is_set() else GOODBYE_S)
