@@ -7,8 +7,11 @@ for, by name: whoever imports this package for anything else, as the orchestrato
 import importlib
 import os
 
-# Else gRPC tells its own affairs ("skipping fork() handlers") on stderr, into our log. It looks when it is loaded.
+# gRPC looks at these when it is loaded. Else it tells its own affairs on stderr, into our log; and starts its threads
+# again in a child that was forked, which share our epoll sets and can crash before the child has become the program
+# that it was to be: uvloop forks for each process that it starts.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 __version__ = "0.1.0"
 
