@@ -3,7 +3,7 @@
     make bench-transfer          python -m benchmarks.transfer [--quick]
 
 512 MiB in scattered blocks of pools that were touched before. Every figure of ours is of a whole pull: publications,
-leases, parts of 16 MiB, every block verified; the others move the bytes, and nothing more. Contenders of one table take
+leases, parts of 64 MiB, every block verified; the others move the bytes, and nothing more. Contenders of one table take
 turns, so that a ratio compares minutes that are alike; figures are medians, CPU seconds are of both sides.
 NIXL, UCX and Mooncake are measured where they are installed (`python -m benchmarks.peers`).
 """

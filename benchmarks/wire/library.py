@@ -1,7 +1,7 @@
 """UCX and NIXL, by themselves and behind our protocol: both ends are children, since no two libraries share a process.
 
 bare("UCX", layout)      the library as its users drive it: the same chunks, no leases, no control socket, no stop
-ours_apart("UCX", layout)    our transport, reads of 16 MiB parts as a pull makes them, without verification
+ours_apart("UCX", layout)    our transport, reads of 64 MiB parts as a pull makes them, without verification
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.runs import Run
 from kvtransfer.transport import BlockRead, Offer, OurEnd, PeerLink, ReadStop, SourceIdentity
 
-PART_BYTES: Final = 16 << 20
+PART_BYTES: Final = 64 << 20
 EPOCH: Final = 1
 SUMS_UP_VARIABLE: Final = "BENCH_SUMS_UP"
 SUMS_UP: Final = bool(os.environ.get(SUMS_UP_VARIABLE))

@@ -11,8 +11,10 @@ from kvtransfer.destination.quarantine import QuarantineLimits
 from kvtransfer.negotiate import Preference
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, DestinationTransport
 
-PART_BYTES: Final = 16 << 20
-"""Of one read at most."""
+PART_BYTES: Final = 64 << 20
+"""Of one read at most: asking for it costs as much as moving a megabyte or two of it. A stop waits for none of them."""
+STAGED_PART_BYTES: Final = 16 << 20
+"""Of a read into a region beside the pool, which has to be that large."""
 READERS_MAX: Final = 16
 """Threads. A read beyond waits for one, within its deadline; a dead source holds one for the progress timeout."""
 IN_FLIGHT_BYTES: Final = 2 * READERS_MAX * PART_BYTES
@@ -43,4 +45,4 @@ class DestinationOptions:
 
     def part_tokens(self, layout: KVLayout) -> int:
         """Of a foreign source, to be staged at a time."""
-        return self.max_tokens_in_buffer or PART_BYTES // layout.token_bytes
+        return self.max_tokens_in_buffer or STAGED_PART_BYTES // layout.token_bytes

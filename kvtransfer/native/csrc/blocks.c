@@ -81,6 +81,24 @@ static void take(checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_by
 
 void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes) { take(sum, from, NULL, num_bytes, ONLY_SUM); }
 
+/* Whether stripes of a pool's blocks are aligned, so that they can be stored past the cache. */
+static int has_aligned_stripes(const pool *of, int64_t block_bytes)
+{
+    return (uintptr_t)of->base % STRIPE_BYTES == 0 && block_bytes % STRIPE_BYTES == 0;
+}
+
+void fill_past_cache(const order *what, checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_bytes)
+{
+    take(sum, from, to, num_bytes, has_aligned_stripes(&what->from, what->block_bytes) ? STREAM : STORE);
+}
+
+void let_everyone_see(void)
+{
+#ifdef __x86_64__
+    _mm_sfence();
+#endif
+}
+
 static int is_sound(const pool *of, const int64_t *ids, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
@@ -105,7 +123,7 @@ EXPORT int64_t take_blocks(const order *what, checksum *sums, const volatile int
 {
     if (!order_is_sound(what))
         return UNSOUND;
-    int is_aligned = (uintptr_t)what->to.base % STRIPE_BYTES == 0 && what->block_bytes % STRIPE_BYTES == 0;
+    int is_aligned = has_aligned_stripes(&what->to, what->block_bytes);
     destination_kind kind = !what->to.base ? ONLY_SUM : what->past_cache && is_aligned ? STREAM : STORE;
     int64_t taken = 0;
     begin_sums(what, sums);
@@ -120,8 +138,6 @@ EXPORT int64_t take_blocks(const order *what, checksum *sums, const volatile int
             taken += what->block_bytes;
         }
     }
-#ifdef __x86_64__
-    _mm_sfence(); /* What went past the cache is there for everyone before anyone is told so. */
-#endif
+    let_everyone_see();
     return *stop ? STOPPED : DONE;
 }

@@ -32,6 +32,13 @@ void begin_sums(const order *what, checksum *sums);
 /* The next bytes of a block's input, where they lie. */
 void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes);
 
+/* The same for bytes that lie elsewhere: they are copied to where the input goes on, in a block of the pool `from`.
+   Whoever has called it calls let_everyone_see before anyone is told. */
+void fill_past_cache(const order *what, checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_bytes);
+
+/* What went past the cache is there for every thread from here on. */
+void let_everyone_see(void);
+
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Where block `i` of the order lies. */
