@@ -1,8 +1,8 @@
 """The few calls of the CUDA runtime that map another process's memory, through `cuda-bindings`.
 
-Everything else that touches a device is the engine's. The bindings are NVIDIA's own and come with torch's CUDA builds;
-`pip install 'disaggregated[cuda]'` brings them anywhere. They are imported when a mapper is made, not before: a server
-on a CPU never loads them.
+Everything else that touches a device is the engine's. The bindings are NVIDIA's own and come with newer CUDA builds of
+torch; `pip install 'disaggregated[cuda]'` brings them anywhere. They are imported when a mapper is made, not before: a
+server on a CPU never loads them.
 
 Both the bindings' runtime and torch's work in the device's primary context, so an address of one is good in the other.
 """
