@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
 
+import psutil
+
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
@@ -35,6 +37,7 @@ from orchestrator.launch_plan import (
     Start,
     Terminate,
 )
+from orchestrator.memory_room import why_no_room
 from orchestrator.server_child import MODULES, READY_LINE, ServerChild
 
 log = logs.get(__name__)
@@ -111,13 +114,7 @@ class Launcher:
 
         Raises InvalidRequest for a role or count that cannot be, DisaggregatedError when a new server cannot start.
         """
-        if role not in self._configs:
-            raise InvalidRequest(f"there is no role {role}; the roles are context and generation", param="role")
-        if role not in self._local_pools():
-            raise InvalidRequest(f"the {role} servers have urls and are run by somebody else", param=role)
-        lowest = 1 if role == "generation" else 0
-        if not lowest <= count <= INSTANCES_MAX:
-            raise InvalidRequest(f"{role}: must be between {lowest} and {INSTANCES_MAX}, is {count}", param=role)
+        self._check_may_scale(role, count)
         is_heard = asyncio.Event()
 
         def event(now_s: float) -> list[Decision]:
@@ -136,6 +133,18 @@ class Launcher:
             raise DisaggregatedError(f"{troubled.name} cannot start: {troubled.last_exit}: {words}")
         if self.plan.wanted(role) != count:
             raise DisaggregatedError(f"{role}: {self.plan.wanted(role)} servers are wanted by now, no longer {count}")
+
+    def _check_may_scale(self, role: str, count: int) -> None:
+        if role not in self._configs:
+            raise InvalidRequest(f"there is no role {role}; the roles are context and generation", param="role")
+        if role not in self._local_pools():
+            raise InvalidRequest(f"the {role} servers have urls and are run by somebody else", param=role)
+        lowest = 1 if role == "generation" else 0
+        if not lowest <= count <= INSTANCES_MAX:
+            raise InvalidRequest(f"{role}: must be between {lowest} and {INSTANCES_MAX}, is {count}", param=role)
+        num_new, available_bytes = count - self.plan.wanted(role), psutil.virtual_memory().available
+        if reason := why_no_room(role, num_new, self._configs[role].server, available_bytes=available_bytes):
+            raise InvalidRequest(reason, param=role)
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Looks after every event; the caller sets the deadline."""
@@ -171,10 +180,11 @@ class Launcher:
         return self._troubled(role) is not None or self.plan.wanted(role) != count or self.plan.is_settled(role)
 
     def _troubled(self, role: str) -> Instance | None:
-        """An instance that does not start, or crashes at every start."""
+        """An instance that is wanted and does not start, or crashes at every start."""
         for instance in self.plan.instances.values():
+            is_leaving = instance.phase in (Phase.DRAINING, Phase.STOPPING)
             is_hopeless = instance.phase is Phase.FAILED or instance.failures_in_a_row >= CRASHES_MAX
-            if instance.role == role and is_hopeless:
+            if instance.role == role and is_hopeless and not is_leaving:
                 return instance
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
-from disaggregated.config.server import ServerConfig
+from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.errors import DisaggregatedError, InvalidRequest, ModelUnavailable
 from orchestrator.launch_plan import LaunchLimits
 from orchestrator.launcher import Launcher
@@ -145,6 +146,18 @@ async def test_a_count_that_cannot_be_is_refused(role: str, count: int, message:
             await launcher.scale(role, count)
 
 
+async def test_servers_for_whose_pools_there_is_no_memory_are_refused_before_one_is_started() -> None:
+    config = deployment()
+    huge = KVCacheConfig(cpu_memory_budget_bytes=1 << 50)
+    server = dataclasses.replace(config.context.server, device="cpu", kv_cache_config=huge)
+    config = dataclasses.replace(config, context=dataclasses.replace(config.context, server=server))
+    async with launched(config, NotingPools()) as launcher:
+        await launcher.wait_until(lambda: launcher.plan.wanted("context") == 1)
+        with pytest.raises(InvalidRequest, match=r"^context: 2 more would take .* GiB for their KV pools alone, and "):
+            await launcher.scale("context", 3)
+        assert launcher.plan.wanted("context") == 1
+
+
 async def test_servers_with_urls_are_nobodys_to_scale() -> None:
     server = ServerConfig(model="", role="context")
     pool = PoolConfig(urls=("localhost:1",), server=server)
@@ -183,6 +196,7 @@ async def test_scaling_to_servers_that_crash_at_every_start_is_told_in_their_wor
         group.create_task(launcher.run(stop))
         with pytest.raises(DisaggregatedError, match=r"^context-\d cannot start: exit code 1: it is a bad day$"):
             await launcher.scale("context", 2)
+        await launcher.scale("context", 0)  # Nobody is told any more of those that are not wanted.
         stop.set()
 
 
