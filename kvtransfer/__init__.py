@@ -3,6 +3,8 @@
     context server                                  generation server
     TransferSource.open / publish / finish          TransferDestination.pull
 
+To use it without the rest of the product: docs/transfer-library.md, whose two programs run as they stand.
+
 Read in this order: region, transport, frames, listener, link, shm, tcp; machine, lease, source; peer, pull,
 destination; staging, staged_source for pools in a device's memory, device_pool, cuda_ipc, device_source for two on one
 host.

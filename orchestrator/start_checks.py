@@ -37,9 +37,9 @@ def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.enviro
 
 
 def _started_here(config: DeploymentConfig) -> list[PoolConfig]:
-    """What the environment says of backends counts in the servers' own configuration, as it does in theirs."""
+    """The pools whose backends must be here; none where no KV travels."""
     if config.context.num_instances == 0:
-        return []  # Nothing travels. Context servers that come later are told the same when they start.
+        return []  # Context servers that come later are told the same when they start.
     return [pool for pool in (config.context, config.generation) if not pool.urls]
 
 
