@@ -11,6 +11,8 @@ import torch
 from disaggregated.engine.cuda.device_pool import CudaPool
 from disaggregated.errors import TransferError
 from kvtransfer.checksum import PoolBlocks
+from kvtransfer.device_pool import DevicePool
+from kvtransfer.transports import cuda_runtime
 from tests.support.kv_pools import SMALL
 
 THEIRS = dataclasses.replace(SMALL, num_blocks=40)
@@ -33,6 +35,14 @@ class Launches:
 def pool_with(launches: Launches) -> CudaPool:
     size = (SMALL.num_layers, SMALL.num_blocks, SMALL.block_bytes)
     return CudaPool(torch.zeros(size, dtype=torch.uint8), SMALL, launches)
+
+
+def test_it_is_what_the_transfer_layer_asks_for() -> None:
+    """Which the type checker sees, too."""
+    pool: cuda_runtime.CudaPool = pool_with(Launches())
+    asked: DevicePool = pool
+    assert (asked.layout, asked.device, pool.device_index) == (SMALL, "cpu:0", 0)
+    assert asked.address > 0
 
 
 def test_a_copy_is_one_launch_for_all_blocks_and_layers() -> None:
