@@ -28,7 +28,7 @@ from disaggregated.engine.api import (
     Reservation,
     TokensSampled,
 )
-from disaggregated.engine.serving.live_requests import LiveRequests, request_id_of
+from disaggregated.engine.serving.live_requests import LiveRequests
 from disaggregated.engine.serving.role import ENGINE_STOP_S, LoadedServer, as_our_error
 from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import (
@@ -41,6 +41,7 @@ from disaggregated.errors import (
 from disaggregated.peer_input import checked_name, checked_seconds
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2, control_pb2_grpc
+from generation_server import reports
 from generation_server.admission import Admission, Caller
 from generation_server.prefix_lender import PrefixLender
 from generation_server.step_stream import StepStream
@@ -122,35 +123,12 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         return self._destination.quarantine().unhealthy
 
     def links(self) -> Sequence[control_pb2.LinkStatistics]:
-        return [
-            control_pb2.LinkStatistics(
-                peer_id=peer.peer_id,
-                transport=peer.transport,
-                bytes_total=peer.bytes_total,
-                seconds_total=peer.seconds_total,
-                transfers_total=peer.transfers_total,
-                failures_total=peer.failures_total,
-                why=peer.why,
-                fallbacks=peer.fallbacks,
-                devices=peer.devices,
-                recent_bytes_per_s=peer.recent_bytes_per_s,
-            )
-            for peer in self._destination.statistics()
-        ]
+        return [reports.link(peer) for peer in self._destination.statistics()]
 
     def transfers(self) -> Sequence[control_pb2.LedgerEntry]:
+        landing = [admission for admission in self._admissions.values() if admission.transfer is not None]
         lent = self._lender.ledger() if self._lender is not None else []
-        landing = [
-            control_pb2.LedgerEntry(
-                kind="transfer",
-                owner=request_id_of(admission.engine_id),
-                count=-(-admission.num_prompt_tokens // self._block_size),
-                age_s=admission.age_s,
-            )
-            for admission in self._admissions.values()
-            if admission.transfer is not None
-        ]
-        return [*landing, *lent]
+        return [*(reports.landing(admission, self._block_size) for admission in landing), *lent]
 
     # The Generate stream.
 

@@ -15,6 +15,7 @@ from disaggregated import logs
 from disaggregated.errors import PeerLost, StaleEpoch, TransferError, TransferTimeout
 from disaggregated.v1 import kv_pb2
 from kvtransfer.deadline import Deadline
+from kvtransfer.destination.connect import connect
 from kvtransfer.destination.options import IDLE_MAX_S
 from kvtransfer.destination.peer import (
     FailPull,
@@ -23,7 +24,6 @@ from kvtransfer.destination.peer import (
     SourcePeer,
     Ticket,
     close_peer,
-    connect,
     source_errors,
 )
 from kvtransfer.destination.readers import FairReaders

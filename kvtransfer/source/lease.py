@@ -36,24 +36,6 @@ class Chunk:
     """That became readable; None: all."""
 
 
-def joined(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The same blocks in fewer chunks: neighbours that became readable in the same layers are one, in all of them."""
-    found: list[Chunk] = []
-    for chunk in chunks:
-        before = found[-1] if found else None
-        if before is not None and before.layers == chunk.layers and chunk.first_block > before.first_block:
-            found[-1] = Chunk(
-                first_block=before.first_block,
-                block_ids=before.block_ids + chunk.block_ids,
-                checksums=before.checksums + chunk.checksums,
-                num_tokens=chunk.num_tokens,
-                layers=chunk.layers,
-            )
-        else:
-            found.append(chunk)
-    return found
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
     """How far the publications of a transfer have come."""

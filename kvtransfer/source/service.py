@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 from disaggregated import rpc
@@ -27,7 +27,7 @@ from kvtransfer.conversion.planner import refusal
 from kvtransfer.machine import SourcePhase
 from kvtransfer.pool_identity import PoolIdentity
 from kvtransfer.source.endpoints import SourceEndpoints
-from kvtransfer.source.lease import Ending, LeaseBook, Progress, joined
+from kvtransfer.source.lease import Chunk, Ending, LeaseBook, Progress
 from kvtransfer.source.options import Lend
 
 FOLLOWERS_MAX: Final = 4096
@@ -192,7 +192,7 @@ class KVSourceService(kv_pb2_grpc.KVSourceServicer):
 
 def _publications(progress: Progress, epoch: int) -> Iterator[kv_pb2.Publication]:
     """What a slow follower has not taken comes as few; the outcome goes with the last, the key with each."""
-    chunks = joined(progress.chunks)
+    chunks = _joined(progress.chunks)
     for chunk in chunks:
         outcome = progress.outcome if chunk is chunks[-1] else None
         yield kv_pb2.Publication(
@@ -206,6 +206,24 @@ def _publications(progress: Progress, epoch: int) -> Iterator[kv_pb2.Publication
             lease_key=progress.key,
             landing=kv_pb2.Landing(**dataclasses.asdict(outcome)) if outcome else None,
         )
+
+
+def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The same blocks in fewer chunks: neighbours that became readable in the same layers are one, in all of them."""
+    found: list[Chunk] = []
+    for chunk in chunks:
+        before = found[-1] if found else None
+        if before is not None and before.layers == chunk.layers and chunk.first_block > before.first_block:
+            found[-1] = Chunk(
+                first_block=before.first_block,
+                block_ids=before.block_ids + chunk.block_ids,
+                checksums=before.checksums + chunk.checksums,
+                num_tokens=chunk.num_tokens,
+                layers=chunk.layers,
+            )
+        else:
+            found.append(chunk)
+    return found
 
 
 def _cause(request: kv_pb2.ReleaseRequest) -> DisaggregatedError | None:

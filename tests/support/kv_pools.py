@@ -207,6 +207,11 @@ class Traces:
     threads: frozenset[str]
     mappings: int
 
+    def added_to(self, before: Traces) -> list[str]:
+        """What is here and was not there before. What an earlier test left, and has gone meanwhile, is no fault."""
+        more = [f"{self.mappings - before.mappings} mappings"] if self.mappings > before.mappings else []
+        return sorted((self.descriptors - before.descriptors) | (self.threads - before.threads)) + more
+
 
 def memory_of_others() -> tuple[int, int]:
     """Mappings of pools, and descriptors of them, in this process."""

@@ -78,7 +78,8 @@ def test_a_budget_smaller_than_one_read_lets_one_through_at_a_time(budget: int, 
 def test_a_source_that_holds_nothing_is_let_through_before_one_that_holds_much(threads: ThreadPoolExecutor) -> None:
     in_flight = InFlight(100)
     with holding(in_flight, "slow", least=40, most=50):
-        again = threads.submit(lambda: holding(in_flight, "slow", least=40, timeout_s=20).__enter__())
+        kept = holding(in_flight, "slow", least=40, timeout_s=20)
+        again = threads.submit(kept.__enter__)
         with holding(in_flight, "fast", least=40) as granted:
             assert granted == 40
         assert not again.done()
@@ -87,24 +88,27 @@ def test_a_source_that_holds_nothing_is_let_through_before_one_that_holds_much(t
 
 def test_small_reads_do_not_keep_a_large_one_out_for_ever(threads: ThreadPoolExecutor) -> None:
     in_flight = InFlight(10)
-    small = holding(in_flight, "a", least=1, most=1)
-    small.__enter__()
-    large = threads.submit(lambda: holding(in_flight, "b", least=10).__enter__())
-    while in_flight.num_waiting < 1:
-        time.sleep(0.001)
-    behind = threads.submit(lambda: holding(in_flight, "c", least=1, most=1).__enter__())
-    while in_flight.num_waiting < 2:
-        time.sleep(0.001)
-    assert in_flight.num_bytes == 1, "one that came later was let through first"
-    small.__exit__(None, None, None)
-    assert large.result(timeout=10) == 10
-    assert not behind.done()
+    large, later = holding(in_flight, "b", least=10), holding(in_flight, "c", least=1, most=1)
+    with holding(in_flight, "a", least=1, most=1):
+        entered = threads.submit(large.__enter__)
+        while in_flight.num_waiting < 1:
+            time.sleep(0.001)
+        entered_later = threads.submit(later.__enter__)
+        while in_flight.num_waiting < 2:
+            time.sleep(0.001)
+        assert in_flight.num_bytes == 1, "one that came later was let through first"
+    assert entered.result(timeout=10) == 10
+    assert not entered_later.done()
+    large.__exit__(None, None, None)
+    assert entered_later.result(timeout=10) == 1
+    later.__exit__(None, None, None)
 
 
 def test_a_large_read_that_a_stuck_one_keeps_out_holds_up_nobody_else_for_long(threads: ThreadPoolExecutor) -> None:
     in_flight, stop = InFlight(10), ReadStop()
     with holding(in_flight, "stuck", least=1, most=1):
-        large = threads.submit(lambda: holding(in_flight, "b", least=10, stop=stop).__enter__())
+        kept = holding(in_flight, "b", least=10, stop=stop)
+        large = threads.submit(kept.__enter__)
         while in_flight.num_waiting < 1:
             time.sleep(0.001)
         with holding(in_flight, "c", least=1, most=1, timeout_s=5 * KEEPS_ROOM_S) as granted:
@@ -129,7 +133,8 @@ def test_who_waits_too_long_is_told(threads: ThreadPoolExecutor) -> None:
 def test_a_stop_ends_the_wait_at_once(threads: ThreadPoolExecutor) -> None:
     in_flight, stop = InFlight(10), ReadStop()
     with holding(in_flight, "a", least=10):
-        waiting = threads.submit(lambda: holding(in_flight, "b", least=10, stop=stop, timeout_s=60).__enter__())
+        kept = holding(in_flight, "b", least=10, stop=stop, timeout_s=60)
+        waiting = threads.submit(kept.__enter__)
         stop.request()
         with pytest.raises(ReadStopped):
             waiting.result(timeout=10)
