@@ -27,7 +27,7 @@ from tests.support.servers import arguments, generation_server, random_prompt, w
 
 BECOME: Final = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
 SAMPLED: Final = SamplingParams(max_tokens=16, temperature=1.0, seed=7)
-READY: Final = r"^READY {role} (\S+:\d+) instance={role}-(\d+)-"
+READY: Final = r"^READY {role} (\S+:\d+) instance={role}-(?!{but}-)(\d+)-"
 BY_MPI: Final = "--cache-transceiver-config.backend=MPI"
 OR_ELSE: Final = "--cache-transceiver-config.fallback=true"
 
@@ -59,11 +59,12 @@ async def launched(*roles: str, model: pathlib.Path, flags: Sequence[str] = (BY_
                 await eventually(lambda: not any(map(is_alive, servers)))
 
 
-async def ready(mpirun: ServerProcess, role: str) -> tuple[str, int]:
-    """Its address and its process id."""
+async def ready(mpirun: ServerProcess, role: str, *, but: int = 0) -> tuple[str, int]:
+    """Its address and its process id, which is not `but`."""
+    pattern = READY.format(role=role, but=but)
     async with asyncio.timeout(60):
-        line = await mpirun.wait_line(READY.format(role=role))
-    match = re.search(READY.format(role=role), line)
+        line = await mpirun.wait_line(pattern)
+    match = re.search(pattern, line)
     assert match is not None
     return match[1], int(match[2])
 
@@ -85,20 +86,25 @@ async def test_blocks_travel_by_mpi_and_the_tokens_are_those_of_one_process(tmp_
         assert await mpirun.wait_exit() == 0
 
 
-async def test_a_killed_server_takes_no_other_with_it(tmp_path: pathlib.Path) -> None:
+async def test_a_killed_server_takes_no_other_with_it_and_the_others_go_on_by_mpi(tmp_path: pathlib.Path) -> None:
     prompt = random_prompt(200)
-    async with launched("context", "generation", model=write_model(tmp_path)) as mpirun:
-        context_address, context_pid = await ready(mpirun, "context")
-        address, pid = await ready(mpirun, "generation")
-        async with ContextClient(context_address) as context, GenerationClient(address) as generation:
-            before = await complete_disaggregated(context, generation, prompt, SAMPLED)
-            os.kill(context_pid, signal.SIGKILL)
+    async with launched("context", "context", "generation", model=write_model(tmp_path)) as mpirun:
+        dying_address, dying_pid = await ready(mpirun, "context")
+        other_address, other_pid = await ready(mpirun, "context", but=dying_pid)
+        address, _ = await ready(mpirun, "generation")
+        async with (
+            ContextClient(dying_address) as dying,
+            ContextClient(other_address) as other,
+            GenerationClient(address) as generation,
+        ):
+            before = await complete_disaggregated(dying, generation, prompt, SAMPLED)
+            os.kill(dying_pid, signal.SIGKILL)
             with pytest.raises(DisaggregatedError):
-                await complete_disaggregated(context, generation, random_prompt(200, seed=1), SAMPLED)
-            assert (await generation.complete(prompt, SAMPLED)).token_ids == before.token_ids
+                await complete_disaggregated(dying, generation, random_prompt(200, seed=1), SAMPLED)
+            after = await complete_disaggregated(other, generation, prompt, SAMPLED)
+            assert after.token_ids == before.token_ids
+            await mpirun.wait_line(rf"kv_source_connected source=context-{other_pid}-\S+ transport=MPI")
             await generation.wait_idle()
-        os.kill(pid, signal.SIGTERM)
-        await mpirun.wait_exit()
 
 
 async def test_a_server_that_comes_back_outside_of_its_world_is_read_another_way(tmp_path: pathlib.Path) -> None:
