@@ -2,7 +2,7 @@
 
    A unit of work is one kv head and a few consecutive tokens of one sequence: all query heads of the group times those
    tokens are the rows of a small matrix product. The sequence's keys pass by in tiles of TILE_KEYS, whose borders are
-   fixed positions in the sequence (0, 96, 192 ...). A tile goes: scores (a product) → softmax so far, with its maximum
+   fixed positions in the sequence (0, 192, 384 ...). A tile goes: scores (a product) → softmax so far, with its maximum
    and sum carried along → values (a product).
 
    What a query sees is its own sequence's keys up to its own position, tile by tile from the first that is in its
@@ -10,6 +10,8 @@
    the same bits. Keys that a query does not see are never multiplied into its result, not even by 0. */
 
 #include "attention_softmax.h"
+
+static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : smaller(x, high); }
 
 /* Keys of positions [first, first + count), at most PANEL → a panel (head_dim, PANEL). */
 static void fill_panel(const attention_unit *unit, int64_t first, int64_t count)
@@ -27,8 +29,8 @@ static void fill_panel(const attention_unit *unit, int64_t first, int64_t count)
     }
 }
 
-/* Scores of the rows [first_row, end_row) with the keys of the tile's positions [0, count). */
-static void make_scores(const attention_unit *unit, int64_t first_row, int64_t end_row, int64_t first, int64_t count)
+/* Scores with the keys of the tile's positions [0, count), those of rows that see one of a panel's keys. */
+static void make_scores(const attention_unit *unit, int64_t first, int64_t count)
 {
     static const float zeros[PANEL];
     int64_t head_dim = unit->job->pool->head_dim;
@@ -37,16 +39,21 @@ static void make_scores(const attention_unit *unit, int64_t first_row, int64_t e
             score_tile t = {.queries = unit->queries, .head_dim = head_dim, .scores = unit->scores + key,
                             .score_stride = TILE_KEYS};
             t.keys = keys_together(unit, first + key, count - key, &t.ahead);
-            score_keys((int)unit->num_rows, t);
+            score_keys((int)unit->num_rows, &t);
         }
         return;
     }
     for (int64_t key = 0; key < count; key += PANEL) {
+        int64_t skipped = first + key - unit->first_position;
+        int64_t first_row = clamp(skipped, 0, unit->num_tokens) * unit->job->group;
+        int64_t end_row = clamp(skipped + PANEL - 1 + unit->job->window, 0, unit->num_tokens) * unit->job->group;
+        if (first_row >= end_row)
+            continue;
         fill_panel(unit, first + key, smaller(PANEL, count - key));
         for (int64_t row = first_row / MAX_ROWS * MAX_ROWS; row < end_row; row += MAX_ROWS) {
             tile t = {.a = unit->queries + row * head_dim, .b = unit->panel, .b_stride = PANEL, .depth = head_dim,
                       .from = zeros, .to = unit->scores + row * TILE_KEYS + key, .to_stride = TILE_KEYS};
-            multiply_interleaved((int)smaller(MAX_ROWS, unit->num_rows - row), false, t);
+            multiply_interleaved((int)smaller(MAX_ROWS, unit->num_rows - row), &t);
         }
     }
 }
@@ -71,7 +78,7 @@ static void add_values(const attention_unit *unit, int64_t first_row, int64_t nu
             rows = smaller(VALUE_ROWS, first_row + num_rows - row);
             t.probabilities = unit->scores + row * TILE_KEYS + key;
             t.result = unit->result + row * pool->head_dim;
-            add_value_rows((int)rows, t);
+            add_value_rows((int)rows, &t);
         }
     }
 }
@@ -105,8 +112,6 @@ static void attend_edge(const attention_unit *unit, int64_t token, int64_t end_t
     }
 }
 
-static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : smaller(x, high); }
-
 static void attend_tile(const attention_unit *unit, int64_t first)
 {
     int64_t group = unit->job->group, window = unit->job->window, skipped = first - unit->first_position;
@@ -118,7 +123,7 @@ static void attend_tile(const attention_unit *unit, int64_t first)
     int64_t count = smaller(TILE_KEYS, unit->num_tokens - skipped);
     if (unit->job->pool->kind == KV_INT8)
         read_scales(unit, first, count);
-    make_scores(unit, token * group, last * group, first, count);
+    make_scores(unit, first, count);
     if (unit->widens_values)
         widen(unit, VALUES, first, count, unit->wide);
     attend_edge(unit, token, whole, first);
@@ -142,19 +147,41 @@ static int64_t row_place(const attention_unit *unit, int64_t row, int64_t token_
     return (unit->first_token + row / group) * token_stride + head * unit->job->pool->head_dim;
 }
 
+/* Queries of at most MAX_ROWS rows from `row` on, scaled and interleaved. */
+static void pack_queries(const attention_unit *unit, int64_t row, int rows, float scale)
+{
+    int64_t head_dim = unit->job->pool->head_dim;
+    const float *queries[MAX_ROWS];
+    float *to = unit->queries + row * head_dim;
+    for (int r = 0; r < rows; r++)
+        queries[r] = unit->job->q + row_place(unit, row + r, unit->job->q_stride);
+    if (rows < MAX_ROWS) {
+        for (int64_t d = 0; d < head_dim; d++)
+            for (int r = 0; r < rows; r++)
+                to[d * rows + r] = queries[r][d] * scale;
+        return;
+    }
+    for (int64_t d = 0; d < head_dim; d += LANES) {
+        vec part[MAX_ROWS];
+        UNROLL for (int r = 0; r < MAX_ROWS; r++)
+            part[r] = load(queries[r] + d) * scale;
+        zip_rows(MAX_ROWS, MAX_ROWS_LOG2, part);
+        UNROLL for (int r = 0; r < MAX_ROWS; r++)
+            store(to + d * MAX_ROWS + r * LANES, part[r]);
+    }
+}
+
 static void begin(attention_unit *unit)
 {
     const attention_job *job = unit->job;
-    int64_t head_dim = job->pool->head_dim;
+    float scale = job->numbers->softcap > 0 ? job->numbers->scale : job->numbers->scale * LOG2_E;
+    for (int64_t row = 0; row < unit->num_rows; row += MAX_ROWS)
+        pack_queries(unit, row, (int)smaller(MAX_ROWS, unit->num_rows - row), scale);
     for (int64_t row = 0; row < unit->num_rows; row++) {
-        int64_t tile = row / MAX_ROWS * MAX_ROWS, rows = smaller(MAX_ROWS, unit->num_rows - tile);
-        const float *query = job->q + row_place(unit, row, job->q_stride);
-        for (int64_t d = 0; d < head_dim; d++)
-            unit->queries[tile * head_dim + d * rows + row - tile] = query[d] * job->numbers->scale;
         unit->maximum[row] = -INFINITY;
         unit->sum[row] = 0;
     }
-    memset(unit->result, 0, (size_t)(unit->num_rows * head_dim) * sizeof(float));
+    memset(unit->result, 0, (size_t)(unit->num_rows * job->pool->head_dim) * sizeof(float));
 }
 
 static void finish(const attention_unit *unit)
@@ -263,13 +290,23 @@ int64_t first_unsound_row(const batch_places *places, const kv_pool *pool)
     return -1;
 }
 
+/* As many tokens as fit, but few enough for several units a member. */
+static int64_t tokens_of_unit(const attention_job *job)
+{
+    int64_t rows = BYTES_OF_UNIT / (int64_t)sizeof(float) / (2 * job->pool->head_dim + TILE_KEYS);
+    int64_t all_rows = job->places->num_tokens * job->numbers->num_heads, members = team_size(job->team);
+    if (members > 1)
+        rows = clamp(all_rows / (4 * members), smaller(ROWS_WORTH_SHARING, rows), rows);
+    return job->group < rows ? rows / job->group : 1;
+}
+
 void attend(team *team, const float *q, int64_t q_stride, const kv_pool *pool, const batch_places *places,
             const attention_numbers *numbers, float *to)
 {
     attention_job job = {.team = team, .q = q, .q_stride = q_stride, .pool = pool, .places = places,
                          .numbers = numbers, .to = to, .group = numbers->num_heads / pool->num_kv_heads};
     job.window = numbers->window > 0 ? numbers->window : INT32_MAX;
-    job.tokens_of_unit = job.group < ROWS_OF_UNIT ? ROWS_OF_UNIT / job.group : 1;
+    job.tokens_of_unit = tokens_of_unit(&job);
     job.first_slice = team_scratch(team, TEAM_SHARED, (size_t)(places->num_rows + 1) * sizeof(int64_t));
     job.first_slice[0] = 0;
     for (int64_t row = 0; row < places->num_rows; row++) {

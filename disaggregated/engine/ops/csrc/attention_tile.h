@@ -57,11 +57,11 @@ INLINE void score_fixed(const int rows, score_tile t)
 }
 
 /* Scores of up to MAX_ROWS queries with LANES keys. */
-static void score_keys(int rows, score_tile t)
+static void score_keys(int rows, const score_tile *t)
 {
 #define SCORE_CASE(n) \
     case n: \
-        score_fixed(n, t); \
+        score_fixed(n, *t); \
         break;
     switch (rows) { TILE_CASES(SCORE_CASE) }
 #undef SCORE_CASE
@@ -72,11 +72,11 @@ typedef struct {
     int64_t probability_stride;
     const float *values; /* `count` of them, head_dim floats apart */
     int64_t head_dim, count;
-    int64_t ahead; /* bytes from a value to what should be fetched beside it */
+    int64_t ahead; /* bytes from a value to what should be fetched beside it; 0: nothing */
     float *result; /* (rows, head_dim) */
 } value_tile;
 
-INLINE void add_values_fixed(const int rows, const int vectors, value_tile t)
+INLINE void add_values_fixed(const int rows, const int vectors, const bool fetches, value_tile t)
 {
     vec sums[VALUE_ROWS][VALUE_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
@@ -86,7 +86,8 @@ INLINE void add_values_fixed(const int rows, const int vectors, value_tile t)
         vec value[VALUE_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
             value[v] = load(t.values + v * LANES);
-            __builtin_prefetch((const char *)(t.values + v * LANES) + t.ahead);
+            if (fetches)
+                __builtin_prefetch((const char *)(t.values + v * LANES) + t.ahead);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             float probability = t.probabilities[r * t.probability_stride + key];
@@ -100,20 +101,30 @@ INLINE void add_values_fixed(const int rows, const int vectors, value_tile t)
             store(t.result + r * t.head_dim + v * LANES, sums[r][v]);
 }
 
-/* result += probabilities · values of up to VALUE_ROWS rows. */
-static void add_value_rows(int rows, value_tile t)
+/* What prefill spends most of its attention in. In a function of its own, because beside the others GCC does not leave
+   the sums in their registers. */
+static __attribute__((noinline)) void add_most_values(const value_tile *t)
 {
+    add_values_fixed(VALUE_ROWS, VALUE_VECTORS, false, *t);
+}
+
+/* result += probabilities · values of up to VALUE_ROWS rows. */
+static void add_value_rows(int rows, const value_tile *whole)
+{
+    value_tile t = *whole;
 #define WIDE_CASE(n) \
     case n: \
-        add_values_fixed(n, VALUE_VECTORS, t); \
+        add_values_fixed(n, VALUE_VECTORS, true, t); \
         break;
 #define NARROW_CASE(n) \
     case n: \
-        add_values_fixed(n, 1, t); \
+        add_values_fixed(n, 1, true, t); \
         break;
     for (int64_t vectors, left = t.head_dim / LANES; left > 0; left -= vectors) {
         vectors = left >= VALUE_VECTORS ? VALUE_VECTORS : 1;
-        if (vectors == VALUE_VECTORS)
+        if (vectors == VALUE_VECTORS && rows == VALUE_ROWS && t.ahead == 0)
+            add_most_values(&t);
+        else if (vectors == VALUE_VECTORS)
             switch (rows) { VALUE_CASES(WIDE_CASE) }
         else
             switch (rows) { VALUE_CASES(NARROW_CASE) }

@@ -5,9 +5,11 @@
 #include "attention.h"
 #include "attention_tile.h"
 
-#define TILE_KEYS 96 /* a multiple of PANEL and of PARTIAL_SUMS for every vector width */
+#define TILE_KEYS 192 /* a multiple of PANEL and of PARTIAL_SUMS for every vector width */
 #define KEYS_AHEAD 32 /* 16 KB of float32 for a common head: more than DRAM's latency, less than the first level cache */
-#define ROWS_OF_UNIT 96 /* queries that share one transposed tile of keys; enough to make the transposing cheap */
+#define BYTES_OF_UNIT (512 << 10) /* of queries, scores and results that share a transposed tile of keys: they fit a second
+                                     level cache, and are enough to make the transposing cheap */
+#define ROWS_WORTH_SHARING 96     /* of a unit made smaller so that every member of a team has some */
 
 _Static_assert(TILE_KEYS % PANEL == 0 && TILE_KEYS % PARTIAL_SUMS == 0, "tiles are cut into panels and partial sums");
 

@@ -21,11 +21,9 @@
 #define MAX_ROWS_LOG2 2
 #endif
 
-#define FLOATS_AHEAD 1024 /* 4 KB: what DRAM delivers in about its latency */
-
 typedef struct {
-    const float *a;
-    const float *b;
+    const float *a; /* rows interleaved: a[k * rows + r] */
+    const float *b; /* in a cache */
     int64_t b_stride; /* floats from one k to the next */
     int64_t depth;
     const float *from;
@@ -34,9 +32,8 @@ typedef struct {
     int64_t to_stride;
 } tile;
 
-/* `rows`, `vectors`, `a_row`, `a_k` (strides of a, in floats) and `ahead` are compile-time constants once inlined.
-   `ahead`: fetch b so many floats early, for b in DRAM; 0: b is in a cache. */
-INLINE void multiply_fixed(const int rows, const int vectors, const int a_row, const int a_k, const int ahead, tile t)
+/* `rows` and `vectors` are compile-time constants once inlined. */
+INLINE void multiply_fixed(const int rows, const int vectors, tile t)
 {
     vec sums[MAX_ROWS][MAX_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
@@ -44,17 +41,14 @@ INLINE void multiply_fixed(const int rows, const int vectors, const int a_row, c
             sums[r][v] = load(t.from + r * t.from_stride + v * LANES);
     for (int64_t k = 0; k < t.depth; k++) {
         vec b[MAX_VECTORS];
-        UNROLL for (int v = 0; v < vectors; v++) {
+        UNROLL for (int v = 0; v < vectors; v++)
             b[v] = load(t.b + v * LANES);
-            if (ahead > 0)
-                __builtin_prefetch(t.b + v * LANES + ahead);
-        }
         UNROLL for (int r = 0; r < rows; r++) {
-            float a = t.a[r * a_row];
+            float a = t.a[r];
             UNROLL for (int v = 0; v < vectors; v++)
                 sums[r][v] = sums[r][v] + a * b[v];
         }
-        t.a += a_k;
+        t.a += rows;
         t.b += t.b_stride;
     }
     UNROLL for (int r = 0; r < rows; r++)
@@ -62,25 +56,20 @@ INLINE void multiply_fixed(const int rows, const int vectors, const int a_row, c
             store(t.to + r * t.to_stride + v * LANES, sums[r][v]);
 }
 
-#define TILE_CASE(rows, ...) \
-    case rows: \
-        multiply_fixed(rows, __VA_ARGS__); \
-        break;
 #if MAX_ROWS == 8
 #define TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #else
 #define TILE_CASES(X) X(1) X(2) X(3) X(4)
 #endif
 
-/* Rows of `a` interleaved, `a[k * rows + r]`, times a panel: how attention packs its queries. */
-static void multiply_interleaved(int rows, bool b_in_dram, tile t)
+/* Rows of `a` interleaved, `a[k * rows + r]`, times a panel: how attention packs its queries. (By pointer: a structure
+   that was just filled field by field would be copied in vectors, and each of those waits for all the fields.) */
+static void multiply_interleaved(int rows, const tile *t)
 {
-#define STREAMED(rows) TILE_CASE(rows, MAX_VECTORS, 1, rows, FLOATS_AHEAD, t)
-#define CACHED(rows) TILE_CASE(rows, MAX_VECTORS, 1, rows, 0, t)
-    if (b_in_dram)
-        switch (rows) { TILE_CASES(STREAMED) }
-    else
-        switch (rows) { TILE_CASES(CACHED) }
-#undef STREAMED
-#undef CACHED
+#define TILE_CASE(n) \
+    case n: \
+        multiply_fixed(n, MAX_VECTORS, *t); \
+        break;
+    switch (rows) { TILE_CASES(TILE_CASE) }
+#undef TILE_CASE
 }

@@ -181,3 +181,24 @@ INLINE vec exponential(vec x)
     vec power = (vec)(((vec_int)shifted << 23) + 0x3f800000);
     return zero_where_less(x, lowest, (p + 1.0f) * power);
 }
+
+#define LOG2_E 1.44269504088896341f
+
+/* 2^x within 2 ulp for x <= 0; 0 from -127 down, NaN stays NaN.
+
+   x = n + r with |r| <= 1/2, n found as in exponential(). The polynomial has the least relative error of its degree on
+   [-1/2, 1/2] among those that are exactly 1 at 0. At -127 the factor's exponent is that of 0. */
+INLINE vec power_of_two(vec x)
+{
+    const vec rounder = broadcast(12582912.0f);
+    vec y = larger(broadcast(-127.0f), x);
+    vec shifted = rounder + y;
+    vec r = y - (shifted - rounder);
+    vec p = broadcast(1.326472731307149e-3f);
+    p = 9.671512991189957e-3f + p * r;
+    p = 5.550733581185341e-2f + p * r;
+    p = 2.4022242426872253e-1f + p * r;
+    p = 6.931470036506653e-1f + p * r;
+    p = 1.0f + p * r;
+    return p * (vec)(((vec_int)shifted << 23) + 0x3f800000);
+}
