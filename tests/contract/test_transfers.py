@@ -265,18 +265,11 @@ async def test_a_declined_transfer_gives_its_blocks_back_at_once(both: Both) -> 
 
 
 async def test_a_transfer_that_is_declined_before_it_begins_never_does(both: Both) -> None:
+    source = both.source.source
     both.destination.decline(both.source.ticket("t"))
-
-    def is_refused() -> bool:
-        try:
-            both.source.source.open("t")
-        except TransferError:
-            return True
-        both.source.source.fail("t", "opened too early")
-        return False
-
-    await asyncio.sleep(0.2)
-    assert is_refused()
+    await eventually(lambda: "generation-0 does not want it" in str(source.why_unwanted("t")))
+    with pytest.raises(TransferError):
+        source.open("t")
 
 
 async def test_declining_does_not_disturb_another_that_follows(both: Both) -> None:
@@ -343,10 +336,11 @@ async def test_a_lease_nobody_follows_expires_without_any_new_work(transport_nam
 
 
 async def test_a_followed_lease_lives_as_long_as_its_destination(transport_name: str) -> None:
-    async with connected(transport_name, lease_s=0.15) as both:
+    """Of which it has three chances in each lease to say that it lives, also on a machine that does much else."""
+    async with connected(transport_name, lease_s=0.6) as both:
         both.source.source.open("t")
-        pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
-        await asyncio.sleep(0.5)
+        pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=10))
+        await asyncio.sleep(1.3)
         both.source.source.finish("t", TABLE, 24, 1)
         await pulling
         both.check_landed(6)
