@@ -18,6 +18,7 @@ from disaggregated import logs
 from disaggregated.errors import TransferError
 from kvtransfer.device_pool import DevicePool, Exported, Mapped, SharedPool
 from kvtransfer.negotiate import Preference
+from kvtransfer.region import memory_at
 from kvtransfer.transports import cuda_ipc
 from kvtransfer.transports.cuda_ipc import HANDLE_BYTES
 
@@ -84,14 +85,11 @@ class CudaMapper:
         if not 0 <= offset <= int(size) - nbytes:
             raise TransferError(f"{nbytes} bytes at {offset} are not within an allocation of {int(size)} bytes")
         (handle,) = self._asked("cudaIpcGetMemHandle", self._runtime.cudaIpcGetMemHandle, int(base))
-        told = bytes(handle.reserved)
-        if len(told) != HANDLE_BYTES:
-            raise TransferError(f"a CUDA handle of {len(told)} bytes; {HANDLE_BYTES} are known")
-        return Exported(told, offset, nbytes)
+        return Exported(bytes(_bytes_of(handle)), offset, nbytes)
 
     def open(self, exported: Exported) -> Mapped:
         handle = self._runtime.cudaIpcMemHandle_t()
-        handle.reserved = exported.handle
+        _bytes_of(handle)[:] = exported.handle
         flags = int(self._runtime.cudaIpcMemLazyEnablePeerAccess)
         with self._lock:
             self._use_device()
@@ -116,3 +114,11 @@ class CudaMapper:
         if int(error) != 0:
             raise TransferError(f"{name}: {error.name}")
         return tuple(found)
+
+
+def _bytes_of(handle: Any) -> memoryview:
+    """The C struct behind a `cudaIpcMemHandle_t`, which is its bytes and nothing else; valid while `handle` lives.
+
+    The bindings of CUDA 12 call them `reserved`, those of CUDA 13 have no name for them; all have `getPtr`.
+    """
+    return memory_at(int(handle.getPtr()), HANDLE_BYTES)

@@ -5,6 +5,7 @@ The bindings are NVIDIA's; a driver that keeps books takes the part of theirs.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import enum
 
@@ -31,10 +32,17 @@ class Result(enum.IntEnum):
 
 
 class Handle:
-    """`cudaIpcMemHandle_t`: its bytes are set as a whole."""
+    """`cudaIpcMemHandle_t`: a C struct, of which only the address is to be had in every version."""
 
-    def __init__(self, reserved: bytes = bytes(64)) -> None:
-        self.reserved = reserved
+    def __init__(self, told: bytes = bytes(64)) -> None:
+        self._struct = ctypes.create_string_buffer(told, 64)
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self._struct)
+
+    @property
+    def told(self) -> bytes:
+        return self._struct.raw
 
 
 @dataclasses.dataclass
@@ -61,7 +69,7 @@ class Cuda:
         return (self.refuses, Handle(bytes(range(64))) if self.refuses == 0 else None)
 
     def cudaIpcOpenMemHandle(self, handle: Handle, flags: int) -> tuple[object, ...]:
-        self.calls.append(("open", handle.reserved, flags))
+        self.calls.append(("open", handle.told, flags))
         return (self.refuses, 0x1000 if self.refuses == 0 else None)
 
     def cudaIpcCloseMemHandle(self, address: int) -> tuple[object, ...]:
@@ -143,7 +151,9 @@ def test_the_bindings_that_are_installed_have_what_we_call() -> None:
     if cuda_runtime.missing():
         pytest.skip("cuda-bindings is not installed")
     mapper = cuda_runtime.load(0)
-    assert len(bytes(mapper._runtime.cudaIpcMemHandle_t().reserved)) == 64
+    handle = mapper._runtime.cudaIpcMemHandle_t()
+    cuda_runtime._bytes_of(handle)[:] = bytes(range(64))
+    assert bytes(cuda_runtime._bytes_of(handle)) == getattr(handle, "reserved", bytes(range(64)))
     assert int(mapper._runtime.cudaIpcMemLazyEnablePeerAccess) == 1
     with pytest.raises(TransferError, match="cu"):
         mapper.open(Exported(bytes(64), 0, 1))
