@@ -180,9 +180,11 @@ class TransferDestination:
     def decline(self, ticket: Ticket, why: BaseException | None = None) -> None:
         """We shall not pull this one: its source is told, soon, and need not wait for its lease to run out.
 
-        A prefill that still runs for it fails with `why`, so that everybody who asked is told the same.
+        A prefill that still runs for it fails with `why`, so that everybody who asked is told the same. Nothing happens
+        to one that is being pulled here: then it was asked for twice, and it is the second time that is refused.
         """
-        if not self._closed:
+        is_wanted = any(each.transfer_id == ticket.transfer_id and not each.is_decided for each in self._pending)
+        if not self._closed and not is_wanted:
             self._farewells.say(ticket, why)
 
     async def _pull(self, transfer: _Transfer) -> Landed:

@@ -272,6 +272,17 @@ async def test_a_transfer_that_is_declined_before_it_begins_never_does(both: Bot
         source.open("t")
 
 
+async def test_a_request_that_comes_twice_and_is_refused_then_does_not_end_the_first(both: Both) -> None:
+    both.source.source.open("t")
+    pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
+    await eventually(lambda: both.source.source.num_followers)
+    both.destination.decline(both.source.ticket("t"))
+    await both.destination.pull(both.source.offer("other", [0], 4), [0], deadline_s=5)  # Long enough for a farewell.
+    assert both.source.source.finish("t", TABLE, 24, 5)
+    await pulling
+    await both.source.wait_released("other", "t")
+
+
 async def test_declining_does_not_disturb_another_that_follows(both: Both) -> None:
     both.source.source.open("t")
     pulling = asyncio.create_task(both.destination.pull(both.source.ticket("t"), INTO, deadline_s=5))
