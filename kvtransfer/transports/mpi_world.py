@@ -9,6 +9,7 @@ world waits for it, within a deadline, when blocks are to travel. It is left whe
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -38,6 +39,8 @@ HOW_TO_LAUNCH: Final = "mpirun -n 1 disaggregated serve context … : -n 1 disag
 _LAUNCHED: Final = ("PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 """Set by the launchers of MPI processes (Open MPI's and Slurm's PMIx, MPICH's PMI), and by nothing else."""
 _NAMES: Final = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID")
+_FUNNELED: Final = 1
+"""MPI_THREAD_FUNNELED in Open MPI's ABI and in MPICH's: the thread that begins MPI makes all calls."""
 _SETTINGS: Final = {"OMPI_MCA_async_mpi_init": "1", "OMPI_MCA_async_mpi_finalize": "1"}
 """Of Open MPI, where the operator has set nothing else: no barrier at either end, so that servers come and go alone."""
 _TOLERATES_DEATH: Final = "OMPI_MCA_mpi_ft_enable"
@@ -153,10 +156,9 @@ class MpiWorld:
 
         mpi4py.rc.initialize = False
         mpi4py.rc.finalize = False
+        _call_library("MPI_Init_thread", None, None, _FUNNELED, ctypes.byref(ctypes.c_int()))
         from mpi4py import MPI
 
-        if not MPI.Is_initialized():
-            MPI.Init_thread(MPI.THREAD_FUNNELED)
         world = MPI.COMM_WORLD
         world.Set_errhandler(MPI.ERRORS_RETURN)
         self.size = world.size
@@ -167,16 +169,31 @@ class MpiWorld:
         return world
 
     def _finalise(self) -> None:
-        from mpi4py import MPI
-
         if os.environ.get(_TOLERATES_DEATH, "0") in {"", "0"}:
-            MPI.Finalize()
+            _call_library("MPI_Finalize")
 
     def _leave(self) -> None:
         """Launchers take a process that ends without MPI_Finalize for one that crashed."""
         assert self._runner is not None, "a world that was left before it was joined"
         self.thread.end()
         self._runner.join(LEAVE_TIMEOUT_S)
+
+
+def _call_library(name: str, *arguments: object) -> None:
+    """A call of MPI that waits for other processes. mpi4py makes it with the interpreter lock held, and so would stop
+    every thread of this process meanwhile, its event loop first; ctypes lets go of the lock.
+
+    Raises RuntimeError, or ImportError when there is no MPI.
+    """
+    found = importlib.util.find_spec("mpi4py.MPI")
+    if found is None or found.origin is None:
+        raise ImportError("mpi4py is here without the part that knows an MPI")
+    try:
+        call = getattr(ctypes.CDLL(found.origin), name)
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"mpi4py finds no MPI: {error}") from error
+    if code := call(*arguments):
+        raise RuntimeError(f"{name} returned {code}")
 
 
 def _world_key(size: int) -> bytes:

@@ -1,15 +1,17 @@
 """Which MPI world a process is in, asked before MPI is loaded; when it begins; and whom it takes for a member of it."""
 
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from disaggregated.errors import TransferError
 from disaggregated.parent_death import PARENT_PID
 from kvtransfer.deadline import Deadline
-from kvtransfer.transports import mpi_world
+from kvtransfer.transports import mpi_world, mpirun
 from kvtransfer.transports.mpi_thread import Communicator, Request
 from kvtransfer.transports.mpi_world import ABANDONED_MAX, MpiAddress, MpiWorld
 from kvtransfer.transports.transit import Doorbell, Transit
@@ -179,3 +181,38 @@ def test_an_endpoint_begins_mpi_when_it_is_made_and_starts_without_the_others(mo
         assert not world._settled.is_set()
         endpoint.close(deadline=Deadline.after(5))
     world.end()
+
+
+FIRST_OF_TWO = """
+import os, sys, threading
+from kvtransfer.deadline import Deadline
+from kvtransfer.transports import mpi_world, mpirun
+world = mpi_world.our_world()
+if comes_late := os.environ["PMIX_RANK"] == "1":
+    open(sys.argv[1]).read()
+world.begin()
+if not comes_late:
+    while len(os.listdir("/proc/self/task")) < 3:  # The main thread's, MPI's, and the one that MPI_Init starts.
+        pass
+    threads = [threading.Thread(target=int) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    open(sys.argv[1], "w").close()
+world.join(deadline=Deadline.after(30))
+print(world.ours.rank, "of", world.size)
+"""
+
+
+@pytest.mark.skipif(
+    mpirun.path() is None or "mpi4py" in str(mpi_world.missing()), reason=f"needs MPI: {mpirun.TO_INSTALL}"
+)
+def test_while_mpi_begins_every_other_thread_of_the_process_goes_on(tmp_path: Path) -> None:
+    """The second one begins MPI only when the first one, which waits for it in MPI_Init, has run ten threads."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    program = [sys.executable, "-c", FIRST_OF_TWO, str(pipe)]
+    environ = {**os.environ, **mpirun.LOOPBACK_ONLY}
+    command = mpirun.command(program, program)
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert sorted(ended.stdout.splitlines()) == ["0 of 2", "1 of 2"], ended.stderr
