@@ -10,7 +10,8 @@ from orchestrator.server import Role, Server
 from tests.support.byte_model import byte_model
 
 LAYOUT = {
-    "num_layers": 2, "num_kv_heads": 3, "head_dim": 64, "block_size": 16, "dtype": "float32", "num_blocks": 10
+    "num_layers": 2, "num_kv_heads": 3, "head_dim": 64, "block_size": 16, "dtype": "float32", "num_blocks": 10,
+    "num_planes": 2,
 }  # fmt: skip
 
 
