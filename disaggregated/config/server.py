@@ -36,7 +36,7 @@ class CacheTransceiverConfig:
     fallback: bool = False
     """With a named backend that cannot be used: take the next best instead, and say so."""
     max_tokens_in_buffer: int | None = None
-    """Bounds what a server has in flight of all transfers that it receives; None or 0: 16 MiB of each."""
+    """Bounds what a server has in flight of all transfers that it receives; None or 0: 64 MiB of each."""
     layer_group_bytes: int = 4 << 20
     """Of a context server: while a chunk is computed, layers are published in groups of so much KV, or of a third of
     the chunk where that is less; 0: when the chunk is computed."""

@@ -151,7 +151,7 @@ _HONOURED: Final = (
         "cache_transceiver_config.max_tokens_in_buffer",
         AT_LEAST_0,
         "Tokens that a server which receives has under way at once, of all its transfers together; any value works, "
-        "down to one block of one layer at a time. 0, or none: 16 MiB of each transfer.",
+        "down to one block of one layer at a time. 0, or none: 64 MiB of each transfer.",
     ),
     honoured(
         "cache_transceiver_config.layer_group_bytes",

@@ -1,6 +1,7 @@
 """TCP: any two hosts. Blocks go from the source's pool into its kernel, and from our kernel into our pool.
 
-Neither end buffers: what is in flight is what one read asked for, and the kernel's socket buffers.
+What is in flight is what one read asked for, in the kernel's socket buffers; and a quarter of a mebibyte in the cache of
+the core that receives (docs/decisions/0016).
 """
 
 from __future__ import annotations
