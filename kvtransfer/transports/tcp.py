@@ -1,7 +1,7 @@
 """TCP: any two hosts. Blocks go from the source's pool into its kernel, and from our kernel into our pool.
 
-What is in flight is what one read asked for, in the kernel's socket buffers; and a quarter of a mebibyte in the cache of
-the core that receives (docs/decisions/0016).
+What is in flight is what one read asked for, in the kernel's socket buffers, and 256 KiB of it in the cache of the core
+that receives (docs/decisions/0016).
 """
 
 from __future__ import annotations
