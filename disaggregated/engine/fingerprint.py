@@ -17,6 +17,9 @@ import xxhash
 from disaggregated.engine.ops.native_isa import X86
 from disaggregated.errors import ModelUnavailable
 
+NUMERICS_VERSION: Final = 2
+"""Of all kernels together. Whoever changes a bit of what one of them computes raises it: servers of two versions of
+this program then refuse each other's KV, instead of going on with a token that neither would have given alone."""
 SAMPLE_BYTES: Final = 4096
 HEADER_BYTES_MAX: Final = 100 << 20
 """The format's own limit."""

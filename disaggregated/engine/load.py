@@ -17,7 +17,13 @@ from disaggregated import logs
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.api import OverlappingRunner, ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
-from disaggregated.engine.fingerprint import fingerprint, numerics_of, tokenizer_digest, weights_digest
+from disaggregated.engine.fingerprint import (
+    NUMERICS_VERSION,
+    fingerprint,
+    numerics_of,
+    tokenizer_digest,
+    weights_digest,
+)
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.host_tier.device_memory import StreamBlockCopier
 from disaggregated.engine.host_tier.memory import MemoryBlockCopier
@@ -241,6 +247,7 @@ def _fingerprint(files: ModelFiles, config: ModelConfig, ops: Ops, precision: Pr
         precision.name,
         precision.dtype_name,
         numerics_of(ops.name),
+        NUMERICS_VERSION,
         tokenizer_digest(files.path),
     )
 

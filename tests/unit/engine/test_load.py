@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.engine import load as load_module
 from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
-from disaggregated.engine.fingerprint import numerics_of
+from disaggregated.engine.fingerprint import NUMERICS_VERSION, numerics_of
 from disaggregated.engine.load import LoadedEngine, load_engine, weight_bytes
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.select import select
@@ -274,6 +274,12 @@ def test_a_fingerprint_tells_models_apart_by(change: Callable[[Path], object], t
     assert before == fingerprint_of(tiny)
     change(tmp_path)
     assert fingerprint_of(copy) != before
+
+
+def test_versions_of_the_kernels_refuse_each_others_kv(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint_of(tiny)
+    monkeypatch.setattr("disaggregated.engine.load.NUMERICS_VERSION", NUMERICS_VERSION + 1)
+    assert fingerprint_of(tiny) != before
 
 
 def test_native_tables_that_give_the_same_bits_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
