@@ -62,9 +62,11 @@ class GlooLane:
         self._submit(self._make)
 
     def address(self, *, deadline: Deadline) -> bytes:
-        """Raises TransferError when gloo cannot listen."""
+        """Raises TransferError when gloo cannot listen, TransferTimeout when the deadline is before we know."""
         ours = self._store.ours(deadline.no_later_than(JOIN_TIMEOUT_S))
         if ours is None:
+            if not self._failure:
+                deadline.check("gloo to listen")
             raise TransferError(f"gloo does not listen on {self._our_host}: {self._failure or 'it says nothing'}")
         return ours
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 from torch import distributed
 
-from disaggregated.errors import PeerLost, TransferError
+from disaggregated.errors import PeerLost, TransferError, TransferTimeout
 from kvtransfer.deadline import Deadline
+from kvtransfer.transports import nccl_lane
 from kvtransfer.transports.nccl_lane import ADDRESS_BYTES_MAX, GlooLane, _Addresses
 
 
@@ -127,3 +128,13 @@ def test_whoever_waits_at_a_store_that_closes_is_told() -> None:
         store.close()
         with pytest.raises(RuntimeError, match="closed"):
             waiting.result(5)
+
+
+def test_a_deadline_that_passes_before_gloo_listens_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_listen = threading.Event()
+    monkeypatch.setattr(nccl_lane, "_make_group", lambda *_: may_listen.wait(10))
+    lane = GlooLane("127.0.0.1", rank=0)
+    with pytest.raises(TransferTimeout, match="gloo to listen"):
+        lane.address(deadline=Deadline.after(0.0))
+    may_listen.set()
+    lane.close()
