@@ -9,7 +9,7 @@ CODE := disaggregated kvtransfer context_server generation_server orchestrator t
 .PHONY: help demo test check bench bench-transfer bench-engine soak gpu stubs docs clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/run.stamp ## Chat with a real model served disaggregated, and see how each step was done
 	@$(BIN)/disaggregated demo -c configs/quickstart.yml
@@ -32,9 +32,9 @@ check: $(VENV)/dev.stamp ## Linters, types, import layers, generated code
 bench: $(VENV)/dev.stamp ## Measure on this machine; reports go to benchmarks/results
 	@for name in ops start first_token overlap multi_turn; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
-bench-transfer: $(VENV)/dev.stamp ## KV transfer beside memcpy, raw sockets, NIXL and Mooncake: ten minutes, on an idle machine
+bench-transfer: $(VENV)/dev.stamp ## KV transfer beside memcpy, sockets, NIXL and Mooncake, and its fault matrix: half an hour, on an idle machine
 	@$(BIN)/python -m benchmarks.peers --only mooncake || echo "Mooncake is left out"
-	@$(BIN)/python -m benchmarks.transfer
+	@for name in transfer exposed streaming_cost conversion faults; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-engine: $(VENV)/dev.stamp ## The engine beside transformers, llama.cpp and vLLM: makes their environments first, then takes an hour
 	@$(BIN)/python -m benchmarks.peers

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import os
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from benchmarks import report
+from disaggregated.security.membership import Membership, join
+from disaggregated.security.secret import VARIABLE, ClusterSecret
 from kvtransfer import negotiate, registry
 from tests.support.fault_lab.cells import Cell, Fault, Moment, Side, Verdict, all_cells
 from tests.support.fault_lab.play import lab
@@ -68,7 +72,14 @@ def summary(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"- {transport}: {well[transport]} of {count} cells hold"
 
 
+def join_a_cluster() -> None:
+    """With a secret, as servers have one: what would break a handshake breaks a cell. Actors inherit it."""
+    os.environ[VARIABLE] = secrets.token_hex(16)
+    join(Membership(secret=ClusterSecret(os.environ[VARIABLE])))
+
+
 def main() -> int:
+    join_a_cluster()
     verdicts = []
     for transport in sys.argv[1:] or usable():
         print(f"== {transport}", flush=True)
