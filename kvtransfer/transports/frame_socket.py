@@ -18,7 +18,7 @@ from typing import Final
 
 from disaggregated.errors import PeerLost
 from kvtransfer.deadline import Deadline
-from kvtransfer.native.library import Outcome
+from kvtransfer.native.library import Outcome, library
 from kvtransfer.transport import PROGRESS_TIMEOUT_S, ReadStop
 from kvtransfer.transports import frames
 from kvtransfer.transports.frames import Kind, MalformedFrame
@@ -26,6 +26,9 @@ from kvtransfer.transports.frames import Kind, MalformedFrame
 _NEVER: Final = Deadline(math.inf)
 _VECTORS_MAX: Final = 64
 """Buffers of one system call; the kernel takes 1024, but handing over what it will not reach costs more."""
+_LOOK_OUT_S: Final = 100e-6
+"""Before a thread goes to sleep until the peer speaks. A small read is over in less, and to be woken up costs as much as
+the whole of it where the core has gone to sleep, too; between hosts that are further away it is spent in vain."""
 _DESCRIPTORS_MAX: Final = 8
 _INT_BYTES: Final = array.array("i").itemsize
 
@@ -60,6 +63,7 @@ class FrameSocket:
     def wait_for_ever(self) -> None:
         """Until the peer says something or closes. Only for an idle connection; its owner shuts it to end the wait."""
         self._deadline = _NEVER
+        self._look_out()
         self._idle.poll()
 
     @property
@@ -141,6 +145,7 @@ class FrameSocket:
         assert outcome in (Outcome.DONE, Outcome.LATE), f"{what}: {Outcome(outcome).name}"
 
     def receive_header(self) -> tuple[Kind, int]:
+        self._look_out()
         return frames.unpack_header(self._receive(frames.HEADER.size))
 
     def receive_frame(self, *allowed: Kind) -> tuple[Kind, bytes]:
@@ -188,6 +193,11 @@ class FrameSocket:
 
     def close(self) -> None:
         self._sock.close()
+
+    def _look_out(self) -> None:
+        """For an answer that is likely to come at once, without the interpreter lock."""
+        if (native := library()) is not None:
+            native.look_out(self._sock.fileno(), _LOOK_OUT_S)
 
     def _receive(self, length: int) -> bytes:
         if length == 0:

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -79,11 +80,27 @@ static void advance(cursor *at, int64_t num_bytes, checksum *sums)
 }
 
 /* CLOCK_MONOTONIC, which is Python's time.monotonic. */
-static int is_late(double deadline_s)
+static double now_s(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec >= deadline_s;
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static int is_late(double deadline_s) { return now_s() >= deadline_s; }
+
+/* Look again and again whether a socket has something to read (or has ended), for so many seconds at most. Whoever else
+   wants the core gets it in between. 1 when it has, else 0. */
+EXPORT int64_t look_out(int fd, double seconds)
+{
+    const double end_s = now_s() + seconds;
+    char byte;
+    do {
+        if (recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 || (errno != EAGAIN && errno != EINTR))
+            return 1;
+        sched_yield();
+    } while (!is_late(end_s));
+    return 0;
 }
 
 /* Go on by `num_bytes`, which lie at `from`: into their blocks, summing them up. */

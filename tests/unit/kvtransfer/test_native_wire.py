@@ -8,6 +8,7 @@ import math
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -157,3 +158,18 @@ def test_a_block_that_is_not_there_is_refused_before_a_byte_is_taken(native: Any
         outcome = native.receive_blocks(ours.fileno(), order.buffer_info()[0], sums.address(), math.inf)
         assert outcome == Outcome.UNSOUND
         assert ours.recv(1000) == b"x" * 512
+
+
+def test_a_look_out_sees_what_comes_and_who_goes_and_gives_up_in_time(native: Any) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            begin_s = time.monotonic()
+            assert native.look_out(ours.fileno(), 0.02) == 0
+            assert 0.02 <= time.monotonic() - begin_s < 5
+            coming = threading.Timer(0.02, theirs.send, [b"x"])
+            coming.start()
+            assert native.look_out(ours.fileno(), 10.0) == 1
+            coming.join()
+            assert ours.recv(2) == b"x", "it only looks"
+        assert native.look_out(ours.fileno(), 10.0) == 1
