@@ -27,8 +27,8 @@ _NEVER: Final = Deadline(math.inf)
 _VECTORS_MAX: Final = 64
 """Buffers of one system call; the kernel takes 1024, but handing over what it will not reach costs more."""
 _LOOK_OUT_S: Final = 100e-6
-"""Before a thread goes to sleep until the peer speaks. A small read is over in less, and to be woken up costs as much as
-the whole of it where the core has gone to sleep, too; between hosts that are further away it is spent in vain."""
+"""Before a thread goes to sleep until the peer speaks. A small read is over in less, and to be woken up costs more than
+all of it where the core has gone to sleep, too. Between hosts that are further away it is spent in vain."""
 _DESCRIPTORS_MAX: Final = 8
 _INT_BYTES: Final = array.array("i").itemsize
 
