@@ -47,6 +47,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "take_blocks": (c_int64, [c_void_p, c_void_p, c_void_p]),
     "receive_blocks": (c_int64, [c_int, c_void_p, c_void_p, c_double]),
     "send_blocks": (c_int64, [c_int, c_void_p, c_double]),
+    "put_blocks": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_int64]),
     "look_out": (c_int64, [c_int, c_double]),
     "convert_rows": (c_int64, [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
 }

@@ -43,6 +43,7 @@ class FrameSocket:
         self._timeout_s = 0.0
         self._idle = select.poll()
         self._idle.register(sock, select.POLLIN)
+        self._waiting: dict[tuple[int | None, bool], select.poll] = {}
         sock.setblocking(True)
         if sock.family in {socket.AF_INET, socket.AF_INET6}:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -92,10 +93,7 @@ class FrameSocket:
         `listening`, only the end of the connection counts, and what the peer says waits.
         Raises PeerLost when nothing happens within the progress timeout, TransferTimeout at the deadline.
         """
-        waiting = select.poll()
-        waiting.register(self._sock, select.POLLRDHUP | (select.POLLIN if listening else 0))
-        if fd is not None:
-            waiting.register(fd, select.POLLIN)
+        waiting = self._waiting_for(fd, listening)
         limit_s = min(self._progress_timeout_s, self._deadline.left_s())
         ready = waiting.poll(math.ceil(min(limit_s, within_s) * 1000))
         if not ready:
@@ -103,6 +101,16 @@ class FrameSocket:
             if within_s >= limit_s:
                 raise PeerLost(f"the peer moved no byte for {self._progress_timeout_s} s")
         return any(descriptor == self._sock.fileno() for descriptor, _ in ready)
+
+    def _waiting_for(self, fd: int | None, listening: bool) -> select.poll:
+        """Made once: a library's bytes come in thousands of pieces. A connection has one such descriptor at most."""
+        key = (fd, listening)
+        if key not in self._waiting:
+            waiting = self._waiting[key] = select.poll()
+            waiting.register(self._sock, select.POLLRDHUP | (select.POLLIN if listening else 0))
+            if fd is not None:
+                waiting.register(fd, select.POLLIN)
+        return self._waiting[key]
 
     def send(self, frame: bytes) -> None:
         try:

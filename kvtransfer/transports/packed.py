@@ -23,9 +23,9 @@ from typing import Final, Protocol
 
 from disaggregated.errors import PeerLost
 from disaggregated.kv_layout import KVLayout
+from kvtransfer.checksum import PoolBlocks
 from kvtransfer.deadline import Deadline
 from kvtransfer.region import Region
-from kvtransfer.runs import runs
 from kvtransfer.transport import (
     BlockRead,
     EndpointStatistics,
@@ -37,6 +37,7 @@ from kvtransfer.transport import (
     SourceIdentity,
 )
 from kvtransfer.transports import control_port, frames
+from kvtransfer.transports.block_stream import ArrivingBlocks
 from kvtransfer.transports.control_port import ControlPort, Place
 from kvtransfer.transports.frame_socket import FrameSocket
 from kvtransfer.transports.frames import Hello, Kind, MalformedFrame, ReadRequest
@@ -180,7 +181,8 @@ class PackedEndpoint:
             if number >= len(buffers):
                 under_way.popleft().wait(connection, listening=False)
             message = buffers[number % len(buffers)].gather(part, self._region.base_address)
-            lane.hear(connection)
+            if connection.is_quiet:
+                lane.hear(connection)
             connection.receive_frame(Kind.MORE)
             under_way.append(lane.send(message))
         for passage in under_way:  # The peer may have them all, and ask for the next blocks already.
@@ -263,22 +265,24 @@ class _PackedDialler:
     def _receive(
         self, connection: _PackedConnection, read: BlockRead, buffers: list[StagingBuffer], stop: ReadStop
     ) -> None:
-        parts = list(chunks(spans(self._us.layout, runs(read.into), read.layers), self._packing.chunk_bytes))
+        whole, chunk_bytes = self.num_bytes_sent(read), self._packing.chunk_bytes
+        sizes = [min(chunk_bytes, whole - begin) for begin in range(0, whole, chunk_bytes)]
+        into = PoolBlocks(self._us.region.base_address, self._us.layout, read.into)
+        arriving = ArrivingBlocks(into, read.layers, read.sums)
         under_way: collections.deque[Passage] = collections.deque()
 
-        def post(number: int) -> None:
-            size = sum(span.size for span in parts[number])
-            under_way.append(connection.lane.receive(buffers[number % len(buffers)].view[:size]))
+        def buffer_of(number: int) -> memoryview:
+            return buffers[number % len(buffers)].view[: sizes[number]]
 
         for number in range(len(buffers)):
-            post(number)
+            under_way.append(connection.lane.receive(buffer_of(number)))
         connection.send(_MORE * len(buffers))
-        for number, part in enumerate(parts):
+        for number in range(len(sizes)):
             under_way.popleft().wait(connection, listening=True)
             stop.check()
-            buffers[number % len(buffers)].scatter(part, self._us.region.base_address)
-            if number + len(buffers) < len(parts):
-                post(number + len(buffers))
+            arriving.put(buffer_of(number))
+            if (following := number + len(buffers)) < len(sizes):
+                under_way.append(connection.lane.receive(buffer_of(following)))
                 connection.send(_MORE)
 
 

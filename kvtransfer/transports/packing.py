@@ -4,9 +4,9 @@
                               ╲   │   ╱
     staging buffer           ▓▓▓▓▓▓               one chunk, one message
                               ╱  │  ╲
-    pool of the destination ▓  ▓▓▓   ▓▓           other spans of the same bytes
+    pool of the destination ▓  ▓▓▓   ▓▓           other places for the same bytes (block_stream.ArrivingBlocks)
 
-Both ends cut at the same byte counts, so a chunk needs no header: its number says which bytes it holds.
+Both ends count the same bytes, so a chunk needs no header: its number says which bytes it holds.
 """
 
 from __future__ import annotations
@@ -74,13 +74,6 @@ class StagingBuffer:
             at += span.size
         assert at <= len(self.view), f"a chunk of {at} bytes in a buffer of {len(self.view)}"
         return self.view[:at]
-
-    def scatter(self, chunk: Sequence[Span], pool_address: int) -> None:
-        """Copy what has arrived to where `chunk` says."""
-        at = 0
-        for span in chunk:
-            copy_bytes(pool_address + span.offset, self.address + at, span.size)
-            at += span.size
 
 
 class StagingBuffers:

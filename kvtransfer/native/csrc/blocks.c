@@ -92,6 +92,24 @@ void fill_past_cache(const order *what, checksum *sum, const uint8_t *from, uint
     take(sum, from, to, num_bytes, has_aligned_stripes(&what->from, what->block_bytes) ? STREAM : STORE);
 }
 
+void store_past_cache(uint8_t *to, const uint8_t *from, int64_t num_bytes)
+{
+#ifdef __x86_64__
+    int64_t head = smaller(-(uintptr_t)to % STRIPE_BYTES, num_bytes);
+    memcpy(to, from, (size_t)head);
+    to += head;
+    from += head;
+    num_bytes -= head;
+    for (; num_bytes >= STRIPE_BYTES; num_bytes -= STRIPE_BYTES) {
+        for (int i = 0; i < STRIPE_BYTES; i += 16)
+            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+        to += STRIPE_BYTES;
+        from += STRIPE_BYTES;
+    }
+#endif
+    memcpy(to, from, (size_t)num_bytes);
+}
+
 void let_everyone_see(void)
 {
 #ifdef __x86_64__

@@ -36,6 +36,9 @@ void take_bytes(checksum *sum, const uint8_t *from, int64_t num_bytes);
    Whoever has called it calls let_everyone_see before anyone is told. */
 void fill_past_cache(const order *what, checksum *sum, const uint8_t *from, uint8_t *to, int64_t num_bytes);
 
+/* A copy that leaves the caches alone; let_everyone_see comes after it, too. */
+void store_past_cache(uint8_t *to, const uint8_t *from, int64_t num_bytes);
+
 /* What went past the cache is there for every thread from here on. */
 void let_everyone_see(void);
 

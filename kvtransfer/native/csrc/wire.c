@@ -103,12 +103,15 @@ EXPORT int64_t look_out(int fd, double seconds)
     return 0;
 }
 
-/* Go on by `num_bytes`, which lie at `from`: into their blocks, summing them up. */
+/* Go on by `num_bytes`, which lie at `from`: into their blocks, summing them up where there are checksums. */
 static void put(cursor *at, const uint8_t *from, int64_t num_bytes, checksum *sums)
 {
     while (num_bytes > 0) {
         int64_t size = smaller(at->what->block_bytes - at->offset, num_bytes);
-        fill_past_cache(at->what, &sums[at->i], from, bytes_at(at), size);
+        if (sums)
+            fill_past_cache(at->what, &sums[at->i], from, bytes_at(at), size);
+        else
+            store_past_cache(bytes_at(at), from, size);
         skip(at, size);
         from += size;
         num_bytes -= size;
@@ -156,6 +159,25 @@ static int64_t receive_buffered(
     }
     let_everyone_see();
     return ended;
+}
+
+/* A message of `num_bytes` at `from`, before which `position` bytes of the wire's order have come: into its blocks, and
+   into `sums`, where they are not NULL. DONE, or UNSOUND, and nothing was touched. */
+EXPORT int64_t put_blocks(
+    const order *what, checksum *sums, int64_t position, const uint8_t *from, int64_t num_bytes)
+{
+    int64_t layer_bytes = what->count * what->block_bytes;
+    if (!order_is_sound(what) || position < 0 || num_bytes < 0 || position + num_bytes > layer_bytes * what->num_layers)
+        return UNSOUND;
+    if (num_bytes == 0)
+        return DONE;
+    begin_sums(what, sums);
+    cursor at = {.what = what, .layer = what->first_layer + position / layer_bytes};
+    at.i = position % layer_bytes / what->block_bytes;
+    at.offset = position % what->block_bytes;
+    put(&at, from, num_bytes, sums);
+    let_everyone_see();
+    return DONE;
 }
 
 /* Fill blocks (`from` of the order) with what comes, and add it to `sums`, one a block.
