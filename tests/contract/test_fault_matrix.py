@@ -37,8 +37,10 @@ async def test_no_fault_makes_a_wrong_token_a_leak_or_a_hang(transport_name: str
     async with lab(transport_name) as ours:
         for cell in filter(played_here, all_cells(transport_name)):
             verdict = await ours.play(cell)
+            if verdict.was_only_late:  # The machine's doing, perhaps; never so twice.
+                verdict = await ours.play(cell)
             complaints += [f"{cell}: {complaint}" for complaint in verdict.complaints]
-    assert complaints == []
+    assert complaints == [], "\n".join(complaints)
 
 
 @pytest.mark.soak

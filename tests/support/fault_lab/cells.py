@@ -60,6 +60,9 @@ def all_cells(transport: str) -> Iterator[Cell]:
         yield Cell(transport, fault, side, moment)
 
 
+LATE = "found after"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
     cell: Cell
@@ -73,3 +76,8 @@ class Verdict:
     @property
     def is_well(self) -> bool:
         return not self.complaints
+
+    @property
+    def was_only_late(self) -> bool:
+        """Nothing was wrong but when it was found."""
+        return bool(self.complaints) and all(complaint.startswith(LATE) for complaint in self.complaints)

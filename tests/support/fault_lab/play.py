@@ -19,7 +19,7 @@ from disaggregated import rpc
 from disaggregated.errors import DisaggregatedError
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.transports import mpirun
-from tests.support.fault_lab.cells import NUM_CHUNKS, Cell, Fault, Side, Verdict
+from tests.support.fault_lab.cells import LATE, NUM_CHUNKS, Cell, Fault, Side, Verdict
 from tests.support.fault_lab.control_relay import ControlRelay, ControlTampering, relays
 from tests.support.fault_lab.hub import Actor, ActorLost, Hub, hub
 from tests.support.fault_lab.tampering import Levers, Tampering
@@ -151,7 +151,7 @@ class Lab:
         if cell.fault is Fault.STOP:
             allowed_s += PROGRESS_TIMEOUT_S if cell.side is Side.SENDER else self._stopped_s
         if found_s > allowed_s:
-            complaints.append(f"found after {found_s:.2f} s, {allowed_s:.2f} s are allowed: {told}")
+            complaints.append(f"{LATE} {found_s:.2f} s, {allowed_s:.2f} s are allowed: {told}")
         if told["outcome"] in ("TimeoutError", "TransferTimeout") and cell.fault is not Fault.STOP:
             complaints.append(f"only the deadline ended it: {told}")
         if cell.fault is Fault.DELAYED and not landed:
