@@ -61,6 +61,7 @@ def all_cells(transport: str) -> Iterator[Cell]:
 
 
 LATE = "found after"
+NOT_READ = "the next transfer was not read in time"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,5 +80,5 @@ class Verdict:
 
     @property
     def was_only_late(self) -> bool:
-        """Nothing was wrong but when it was found."""
-        return bool(self.complaints) and all(complaint.startswith(LATE) for complaint in self.complaints)
+        """Nothing was wrong but how long something took."""
+        return bool(self.complaints) and all(complaint.startswith((LATE, NOT_READ)) for complaint in self.complaints)

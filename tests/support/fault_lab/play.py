@@ -19,7 +19,7 @@ from disaggregated import rpc
 from disaggregated.errors import DisaggregatedError
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.transports import mpirun
-from tests.support.fault_lab.cells import LATE, NUM_CHUNKS, Cell, Fault, Side, Verdict
+from tests.support.fault_lab.cells import LATE, NOT_READ, NUM_CHUNKS, Cell, Fault, Side, Verdict
 from tests.support.fault_lab.control_relay import ControlRelay, ControlTampering, relays
 from tests.support.fault_lab.hub import Actor, ActorLost, Hub, hub
 from tests.support.fault_lab.tampering import Levers, Tampering
@@ -241,7 +241,10 @@ class Lab:
         self._watched = None
         publishing = asyncio.create_task(self._publish(transfer_id, self._until_read))
         told = await self.destination.call("pull", self._ticket(transfer_id), into, DEADLINE_S)
-        await publishing
+        try:
+            await publishing
+        except TimeoutError:
+            return [f"{NOT_READ}: chunks {sorted(self._data_seen)} were, {told}"]
         if told["outcome"] != "landed":
             return [f"the next transfer did not land: {told}"]
         wrong = await self.destination.call("num_wrong", TABLE, into)
