@@ -33,19 +33,20 @@ async def _answer(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRes
 
 
 async def _collect(door: FrontDoor, job: Job) -> web.Response:
-    choices = [CollectedChoice(job.text_of(request)) for request in job.requests]
+    choices = [
+        CollectedChoice(job.text_of(request), job.parser(), shows_token_ids=job.fields.return_token_ids)
+        for request in job.requests
+    ]
     stories = await _run_all(door, job, choices)
-    shows = job.fields.return_token_ids
-    body = job.shape.whole(
-        [(choice.text, choice.finish_reason, choice.token_ids if shows else None) for choice in choices],
-        _usage(stories),
-    )
+    body = job.shape.whole([choice.reply() for choice in choices], _usage(stories))
     return web.Response(body=body, content_type="application/json", headers=job.headers)
 
 
 async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
     choices = [
-        StreamedChoice(index, job.text_of(request), job.shape, shows_token_ids=job.fields.return_token_ids)
+        StreamedChoice(
+            index, job.text_of(request), job.parser(), job.shape, shows_token_ids=job.fields.return_token_ids
+        )
         for index, request in enumerate(job.requests)
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from aiohttp import web
@@ -17,6 +17,7 @@ from orchestrator.api.prompts import chat_prompt, completion_prompts
 from orchestrator.api.request_ids import request_id_of
 from orchestrator.api.shapes import ChatShape, CompletionShape, Shape
 from orchestrator.front_door import FrontDoor
+from orchestrator.parsers import ReplyParser
 from orchestrator.request_run import TokenRequest
 from orchestrator.served_model import ServedModel
 
@@ -33,6 +34,12 @@ class Job:
     shape: Shape
     requests: Sequence[TokenRequest]
     headers: dict[str, str]
+    make_parser: Callable[[], ReplyParser] | None = None
+    """Of replies that are more than content."""
+
+    def parser(self) -> ReplyParser | None:
+        """For one reply."""
+        return None if self.make_parser is None else self.make_parser()
 
     def text_of(self, request: TokenRequest) -> ChoiceText:
         return ChoiceText(self.model.tokenizer, request.token_ids, self.fields.stop)

@@ -1,6 +1,6 @@
 """OpenAI's JSON, put together by concatenation: nothing is built per token but the text itself.
 
-`ChatShape` and `CompletionShape` differ only in names; each makes the pieces of one answer once.
+A shape makes the pieces of one answer once. Where the text has a parser, `deltas` comes in the place of `text`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import orjson
+
+from orchestrator.parsers import CallArguments, CallStart, Content, Delta, Reasoning, calls_of, content_of, reasoning_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +36,21 @@ class Usage:
         )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """One whole choice."""
+
+    deltas: Sequence[Delta]
+    """Joined, in the model's order."""
+    finish_reason: str
+    token_ids: Sequence[int] | None
+    """None where the client did not ask for them."""
+
+    @property
+    def content(self) -> str:
+        return content_of(self.deltas)
+
+
 class Shape(Protocol):
     """The JSON of one answer."""
 
@@ -41,14 +58,17 @@ class Shape(Protocol):
         """The event before the first text of choice `index`; may be empty."""
 
     def text(self, index: int, text: str, token_ids: Sequence[int] | None) -> bytes:
-        """An event with more text."""
+        """An event with more text of a reply that has no parser; all of it is content."""
+
+    def deltas(self, index: int, deltas: Sequence[Delta], token_ids: Sequence[int] | None) -> bytes:
+        """An event with more of a reply that has a parser. `deltas` is joined and may be empty."""
 
     def finish(self, index: int, finish_reason: str) -> bytes: ...
 
     def usage(self, usage: Usage) -> bytes: ...
 
-    def whole(self, choices: Sequence[tuple[str, str, Sequence[int] | None]], usage: Usage) -> bytes:
-        """The body of an answer that is not streamed; each choice is its text, finish reason and token ids."""
+    def whole(self, replies: Sequence[Reply], usage: Usage) -> bytes:
+        """The body of an answer that is not streamed."""
 
 
 class _Shape:
@@ -68,8 +88,13 @@ class _Shape:
 
 
 class ChatShape(_Shape):
-    def __init__(self, answer_id: str, model: str, created: int, *, include_usage: bool) -> None:
+    """`calls_functions`: the client speaks the API before tools, where a reply has one `function_call`."""
+
+    def __init__(
+        self, answer_id: str, model: str, created: int, *, include_usage: bool, calls_functions: bool = False
+    ) -> None:
         super().__init__(answer_id, "chat.completion.chunk", model, created, include_usage=include_usage)
+        self._calls_functions = calls_functions
 
     def opening(self, index: int) -> bytes:
         return self._event(index, b'"delta":{"role":"assistant","content":""}', b"null", None)
@@ -77,10 +102,19 @@ class ChatShape(_Shape):
     def text(self, index: int, text: str, token_ids: Sequence[int] | None) -> bytes:
         return self._event(index, b'"delta":{"content":%b}' % orjson.dumps(text), b"null", token_ids)
 
-    def finish(self, index: int, finish_reason: str) -> bytes:
-        return self._event(index, b'"delta":{}', b'"%b"' % finish_reason.encode(), None)
+    def deltas(self, index: int, deltas: Sequence[Delta], token_ids: Sequence[int] | None) -> bytes:
+        fields: dict[str, Any] = {}
+        for name, kind in (("reasoning_content", Reasoning), ("content", Content)):
+            if text := "".join(delta.text for delta in deltas if type(delta) is kind):
+                fields[name] = text
+        if calls := _call_deltas(deltas):
+            fields |= {"function_call": calls[0]["function"]} if self._calls_functions else {"tool_calls": calls}
+        return self._event(index, b'"delta":%b' % orjson.dumps(fields), b"null", token_ids)
 
-    def whole(self, choices: Sequence[tuple[str, str, Sequence[int] | None]], usage: Usage) -> bytes:
+    def finish(self, index: int, finish_reason: str) -> bytes:
+        return self._event(index, b'"delta":{}', b'"%b"' % self._reason(finish_reason).encode(), None)
+
+    def whole(self, replies: Sequence[Reply], usage: Usage) -> bytes:
         return orjson.dumps(
             {
                 **self._fields,
@@ -88,16 +122,52 @@ class ChatShape(_Shape):
                 "choices": [
                     {
                         "index": index,
-                        "message": {"role": "assistant", "content": text, "refusal": None},
+                        "message": self._message(reply),
                         "logprobs": None,
-                        "finish_reason": finish_reason,
-                        **({} if token_ids is None else {"token_ids": token_ids}),
+                        "finish_reason": self._reason(reply.finish_reason),
+                        **({} if reply.token_ids is None else {"token_ids": reply.token_ids}),
                     }
-                    for index, (text, finish_reason, token_ids) in enumerate(choices)
+                    for index, reply in enumerate(replies)
                 ],
                 "usage": usage.as_json(),
             }
         )
+
+    def _message(self, reply: Reply) -> dict[str, Any]:
+        calls = calls_of(reply.deltas)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": reply.content or (None if calls else ""),
+            "refusal": None,
+        }
+        if reasoning := reasoning_of(reply.deltas):
+            message["reasoning_content"] = reasoning
+        if calls and self._calls_functions:
+            message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+        elif calls:
+            message["tool_calls"] = [
+                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
+        return message
+
+    def _reason(self, finish_reason: str) -> str:
+        return "function_call" if self._calls_functions and finish_reason == "tool_calls" else finish_reason
+
+
+def _call_deltas(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
+    """One entry for each call that is spoken of."""
+    entries: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        if type(delta) is CallStart:
+            function = {"name": delta.name, "arguments": ""}
+            entries[delta.index] = {
+                "index": delta.index, "id": delta.call_id, "type": "function", "function": function
+            }  # fmt: skip
+        elif type(delta) is CallArguments:
+            entry = entries.setdefault(delta.index, {"index": delta.index, "function": {"arguments": ""}})
+            entry["function"]["arguments"] += delta.text
+    return list(entries.values())
 
 
 class CompletionShape(_Shape):
@@ -110,22 +180,25 @@ class CompletionShape(_Shape):
     def text(self, index: int, text: str, token_ids: Sequence[int] | None) -> bytes:
         return self._event(index, b'"text":%b' % orjson.dumps(text), b"null", token_ids)
 
+    def deltas(self, index: int, deltas: Sequence[Delta], token_ids: Sequence[int] | None) -> bytes:
+        return self.text(index, content_of(deltas), token_ids)
+
     def finish(self, index: int, finish_reason: str) -> bytes:
         return self._event(index, b'"text":""', b'"%b"' % finish_reason.encode(), None)
 
-    def whole(self, choices: Sequence[tuple[str, str, Sequence[int] | None]], usage: Usage) -> bytes:
+    def whole(self, replies: Sequence[Reply], usage: Usage) -> bytes:
         return orjson.dumps(
             {
                 **self._fields,
                 "choices": [
                     {
                         "index": index,
-                        "text": text,
+                        "text": reply.content,
                         "logprobs": None,
-                        "finish_reason": finish_reason,
-                        **({} if token_ids is None else {"token_ids": token_ids}),
+                        "finish_reason": reply.finish_reason,
+                        **({} if reply.token_ids is None else {"token_ids": reply.token_ids}),
                     }
-                    for index, (text, finish_reason, token_ids) in enumerate(choices)
+                    for index, reply in enumerate(replies)
                 ],
                 "usage": usage.as_json(),
             }
