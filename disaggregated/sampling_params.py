@@ -7,19 +7,27 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.grammar import Grammar
 from disaggregated.peer_input import checked_number
 from disaggregated.v1 import control_pb2
 
 STOP_TOKEN_IDS_MAX: Final = 4096
 """More than any model has, and a client may add."""
+LOGPROBS_MAX: Final = 20
+"""Likeliest tokens told for each one: what OpenAI's API allows."""
+BIASES_MAX: Final = 4096
+BAD_WORDS_MAX: Final = 1024
+BAD_WORD_TOKENS_MAX: Final = 64
+PENALTY_MAX: Final = 100.0
+BIAS_MAX: Final = 100.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Checked by the orchestrator, in the client's words; a server looks once more at what comes to it.
 
-    The random number for the token at position `p` of a sequence (prompt included) depends on `(seed, p)` alone,
-    so a sequence gives the same tokens wherever it is continued.
+    The random number for the token at position `p` of a sequence (prompt included) depends on `(seed, p)` alone, and
+    everything else on the tokens before it, so a sequence gives the same tokens wherever it is continued.
     """
 
     max_tokens: int
@@ -36,38 +44,114 @@ class SamplingParams:
     """EOS and the client's own. The one that is sampled is reported and ends the sequence."""
     min_tokens: int = 0
     """Stop tokens are not sampled before that many tokens."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that was generated before."""
+    frequency_penalty: float = 0.0
+    """Taken from it as often as it was generated."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in the prompt and in what was generated, and multiplies the negative."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), each id once."""
+    allowed_token_ids: frozenset[int] = frozenset()
+    """Only these are sampled; empty: all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Runs of tokens that are not generated: the last one is not sampled after the others."""
+    logprobs: int | None = None
+    """Tell how likely each token was, and so many of the likeliest; None: nothing of it."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt from its second token on. All of it is computed then, whatever the prefix cache has."""
+    num_emitted: int = 0
+    """The last so many of the token ids given with a request were generated before, by another server: they count as
+    generated for penalties and the grammar, but not for `max_tokens` and `min_tokens`."""
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """What is sampled next depends on which tokens came before by more than their logits."""
+        return self.has_penalties or bool(self.bad_words) or self.grammar is not None
+
+    @property
+    def edits_logits(self) -> bool:
+        return self.needs_known_tokens or bool(self.logit_bias or self.allowed_token_ids)
+
     def after(self, num_tokens: int) -> SamplingParams:
-        """What is left to do once `num_tokens` have been generated elsewhere."""
+        """What is left to do once `num_tokens`, at least one, have been generated elsewhere."""
         return dataclasses.replace(
-            self, max_tokens=self.max_tokens - num_tokens, min_tokens=max(0, self.min_tokens - num_tokens)
+            self,
+            max_tokens=self.max_tokens - num_tokens,
+            min_tokens=max(0, self.min_tokens - num_tokens),
+            num_emitted=self.num_emitted + num_tokens,
+            prompt_logprobs=None,  # They came with the first token.
         )
 
     def to_proto(self) -> control_pb2.SamplingParams:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return control_pb2.SamplingParams(**{**fields, "stop_token_ids": sorted(self.stop_token_ids)})
+        return control_pb2.SamplingParams(
+            **{name: getattr(self, name) for name in (*_AS_THEY_ARE, *_MAY_BE_ABSENT)},
+            repetition_penalty=self.repetition_penalty,
+            stop_token_ids=sorted(self.stop_token_ids),
+            bias_token_ids=[token_id for token_id, _ in self.logit_bias],
+            biases=[bias for _, bias in self.logit_bias],
+            allowed_token_ids=sorted(self.allowed_token_ids),
+            bad_words=[control_pb2.TokenSequence(token_ids=word) for word in self.bad_words],
+            grammar=None if self.grammar is None else self.grammar.to_proto(),
+        )
 
     @classmethod
     def from_proto(cls, message: control_pb2.SamplingParams) -> SamplingParams:
         """Raises InvalidRequest for values that no orchestrator of ours sends."""
         _check(message)
-        fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(cls)}
-        return cls(**{**fields, "stop_token_ids": frozenset(message.stop_token_ids)})
+        return cls(
+            **{name: getattr(message, name) for name in _AS_THEY_ARE},
+            **{name: getattr(message, name) for name in _MAY_BE_ABSENT if message.HasField(name)},
+            repetition_penalty=message.repetition_penalty or 1.0,
+            stop_token_ids=frozenset(message.stop_token_ids),
+            logit_bias=tuple(zip(message.bias_token_ids, message.biases, strict=True)),
+            allowed_token_ids=frozenset(message.allowed_token_ids),
+            bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
+            grammar=Grammar.from_proto(message.grammar) if message.HasField("grammar") else None,
+        )
+
+
+_AS_THEY_ARE: Final = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "presence_penalty",
+    "frequency_penalty", "num_emitted",
+)  # fmt: skip
+"""Fields that travel under their own name and with their own value."""
+_MAY_BE_ABSENT: Final = ("logprobs", "prompt_logprobs")
 
 
 def _check(message: control_pb2.SamplingParams) -> None:
     checked_number(message.temperature, "temperature", low=0.0)
     checked_number(message.top_p, "top_p", low=0.0, high=1.0)
     checked_number(message.min_p, "min_p", low=0.0, high=1.0)
-    if len(message.stop_token_ids) > STOP_TOKEN_IDS_MAX:
-        raise InvalidRequest(
-            f"there are {len(message.stop_token_ids)} stop_token_ids, {STOP_TOKEN_IDS_MAX} are allowed",
-            param="stop_token_ids",
-        )
+    checked_number(message.presence_penalty, "presence_penalty", low=-PENALTY_MAX, high=PENALTY_MAX)
+    checked_number(message.frequency_penalty, "frequency_penalty", low=-PENALTY_MAX, high=PENALTY_MAX)
+    checked_number(message.repetition_penalty, "repetition_penalty", low=0.0, high=PENALTY_MAX)
+    for bias in message.biases:
+        checked_number(bias, "logit_bias", low=-BIAS_MAX, high=BIAS_MAX)
+    if len(message.biases) != len(message.bias_token_ids):
+        raise InvalidRequest("logit_bias has tokens without a bias", param="logit_bias")
+    longest_word = max((len(word.token_ids) for word in message.bad_words), default=1)
+    for name, count, limit in (
+        ("stop_token_ids", len(message.stop_token_ids), STOP_TOKEN_IDS_MAX),
+        ("logit_bias", len(message.biases), BIASES_MAX),
+        ("bad_words", len(message.bad_words), BAD_WORDS_MAX),
+        ("bad_words' tokens", longest_word, BAD_WORD_TOKENS_MAX),
+        ("logprobs", message.logprobs, LOGPROBS_MAX),
+        ("prompt_logprobs", message.prompt_logprobs, LOGPROBS_MAX),
+    ):
+        if count > limit:
+            raise InvalidRequest(f"there are {count} {name}, {limit} are allowed", param=name.split("'")[0])
+    if not all(word.token_ids for word in message.bad_words):
+        raise InvalidRequest("bad_words: a word without tokens", param="bad_words")
 
 
 def over_model_defaults(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
 from disaggregated.errors import InvalidRequest, LayoutMismatch, TransferError
+from disaggregated.grammar import Grammar, GrammarKind
 from disaggregated.kv_layout import KVLayout
 from disaggregated.peer_input import checked_name, checked_seconds
 from disaggregated.sampling_params import SamplingParams
@@ -54,6 +56,55 @@ def test_sampling_numbers_out_of_range_are_named(field: str, value: float) -> No
 def test_what_an_orchestrator_sends_comes_back_as_it_was() -> None:
     sent = SamplingParams(max_tokens=4, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=2**64 - 1)
     assert SamplingParams.from_proto(sent.to_proto()) == sent
+
+
+def test_every_sampling_field_travels() -> None:
+    at_rest = SamplingParams(max_tokens=1)
+    sent = SamplingParams(
+        max_tokens=4,
+        min_tokens=2,
+        stop_token_ids=frozenset({2, 7}),
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        repetition_penalty=1.25,
+        logit_bias=((3, -100.0), (9, 1.5)),
+        allowed_token_ids=frozenset({3, 4}),
+        bad_words=((5,), (6, 7)),
+        logprobs=0,
+        prompt_logprobs=3,
+        num_emitted=11,
+        grammar=Grammar(GrammarKind.REGEX, "a+", starts_after=(1, 2)),
+    )
+    drawn = {"temperature", "top_p", "top_k", "min_p", "seed"}
+    names = {field.name for field in dataclasses.fields(sent)} - drawn
+    assert {name for name in names if getattr(sent, name) == getattr(at_rest, name)} == set(), "a field is not tried"
+    assert SamplingParams.from_proto(sent.to_proto()) == sent
+    assert SamplingParams.from_proto(at_rest.to_proto()) == at_rest
+
+
+def test_what_is_left_after_some_tokens_counts_them_as_emitted() -> None:
+    left = SamplingParams(max_tokens=9, min_tokens=2, num_emitted=1, logprobs=2, prompt_logprobs=2).after(3)
+    assert left == SamplingParams(max_tokens=6, min_tokens=0, num_emitted=4, logprobs=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"presence_penalty": math.nan}, "presence_penalty"),
+        ({"frequency_penalty": 101.0}, "frequency_penalty"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"bias_token_ids": [1], "biases": [math.inf]}, "logit_bias"),
+        ({"bias_token_ids": [1, 2], "biases": [1.0]}, "logit_bias"),
+        ({"bad_words": [control_pb2.TokenSequence()]}, "bad_words"),
+        ({"bad_words": [control_pb2.TokenSequence(token_ids=range(65))]}, "bad_words"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": 2**31}, "prompt_logprobs"),
+    ],
+)
+def test_what_would_upset_a_sampler_is_refused_by_name(change: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams.from_proto(control_pb2.SamplingParams(max_tokens=4, **change))
+    assert caught.value.param == param
 
 
 def test_a_million_stop_tokens_are_refused() -> None:

@@ -1,0 +1,50 @@
+"""How likely tokens were: what a client may ask to be told beside each token.
+
+All of it is by the model's own logits, before temperature, penalties, biases and grammar. So it is a property of the
+tokens alone, and the same whichever server computes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from disaggregated.errors import ServerLost
+from disaggregated.v1 import control_pb2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Of one token in its place: natural logarithms of probabilities."""
+
+    logprob: float
+    rank: int
+    """How many tokens were at least as likely; 1: none was likelier."""
+    top_token_ids: tuple[int, ...] = ()
+    """The likeliest ones, the likeliest first; equals by their id."""
+    top_logprobs: tuple[float, ...] = ()
+
+
+def to_proto(tokens: Sequence[TokenLogprob] | None) -> control_pb2.Logprobs | None:
+    """None, which a message takes for an absent field, when nothing was asked for."""
+    if not tokens:
+        return None
+    return control_pb2.Logprobs(
+        logprobs=[token.logprob for token in tokens],
+        ranks=[token.rank for token in tokens],
+        num_top=len(tokens[0].top_token_ids),
+        top_token_ids=[token_id for token in tokens for token_id in token.top_token_ids],
+        top_logprobs=[logprob for token in tokens for logprob in token.top_logprobs],
+    )
+
+
+def from_proto(message: control_pb2.Logprobs) -> list[TokenLogprob]:
+    """Raises ServerLost when its lists do not fit together: nothing that such a server says can be trusted."""
+    num, top = len(message.logprobs), message.num_top
+    if not (len(message.ranks) == num and len(message.top_token_ids) == len(message.top_logprobs) == num * top):
+        raise ServerLost(f"logprobs of {num} tokens came with {len(message.top_logprobs)} others, {top} for each")
+    ids, logprobs = tuple(message.top_token_ids), tuple(message.top_logprobs)
+    return [
+        TokenLogprob(logprob, rank, ids[i * top : (i + 1) * top], logprobs[i * top : (i + 1) * top])
+        for i, (logprob, rank) in enumerate(zip(message.logprobs, message.ranks, strict=True))
+    ]
