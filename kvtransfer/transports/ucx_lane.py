@@ -60,7 +60,7 @@ def _context(loopback_only: bool) -> Any:
 
 
 def _options(loopback_only: bool, environ: Mapping[str, str]) -> dict[str, str]:
-    """What UCX is told where the user says nothing: no device but loopback's for loopback, and TCP in large segments."""
+    """Where the user says nothing: no device but loopback's for loopback, and TCP in large segments."""
     options = {"NET_DEVICES": "lo"} if loopback_only and "UCX_NET_DEVICES" not in environ else {}
     if not any(f"UCX_{name}" in environ for name in _SEGMENT_SIZES):  # UCX refuses two that do not fit each other.
         options |= dict.fromkeys(_SEGMENT_SIZES, _SEGMENT_SIZE)
@@ -141,7 +141,8 @@ class UcxLane:
     def close(self) -> bool:
         """End whatever is in flight and let go of the worker: when this is True, nothing can be written any more.
 
-        False is rare, and was seen when a peer was killed: some request did not end. Its worker is never driven again, and never freed.
+        False is rare, and was seen when a peer was killed: some request did not end. Its worker is never driven again,
+        and never freed.
         """
         if self._worker is None:
             return self._has_let_go
