@@ -355,6 +355,10 @@ class Heartbeat(_message.Message):
     DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     ACCEPTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     UNHEALTHY_FIELD_NUMBER: _builtins.int
+    HAS_STEP_COST_FIELD_NUMBER: _builtins.int
+    STEP_FIXED_S_FIELD_NUMBER: _builtins.int
+    STEP_TOKEN_S_FIELD_NUMBER: _builtins.int
+    STEP_PAIR_S_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     step: _builtins.int
     """engine steps so far; grows while there is work"""
@@ -390,6 +394,13 @@ class Heartbeat(_message.Message):
     """of these, the ones that were right"""
     unhealthy: _builtins.str
     """in words: memory that it cannot take back, transfers that do not end; "": healthy"""
+    has_step_cost: _builtins.bool
+    """of a server that only prefills: what a step takes, as measured"""
+    step_fixed_s: _builtins.float
+    step_token_s: _builtins.float
+    """for each token of a step"""
+    step_pair_s: _builtins.float
+    """for each token before each of them, in its sequence"""
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkStatistics]: ...
     def __init__(
@@ -420,10 +431,14 @@ class Heartbeat(_message.Message):
         draft_tokens_total: _builtins.int = ...,
         accepted_draft_tokens_total: _builtins.int = ...,
         unhealthy: _builtins.str = ...,
+        has_step_cost: _builtins.bool = ...,
+        step_fixed_s: _builtins.float = ...,
+        step_token_s: _builtins.float = ...,
+        step_pair_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "draft_tokens_total", b"draft_tokens_total", "draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_host_slots", b"num_host_slots", "num_host_slots_claimed", b"num_host_slots_claimed", "num_host_slots_used", b"num_host_slots_used", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "offloaded_blocks_total", b"offloaded_blocks_total", "onboarded_blocks_total", b"onboarded_blocks_total", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s", "swapped_sequences_total", b"swapped_sequences_total", "unhealthy", b"unhealthy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "draft_tokens_total", b"draft_tokens_total", "draining", b"draining", "epoch", b"epoch", "generation_tokens_total", b"generation_tokens_total", "has_step_cost", b"has_step_cost", "links", b"links", "num_blocks", b"num_blocks", "num_blocks_free", b"num_blocks_free", "num_blocks_leased", b"num_blocks_leased", "num_blocks_quarantined", b"num_blocks_quarantined", "num_host_slots", b"num_host_slots", "num_host_slots_claimed", b"num_host_slots_claimed", "num_host_slots_used", b"num_host_slots_used", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "offloaded_blocks_total", b"offloaded_blocks_total", "onboarded_blocks_total", b"onboarded_blocks_total", "preemptions_total", b"preemptions_total", "prompt_cached_tokens_total", b"prompt_cached_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "step", b"step", "step_age_s", b"step_age_s", "step_fixed_s", b"step_fixed_s", "step_pair_s", b"step_pair_s", "step_token_s", b"step_token_s", "swapped_sequences_total", b"swapped_sequences_total", "unhealthy", b"unhealthy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
