@@ -3,7 +3,10 @@
     DisaggregatedError
     ├── InvalidRequest (ValueError)       the client's: 4xx, names the field and the limit
     │   ├── UnknownModel                  404
-    │   └── PromptTooLong
+    │   ├── PromptTooLong
+    │   ├── InvalidApiKey                 401
+    │   ├── NotAllowed                    403, the key is good for something else
+    │   └── QuotaExceeded                 429, the key's share of this minute is used up
     ├── StartupError                      a process cannot start: exit code and one message
     │   ├── ConfigError (ValueError)      the operator's file or flags
     │   ├── PortTaken
@@ -12,6 +15,7 @@
     ├── AdmissionError                    refused before any work was done; nothing has to be undone
     │   ├── PoolExhausted
     │   ├── QueueFull
+    │   ├── Overloaded
     │   └── Draining
     ├── Unauthenticated                   the two ends do not know the same cluster secret
     ├── ServerLost                        crashed, frozen, or its connection broke
@@ -45,6 +49,8 @@ class DisaggregatedError(Exception):
     openai_type: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
     """Another server, or the same one later, may well succeed."""
+    retry_after_s: int | None = None
+    """Whole seconds after which the client may hope for another answer, where whoever raises this knows it."""
 
 
 class InvalidRequest(DisaggregatedError, ValueError):
@@ -66,6 +72,27 @@ class UnknownModel(InvalidRequest):
 
 class PromptTooLong(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class InvalidApiKey(InvalidRequest):
+    http_status = 401
+    code = "invalid_api_key"
+
+
+class NotAllowed(InvalidRequest):
+    http_status = 403
+    openai_type = "permission_error"
+    code = "not_allowed"
+
+
+class QuotaExceeded(InvalidRequest):
+    http_status = 429
+    openai_type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class StartupError(DisaggregatedError):
@@ -103,8 +130,17 @@ class PoolExhausted(AdmissionError):
 
 
 class QueueFull(AdmissionError):
+    """Too many wait already: in the orchestrator, which tells the client, or in one server, while another has room."""
+
     http_status = 429
-    retryable = False
+
+
+class Overloaded(AdmissionError):
+    """What the client asked for by when cannot be kept at the present load."""
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Draining(AdmissionError):

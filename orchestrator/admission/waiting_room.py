@@ -1,0 +1,113 @@
+"""The queue with what is known about its pace: who may come in, who must be told that it is too late. Pure.
+
+A request that would be served too late is refused as it comes, when that can be foreseen, and at the latest when its
+last moment to be started has passed: work that nobody waits for any more would be taken from those who still do. That
+is what keeps the goodput at its peak when many times more is asked for than can be done. While the servers have nothing
+to do nobody is refused, whatever the estimates say: they come from busier times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Final, Generic
+
+from disaggregated.errors import Overloaded, QueueFull
+from orchestrator.admission.pace import QueuePace, ServiceTimes, whole_seconds
+from orchestrator.admission.request_queue import RequestQueue
+from orchestrator.admission.tenant_turns import Item, Waiting
+from orchestrator.admission.ticket import Ticket
+
+_IN_TIME: Final = "it would be served too late"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Visitor(Generic[Item]):
+    """Who asks to wait. Times are on the orchestrator's monotonic clock."""
+
+    item: Item
+    ticket: Ticket
+    num_prompt: int
+    max_tokens: int
+    priority: int
+    arrived_s: float
+    deadline_s: float
+
+
+class WaitingRoom(Generic[Item]):
+    def __init__(
+        self, depth_max: int, *, tenant_depth_max: int = 0, turn_away: Callable[[Item, Exception], None]
+    ) -> None:
+        """`turn_away` is told who no longer waits, and why: somebody else's turn was more due, or it is too late."""
+        self.queue: RequestQueue[Item] = RequestQueue(depth_max, tenant_depth_max=tenant_depth_max)
+        self.pace = QueuePace()
+        self.times = ServiceTimes()
+        self._turn_away = turn_away
+
+    def enter(self, visitor: Visitor[Item], *, now_s: float, is_idle: bool) -> Waiting[Item]:
+        """is_idle: nothing else runs or waits.
+
+        Raises:
+            QueueFull: no room.
+            Overloaded: by the pace of late it would be served too late.
+        """
+        ticket = visitor.ticket
+        waiting = Waiting(
+            item=visitor.item,
+            tenant=ticket.tenant,
+            weight=ticket.weight,
+            priority=visitor.priority,
+            cost=max(1, visitor.num_prompt + self.times.num_tokens(visitor.max_tokens)),
+            since_s=now_s,
+            start_by_s=visitor.deadline_s if is_idle else self._start_by_s(visitor),
+        )
+        self._check_in_time(waiting, now_s)
+        loser = self.queue.who_makes_way(ticket.tenant, priority=visitor.priority)
+        if loser is not None:
+            self.queue.remove(loser)
+        try:
+            self.queue.put(waiting)
+        except QueueFull as error:
+            error.retry_after_s = self.retry_after_s(now_s=now_s)
+            raise
+        if loser is not None:
+            self._turn_away(loser.item, self._made_way(now_s))
+        return waiting
+
+    def _start_by_s(self, visitor: Visitor[Item]) -> float:
+        start_by_s = visitor.deadline_s - self.times.total_s(visitor.num_prompt, visitor.max_tokens)
+        if (ttft_s := visitor.ticket.objectives.ttft_s) is None:
+            return start_by_s
+        return min(start_by_s, visitor.arrived_s + ttft_s - self.times.ttft_s(visitor.num_prompt))
+
+    def _check_in_time(self, waiting: Waiting[Item], now_s: float) -> None:
+        ahead = self.queue.tokens_ahead(waiting.tenant, priority=waiting.priority) if len(self.queue) else 0
+        wait_s = self.pace.wait_s(ahead, now_s=now_s) or 0.0
+        late_s = now_s + wait_s - waiting.start_by_s
+        if late_s > 0.0:
+            words = f"{_IN_TIME}: {ahead} tokens stand before it, which takes about {wait_s:.1f} s"
+            raise Overloaded(words, retry_after_s=whole_seconds(late_s))
+
+    def _made_way(self, now_s: float) -> QueueFull:
+        error = QueueFull("the queue is full, and most of what waits in it is yours")
+        error.retry_after_s = self.retry_after_s(now_s=now_s)
+        return error
+
+    def come_back(self, waiting: Waiting[Item], *, deadline_s: float, now_s: float) -> Waiting[Item]:
+        return self.queue.put_back(waiting, start_by_s=deadline_s, now_s=now_s)
+
+    def first(self, *, now_s: float) -> Waiting[Item] | None:
+        """Who is served next; whoever is too late by now was told."""
+        for late in self.queue.late(now_s=now_s):
+            words = f"{_IN_TIME}: waited {now_s - late.since_s:.1f} s in the queue"
+            self._turn_away(late.item, Overloaded(words, retry_after_s=self.retry_after_s(now_s=now_s)))
+        return self.queue.first()
+
+    def take(self, waiting: Waiting[Item], *, now_s: float) -> None:
+        """The first one is being dispatched."""
+        self.queue.take(waiting)
+        self.pace.departed(cost=waiting.cost, since_s=waiting.since_s, now_s=now_s)
+
+    def retry_after_s(self, *, now_s: float) -> int:
+        """Whole seconds until all who wait now are served; at least 1."""
+        return self.pace.retry_after_s(self.queue.num_tokens, now_s=now_s)
