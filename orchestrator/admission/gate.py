@@ -1,0 +1,133 @@
+"""The gate before the front door: who is asking, may they, how much, and by when.
+
+Without a file of API keys everybody may ask for everything, and the body's `user` is the tenant that takes turns.
+With one, a request is its key's: the key's name is the tenant, whatever `user` says, since anybody can write that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Final
+
+from disaggregated.errors import InvalidApiKey, InvalidRequest, NotAllowed, UnknownModel
+from orchestrator.admission.api_keys import ApiKey
+from orchestrator.admission.key_file import KeyFile
+from orchestrator.admission.quotas import Quotas
+from orchestrator.admission.ticket import Objectives, Ticket
+
+OPEN_PATHS: Final = frozenset({"/health", "/version", "/metrics", "/prometheus/metrics", "/openapi.json"})
+"""Probes, scrapers and readers of the API's description have no key."""
+OPERATORS_PATHS: Final = ("/cluster", "/ledger", "/requests")
+"""These and all below them tell of other people's requests, or change the deployment."""
+TENANT_CHARACTERS_MAX: Final = 128
+_HEADERS: Final = ("x-api-key", "api-key")
+"""Other clients' spellings of `Authorization: Bearer`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request; `key` is None where there are no keys."""
+
+    key: ApiKey | None = None
+
+    def tenant(self, user: str | None) -> str:
+        return self.key.name if self.key is not None else (user or "")[:TENANT_CHARACTERS_MAX]
+
+    def may_use(self, *names: str) -> bool:
+        """names: all that one model is called."""
+        return self.key is None or self.key.models is None or not self.key.models.isdisjoint(names)
+
+
+ANYBODY: Final = Caller()
+
+
+class Gate:
+    def __init__(self, keys: KeyFile | None, quotas: Quotas) -> None:
+        """keys: None when the deployment has no key file."""
+        self._keys = keys
+        self._quotas = quotas
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the key file as it is now; "" when nothing is."""
+        return self._keys.problem if self._keys is not None else ""
+
+    def let_in(self, path: str, headers: Mapping[str, str]) -> Caller:
+        """
+        Raises:
+            InvalidApiKey: there is none, or it is not one of ours.
+            NotAllowed: the key is good, but not for this path.
+        """
+        if self._keys is None:
+            return ANYBODY
+        self._keys.look()
+        if path in OPEN_PATHS:
+            return ANYBODY
+        key = self._keys.ring.find(_presented(headers))
+        if key is None:
+            raise InvalidApiKey("the API key is not known here", param="authorization")
+        if not key.operator and _is_operators(path):
+            raise NotAllowed(f"{path[:200]!r} needs the key of an operator", param="authorization")
+        return Caller(key)
+
+    def check_model(self, caller: Caller, asked: str, *names: str) -> None:
+        """names: all that the served model is called. The answer is the same as for a model that does not exist."""
+        if not caller.may_use(*names):
+            raise UnknownModel(f"the model {asked!r} does not exist, or is not for this key", param="model")
+
+    def check_priority(self, caller: Caller, priority: int) -> None:
+        if caller.key is not None and priority < caller.key.best_priority:
+            best = caller.key.best_priority
+            raise InvalidRequest(f"priority must be at least {best} for this key, is {priority}", param="priority")
+
+    def count_request(self, caller: Caller) -> None:
+        """
+        Raises:
+            QuotaExceeded: the key's requests of this minute are used up.
+        """
+        if caller.key is not None:
+            self._quotas.take(caller.key, "requests", 1)
+
+    def ticket(self, caller: Caller, *, user: str | None, objectives: Objectives, num_tokens: int) -> Ticket:
+        """For one sequence that is expected to take `num_tokens`, prompt and answer together.
+
+        Raises:
+            QuotaExceeded: the key's tokens of this minute are used up.
+        """
+        key = caller.key
+        if key is None:
+            return Ticket(tenant=caller.tenant(user), objectives=objectives)
+        self._quotas.take(key, "tokens", num_tokens)
+        return Ticket(
+            tenant=key.name,
+            weight=key.weight,
+            objectives=objectives,
+            settle=lambda took: self._quotas.settle(key, "tokens", took - num_tokens),
+        )
+
+    def headers(self, caller: Caller) -> dict[str, str]:
+        """What the client has left, in OpenAI's headers."""
+        if caller.key is None:
+            return {}
+        headers: dict[str, str] = {}
+        for each in self._quotas.remaining(caller.key):
+            headers[f"x-ratelimit-limit-{each.what}"] = str(each.limit)
+            headers[f"x-ratelimit-remaining-{each.what}"] = str(each.left)
+            headers[f"x-ratelimit-reset-{each.what}"] = f"{each.full_in_s:.3f}s"
+        return headers
+
+
+def _presented(headers: Mapping[str, str]) -> str:
+    """The key that the client sent. Raises InvalidApiKey when it sent none."""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and credentials.strip():
+        return credentials.strip()
+    for name in _HEADERS:
+        if found := headers.get(name):
+            return found
+    raise InvalidApiKey("there is no API key; send it as `Authorization: Bearer KEY`", param="authorization")
+
+
+def _is_operators(path: str) -> bool:
+    return any(path == each or path.startswith((f"{each}/", f"{each}_")) for each in OPERATORS_PATHS)
