@@ -13,7 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import DisaggregatedError
-from orchestrator.api import generate, operations
+from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.error_body import error_response, plain_error_response
 from orchestrator.api.request_ids import assign_request_id
 from orchestrator.front_door import FrontDoor
@@ -49,6 +49,10 @@ def make_app(
     for method, path, handler in (
         ("POST", "/v1/chat/completions", generate.chat_completions),
         ("POST", "/v1/completions", generate.completions),
+        ("POST", "/tokenize", tokenization.tokenize),
+        ("POST", "/v1/tokenize", tokenization.tokenize),
+        ("POST", "/detokenize", tokenization.detokenize),
+        ("POST", "/v1/detokenize", tokenization.detokenize),
         ("GET", "/v1/models", operations.models),
         ("GET", "/health", operations.health),
         ("GET", "/metrics", operations.metrics),

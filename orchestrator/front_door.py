@@ -11,6 +11,7 @@ from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import ModelUnavailable, NoServerAvailable
 from orchestrator.dispatch import Dispatcher
+from orchestrator.loop_lag import LoopLag
 from orchestrator.metrics import Metrics
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
@@ -45,6 +46,7 @@ class FrontDoor:
         self.metrics = Metrics(pools)
         self.dispatcher = Dispatcher(config, pools, observer=self.metrics, clock=clock)
         self.metrics.watch(self.dispatcher)
+        self.loop_lag = LoopLag(self.metrics.loop_lagged)
         self._model: ServedModel | None = None
         self._model_problem = ""
         self._servable_since_s: float | None = None
@@ -86,6 +88,7 @@ class FrontDoor:
 
     def start(self) -> None:
         self.pools.start()
+        self.loop_lag.start()
         if self._model is None:
             self._owner.start(self._load_model(), name="load model")
 
@@ -96,6 +99,7 @@ class FrontDoor:
         await self.dispatcher.stop(timeout_s=timeout_s)
 
     async def close(self) -> None:
+        self.loop_lag.stop()
         await self._owner.close()
         await self.pools.close()
 

@@ -26,6 +26,7 @@ log = logs.get(__name__)
 Family = GaugeMetricFamily | CounterMetricFamily
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 180.0)
+_LAG_SECONDS: Final = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _SHORT_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -83,6 +84,9 @@ class Metrics:
         self._exposed = histogram(
             "disagg_transfer_exposed_seconds", "The part of a transfer that prefill did not hide.", _SHORT_SECONDS
         )
+        self._loop_lag = histogram(
+            "disagg_event_loop_lag_seconds", "How late a timer came: every stream waited so long.", _LAG_SECONDS
+        )
         self._total = counter("total_requests", "HTTP requests to generate.")
         self._stream = counter("stream_requests", "Of these, streamed.")
         self._nonstream = counter("nonstream_requests", "Of these, not streamed.")
@@ -106,6 +110,9 @@ class Metrics:
             for sample in family.samples
             if not sample.labels and sample.name.endswith("_total")
         }
+
+    def loop_lagged(self, lag_s: float) -> None:
+        self._loop_lag.observe(lag_s)
 
     # HTTP.
 

@@ -68,10 +68,12 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True, *, param: str | None = None) -> list[int]:
         """Token ids. A rendered chat already has its special tokens in the text: pass False for it.
 
+        Of the library's ways this is the one that keeps no offsets: faster by half, and other threads run meanwhile.
+
         Raises InvalidRequest(param) for text that is not Unicode (half of a surrogate pair, which JSON can spell).
         """
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError as error:  # What the library says of it.
             raise InvalidRequest(
                 "the text is not valid Unicode: it has half of a surrogate pair", param=param
@@ -80,6 +82,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence at once."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it: "Ġfox" for " fox" where tokens are bytes."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
 
     @property
     def has_chat_template(self) -> bool:

@@ -86,7 +86,7 @@ class _Draft:
     async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int) -> _Draft:
         arrived_s = door.clock()
         body = Fields.parse(await http.read())
-        model = _known_model(door, body)
+        model = known_model(door, body)
         return cls(
             door=door,
             request_id=request_id_of(http),
@@ -125,14 +125,17 @@ class _Draft:
         )
 
 
-def _known_model(door: FrontDoor, body: Fields) -> ServedModel:
-    """
+def known_model(door: FrontDoor, body: Fields, *, is_optional: bool = False) -> ServedModel:
+    """The one that `model` means.
+
     Raises:
         UnknownModel: `model` is neither the full name nor an alias of what is served.
         NoServerAvailable: the model is not known yet.
     """
     model = door.served_model()
     name = body.text("model")
+    if name is None and is_optional:
+        return model
     if not name:
         raise InvalidRequest("model is missing", param="model")
     if not model.is_meant_by(name):
