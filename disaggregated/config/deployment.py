@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from disaggregated.config.door import DoorConfig
 from disaggregated.config.security import SecurityConfig
 from disaggregated.config.server import ServerConfig
 
@@ -67,6 +68,7 @@ class DeploymentConfig:
     log_level: str = "info"
     metrics_log_interval_s: float = 0.0
     """A line of totals in the log so often; 0: never."""
+    door: DoorConfig = DoorConfig()
     security: SecurityConfig = SecurityConfig()
     notes: tuple[str, ...] = ()
     """One line for each key that was taken but has no effect, or another one than its name says."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from disaggregated.config import security_keys
+from disaggregated.config import door_keys, security_keys
 from disaggregated.config.key_table import Alias, KeyTable, honoured, no_effect, not_built, refused
 from disaggregated.config.kinds import ADDRESSES, ANYTHING, BOOLEAN, TEXT, choice, integer, number
 from disaggregated.config.server_cli import LOG_LEVEL
 from disaggregated.config.server_keys import SERVER_KEYS
 
 _NO_DISCOVERY: Final = "servers do not register themselves; name them in urls, or leave the key out to start them here"
-_ONE_ORCHESTRATOR: Final = "there is one orchestrator process"
+_NO_COORDINATOR: Final = "orchestrators need none: each knows the load of all from the servers' heartbeats"
 _STORIES: Final = "GET /requests/{id} tells each request's story"
 _LOAD_INSTEAD: Final = "it is not built yet; load_balancing is used"
 
@@ -61,8 +61,8 @@ TOP_KEYS: Final = KeyTable(
         no_effect("disagg_cluster.inactive_timeout_sec", number(0), "see disagg_cluster.cluster_uri"),
         no_effect("disagg_cluster.minimal_instances.context_servers", integer(0), "see disagg_cluster.cluster_uri"),
         no_effect("disagg_cluster.minimal_instances.generation_servers", integer(0), "see disagg_cluster.cluster_uri"),
-        not_built("num_workers", integer(1), _ONE_ORCHESTRATOR, harmless=(1,)),
-        not_built("disagg_coordinator_url", TEXT, _ONE_ORCHESTRATOR),
+        *door_keys.DOOR,
+        no_effect("disagg_coordinator_url", TEXT, _NO_COORDINATOR),
         not_built("conversation_affinity_header_for_subagents", TEXT, "requests are not bound to a server"),
         not_built("subagent_affinity_scope", choice("context", "both"), "requests are not bound to a server"),
         refused(
@@ -71,7 +71,8 @@ TOP_KEYS: Final = KeyTable(
             "a template that a client sends is a program, and is never run",
             harmless=(False,),
         ),
-    ]
+    ],
+    door_keys.ALIASES,
 )
 
 SECTION_KEYS: Final = KeyTable(

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig, RouterConfig
 from disaggregated.config.deployment_keys import SECTION_KEYS, TOP_KEYS
+from disaggregated.config.door import DoorConfig
 from disaggregated.config.environment import override, overrides, remarks
 from disaggregated.config.fields import fill
 from disaggregated.config.kinds import did_you_mean, shown
@@ -24,7 +25,6 @@ from disaggregated.config.server_keys import FLATTENED, SERVER_KEYS
 from disaggregated.config.yaml_file import read_yaml
 from disaggregated.errors import ConfigError
 
-_SECURITY: Final = "security."
 _SECTIONS: Final = {"context": "context_servers", "generation": "generation_servers"}
 
 
@@ -59,7 +59,8 @@ def _deployment(document: Mapping[str, object], source: Source, notes: list[str]
     model = _model(decisions, source)
     every = [own, *decisions.values()]
     fields: dict[str, Any] = dict(own.fields)
-    security = fill(SecurityConfig(), {name: fields.pop(f"{_SECURITY}{name}") for name in _security_names(fields)})
+    security = fill(SecurityConfig(), _taken(fields, "security."))
+    door = fill(DoorConfig(), _taken(fields, "door."))
     template = ServerConfig(
         model=model or "",
         role="",
@@ -71,6 +72,7 @@ def _deployment(document: Mapping[str, object], source: Source, notes: list[str]
     return DeploymentConfig(
         **fields,
         security=security,
+        door=door,
         model=model,
         context=_pool("context", decisions["context"], template),
         generation=_pool("generation", decisions["generation"], template),
@@ -79,8 +81,9 @@ def _deployment(document: Mapping[str, object], source: Source, notes: list[str]
     )
 
 
-def _security_names(fields: Mapping[str, object]) -> list[str]:
-    return [name.removeprefix(_SECURITY) for name in fields if name.startswith(_SECURITY)]
+def _taken(fields: dict[str, Any], prefix: str) -> dict[str, object]:
+    """Those that begin with `prefix`, without it; they are no longer in `fields`."""
+    return {name.removeprefix(prefix): fields.pop(name) for name in list(fields) if name.startswith(prefix)}
 
 
 def _split_top_level(document: Mapping[str, object], source: Source) -> tuple[dict[str, object], dict[str, object]]:
