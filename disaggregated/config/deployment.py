@@ -59,6 +59,12 @@ class DeploymentConfig:
     balance_prefill: bool = False
     """Prompts are also prefilled on a generation server where that holds up fewer tokens than waiting for a context
     server does."""
+    tool_parser: str = "auto"
+    """Of `parser_names.py`."""
+    reasoning_parser: str = "auto"
+    """Of `parser_names.py`."""
+    allow_request_chat_template: bool = False
+    """Whether a request's `chat_template` is run."""
     perf_metrics_max_requests: int = 1000
     """Finished requests whose story is kept for `GET /requests/{id}`; 0: none."""
     schedule_style: str = "context_first"

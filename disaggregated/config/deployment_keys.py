@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from disaggregated.config import door_keys, security_keys
-from disaggregated.config.key_table import Alias, KeyTable, honoured, no_effect, not_built, refused
 from disaggregated.config.kinds import ADDRESSES, ANYTHING, BOOLEAN, TEXT, choice, integer, number
 from disaggregated.config.server_cli import LOG_LEVEL
 from disaggregated.config.server_keys import SERVER_KEYS
+from disaggregated.config.text_keys import TEXT_KEYS
 
 _NO_DISCOVERY: Final = "servers do not register themselves; name them in urls, or leave the key out to start them here"
 _NO_COORDINATOR: Final = "orchestrators need none: each knows the load of all from the servers' heartbeats"
@@ -65,12 +65,7 @@ TOP_KEYS: Final = KeyTable(
         no_effect("disagg_coordinator_url", TEXT, _NO_COORDINATOR),
         not_built("conversation_affinity_header_for_subagents", TEXT, "requests are not bound to a server"),
         not_built("subagent_affinity_scope", choice("context", "both"), "requests are not bound to a server"),
-        refused(
-            "allow_request_chat_template",
-            BOOLEAN,
-            "a template that a client sends is a program, and is never run",
-            harmless=(False,),
-        ),
+        *TEXT_KEYS,
     ],
     door_keys.ALIASES,
 )
@@ -87,7 +82,6 @@ SECTION_KEYS: Final = KeyTable(
                 "kv_cache_aware": ("load_balancing", _LOAD_INSTEAD),
                 "conversation": ("load_balancing", _LOAD_INSTEAD),
             },
-        ),
         honoured("router.use_tokens", BOOLEAN, "load_balancing counts tokens, not requests.", target="use_tokens"),
         *(
             no_effect(f"router.{name}", ANYTHING, "neither of the routers built so far takes it")
@@ -102,7 +96,6 @@ SECTION_KEYS: Final = KeyTable(
                 "hash_skip_count",
                 "max_sessions",
             )
-        ),
         *SERVER_KEYS,
     ],
     [*SERVER_KEYS.aliases, Alias(name="router.name", of="router.type")],

@@ -22,6 +22,7 @@ from disaggregated.config.reader import Decision, Found, Source, collect, decide
 from disaggregated.config.security import SecurityConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.config.server_keys import FLATTENED, SERVER_KEYS
+from disaggregated.config.text_keys import lift_text_keys
 from disaggregated.config.yaml_file import read_yaml
 from disaggregated.errors import ConfigError
 
@@ -50,6 +51,7 @@ def check_can_start(config: DeploymentConfig) -> None:
 
 
 def _deployment(document: Mapping[str, object], source: Source, notes: list[str]) -> DeploymentConfig:
+    document = lift_text_keys(document, source)
     top, general = _split_top_level(document, source)
     found, _ = collect(top, TOP_KEYS, source)
     own = decide(found, TOP_KEYS, source)

@@ -11,6 +11,7 @@ from typing import Final
 from disaggregated.config import scheduling_keys
 from disaggregated.config.key_table import Alias, Key, KeyTable, honoured, no_effect, not_built, refused
 from disaggregated.config.kinds import ANYTHING, BOOLEAN, CORES, COUNTS, TEXT, choice, integer, number
+from disaggregated.config.text_keys import SERVER_TEXT_KEYS
 
 AT_LEAST_0: Final = integer(0)
 AT_LEAST_1: Final = integer(1)
@@ -216,8 +217,6 @@ _NOT_BUILT: Final = (
     not_built("sparse_attention_config", ANYTHING, "attention is dense"),
     not_built("kv_connector_config", ANYTHING, "KV is not kept outside the servers"),
     not_built("guided_decoding_backend", TEXT, "output is not constrained by a grammar"),
-    not_built("reasoning_parser", TEXT, "reasoning is returned as part of the content"),
-    not_built("tool_parser", TEXT, "tool calls are returned as text"),
     not_built("gather_generation_logits", BOOLEAN, "logits are not returned", harmless=(False,)),
     not_built("env_overrides", ANYTHING, "set the environment of the command itself", harmless=({},)),
     not_built("max_beam_width", AT_LEAST_1, "there is no beam search", harmless=(1,)),
@@ -374,7 +373,8 @@ _ALIASES: Final = (
 )
 
 SERVER_KEYS: Final = KeyTable(
-    [*_HONOURED, *scheduling_keys.KEYS, *_NOT_BUILT, *_REFUSED, *_NO_EFFECT], [*_ALIASES, *scheduling_keys.ALIASES]
+    [*_HONOURED, *scheduling_keys.KEYS, *_NOT_BUILT, *_REFUSED, *_NO_EFFECT, *SERVER_TEXT_KEYS],
+    [*_ALIASES, *scheduling_keys.ALIASES],
 )
 
 FLATTENED: Final = "pytorch_backend_config"

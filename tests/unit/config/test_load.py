@@ -306,9 +306,8 @@ def test_named_threads_are_not_dealt_out(load: Load) -> None:
             "leave the key out",
         ),
         (
-            "allow_request_chat_template: true",
-            "allow_request_chat_template: true is refused: "
-            "a template that a client sends is a program, and is never run",
+            "tool_parser: hermes\ngeneration_servers: {tool_parser: mistral}",
+            "generation_servers.tool_parser: is 'mistral', but tool_parser is 'hermes'",
         ),
         (
             "quant_config: {quant_algo: int7}",
