@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from disaggregated.config import door_keys, security_keys
+from disaggregated.config.key_table import Alias, KeyTable, honoured, no_effect, not_built
 from disaggregated.config.kinds import ADDRESSES, ANYTHING, BOOLEAN, TEXT, choice, integer, number
 from disaggregated.config.server_cli import LOG_LEVEL
 from disaggregated.config.server_keys import SERVER_KEYS
@@ -82,6 +83,7 @@ SECTION_KEYS: Final = KeyTable(
                 "kv_cache_aware": ("load_balancing", _LOAD_INSTEAD),
                 "conversation": ("load_balancing", _LOAD_INSTEAD),
             },
+        ),
         honoured("router.use_tokens", BOOLEAN, "load_balancing counts tokens, not requests.", target="use_tokens"),
         *(
             no_effect(f"router.{name}", ANYTHING, "neither of the routers built so far takes it")
@@ -96,6 +98,7 @@ SECTION_KEYS: Final = KeyTable(
                 "hash_skip_count",
                 "max_sessions",
             )
+        ),
         *SERVER_KEYS,
     ],
     [*SERVER_KEYS.aliases, Alias(name="router.name", of="router.type")],
