@@ -28,13 +28,14 @@ from disaggregated.errors import (
     TransferError,
 )
 from disaggregated.request_life import Phase
+from orchestrator.admission.tenant_turns import Waiting
+from orchestrator.admission.waiting_room import Visitor, WaitingRoom
 from orchestrator.attempt import Attempt
 from orchestrator.placement import Needs, NotYet, Placement, Placer
 from orchestrator.policies import make_policy
 from orchestrator.prefill_balance import why_here
 from orchestrator.prefix_hints import prefix_hint
 from orchestrator.prefix_memory import LocalPrefillRule
-from orchestrator.request_queue import RequestQueue
 from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
 from orchestrator.retries import TRANSFER_FAILURES_MAX, RetryRule
 from orchestrator.server import Role, Server
@@ -68,7 +69,10 @@ class Dispatcher:
         observer: RequestObserver,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.queue: RequestQueue[RequestRun] = RequestQueue(config.queue_depth_max)
+        self.room: WaitingRoom[RequestRun] = WaitingRoom(
+            config.queue_depth_max, tenant_depth_max=config.door.tenant_queue_depth_max, turn_away=_turn_away
+        )
+        self.queue = self.room.queue
         self.stories = StoryShelf(config.perf_metrics_max_requests)
         self._pools = pools
         self._placer = Placer(make_policy(config.context.router), make_policy(config.generation.router))
@@ -88,7 +92,7 @@ class Dispatcher:
         """Generate one sequence into `sink`. Cancel this to cancel the request.
 
         Raises:
-            QueueFull, Draining: nothing was begun.
+            QueueFull, Overloaded, Draining: nothing was begun.
             NoServerAvailable: no generation server until the deadline.
             DeadlineExceeded: not finished by the deadline.
             DisaggregatedError: it cannot be served, or its servers were lost too often.
@@ -117,10 +121,15 @@ class Dispatcher:
         finally:
             self._patience.discard(patience)
             self.stories.ended(run.story)
+            self._settle(run)
             self._observer.request_ended(run.story)
             if not self.stories.num_running:
                 self._nothing_runs.set()
         return run.story
+
+    def _settle(self, run: RequestRun) -> None:
+        self.room.over(run.waiting, run.story)
+        run.request.ticket.settle(run.story.num_prompt_tokens + run.story.num_tokens if run.story.attempts else 0)
 
     async def stop(self, *, timeout_s: float) -> None:
         """Refuse requests from now on. Those under way may end; after `timeout_s` the rest is failed with Draining."""
@@ -183,22 +192,36 @@ class Dispatcher:
         placed: asyncio.Future[Attempt] = asyncio.get_running_loop().create_future()
         run.placed = placed
         if run.waiting is None:
-            run.waiting = self.queue.put(run, priority=run.request.priority, deadline_s=run.request.deadline_s)
+            run.waiting = self._enter(run)
         else:
-            run.waiting = self.queue.put_back(run.waiting)
+            deadline_s = run.request.deadline_s
+            run.waiting = self.room.come_back(run.waiting, deadline_s=deadline_s, now_s=self._clock())
         self.serve_queue()
         try:
             return await placed
         except asyncio.CancelledError:
             self.queue.remove(run.waiting)
-            if placed.done() and not placed.cancelled():
+            if placed.done() and not placed.cancelled() and placed.exception() is None:
                 placed.result().give_back()
             self.serve_queue()
             raise
 
+    def _enter(self, run: RequestRun) -> Waiting[RequestRun]:
+        request = run.request
+        visitor = Visitor(
+            item=run,
+            ticket=request.ticket,
+            num_prompt=len(request.token_ids),
+            max_tokens=request.sampling.max_tokens,
+            priority=request.priority,
+            arrived_s=request.arrived_s,
+            deadline_s=request.deadline_s,
+        )
+        return self.room.enter(visitor, now_s=self._clock(), is_idle=self.stories.num_running == 1)
+
     def serve_queue(self) -> None:
         """Place whoever stands first while there is room. The first one is never overtaken: it would starve."""
-        while (first := self.queue.first(now_s=self._clock())) is not None:
+        while (first := self.room.first(now_s=self._clock())) is not None:
             run = first.item
             assert run.placed is not None, "it stands in the queue without waiting"
             if run.placed.done():  # It was cancelled, and has not run since to leave the queue by itself.
@@ -210,7 +233,7 @@ class Dispatcher:
             if isinstance(placement, NotYet):
                 run.not_yet = placement
                 return
-            self.queue.take(first, now_s=self._clock())
+            self.room.take(first, now_s=self._clock())
             self._sent(run, placement)
             attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock)
             if placement.context is not None:
@@ -255,7 +278,7 @@ class Dispatcher:
         return DeadlineExceeded(f"waited {waited_s:.1f} s in the queue: {not_yet.reason}")
 
     def retry_after_s(self) -> int:
-        return self.queue.retry_after_s(now_s=self._clock())
+        return self.room.retry_after_s(now_s=self._clock())
 
     def check_idle(self) -> None:
         """Nothing is queued, running or held; for tests and for `/ledger`."""
@@ -264,6 +287,12 @@ class Dispatcher:
         assert self.stories.num_running == 0, "somebody still runs"
         held = {server.instance_id: list(server.shares) for server in self._pools if server.shares}
         assert not held, f"shares are still held: {held}"
+
+
+def _turn_away(run: RequestRun, error: DisaggregatedError) -> None:
+    assert run.placed is not None, "it stands in the queue without waiting"
+    if not run.placed.done():
+        run.placed.set_exception(error)
 
 
 def _stopping() -> Draining:

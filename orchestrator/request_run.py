@@ -16,7 +16,8 @@ from disaggregated.errors import DisaggregatedError
 from disaggregated.request_life import Phase, RequestLife
 from disaggregated.sampling_params import SamplingParams
 from orchestrator.placement import NotYet
-from orchestrator.request_queue import Waiting
+from orchestrator.admission.tenant_turns import Waiting
+from orchestrator.admission.ticket import Ticket
 from orchestrator.story import RequestStory
 from orchestrator.token_order import Arrival
 
@@ -42,6 +43,8 @@ class TokenRequest:
     deadline_s: float
     priority: int = 0
     """A lower one is served earlier."""
+    ticket: Ticket = Ticket()
+    """Whose it is, and what was asked for in its headers."""
     may_end_anywhere: bool = False
     """Its sink may want no more after any token, as with stop strings: so several that come at once are given to it one
     by one, and which are counted does not depend on how many came together."""
@@ -55,7 +58,13 @@ class RequestRun:
         self.sink = sink
         self.emitted: list[int] = []
         self.life = RequestLife(request.request_id, now_s=now_s)
-        self.story = RequestStory(life=self.life, arrived_s=request.arrived_s, num_prompt_tokens=len(request.token_ids))
+        self.story = RequestStory(
+            life=self.life,
+            arrived_s=request.arrived_s,
+            num_prompt_tokens=len(request.token_ids),
+            tenant=request.ticket.tenant,
+            objectives=request.ticket.objectives,
+        )
         self.waiting: Waiting[RequestRun] | None = None
         self.placed: asyncio.Future[Attempt] | None = None
         self.not_yet: NotYet | None = None

@@ -17,6 +17,7 @@ from typing import Any
 
 from disaggregated.request_life import Phase, RequestLife
 from disaggregated.v1 import control_pb2
+from orchestrator.admission.ticket import Objectives
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -83,6 +84,8 @@ class RequestStory:
     life: RequestLife
     arrived_s: float
     num_prompt_tokens: int
+    tenant: str = ""
+    objectives: Objectives = Objectives()
     num_tokens: int = 0
     attempts: list[AttemptStory] = dataclasses.field(default_factory=list)
     first_token_s: float | None = None
@@ -157,6 +160,7 @@ class RequestStory:
             "outcome": str(self.life.phase),
             "finish_reason": self.finish_reason or None,
             "error": self.error or None,
+            "tenant": self.tenant or None,
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
             "num_tokens": self.num_tokens,

@@ -12,11 +12,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Final, Generic
 
-from disaggregated.errors import Overloaded, QueueFull
+from disaggregated.errors import DisaggregatedError, Overloaded, QueueFull
 from orchestrator.admission.pace import QueuePace, ServiceTimes, whole_seconds
 from orchestrator.admission.request_queue import RequestQueue
 from orchestrator.admission.tenant_turns import Item, Waiting
 from orchestrator.admission.ticket import Ticket
+from orchestrator.story import RequestStory
 
 _IN_TIME: Final = "it would be served too late"
 
@@ -36,7 +37,7 @@ class Visitor(Generic[Item]):
 
 class WaitingRoom(Generic[Item]):
     def __init__(
-        self, depth_max: int, *, tenant_depth_max: int = 0, turn_away: Callable[[Item, Exception], None]
+        self, depth_max: int, *, tenant_depth_max: int = 0, turn_away: Callable[[Item, DisaggregatedError], None]
     ) -> None:
         """`turn_away` is told who no longer waits, and why: somebody else's turn was more due, or it is too late."""
         self.queue: RequestQueue[Item] = RequestQueue(depth_max, tenant_depth_max=tenant_depth_max)
@@ -107,6 +108,19 @@ class WaitingRoom(Generic[Item]):
         """The first one is being dispatched."""
         self.queue.take(waiting)
         self.pace.departed(cost=waiting.cost, since_s=waiting.since_s, now_s=now_s)
+
+    def over(self, waiting: Waiting[Item] | None, story: RequestStory) -> None:
+        """It has ended, in whatever way; None: it never came in."""
+        if waiting is None or not story.attempts:
+            return
+        self.queue.settle(waiting, num_tokens=story.num_prompt_tokens - story.num_cached_tokens + story.num_tokens)
+        if story.finish_reason and story.first_token_s is not None and len(story.attempts) == 1:
+            self.times.ended(
+                num_prompt=story.num_prompt_tokens,
+                num_tokens=story.num_tokens,
+                ttft_s=story.first_token_s - story.attempts[0].began_s,
+                tpot_s=story.tpot_s,
+            )
 
     def retry_after_s(self, *, now_s: float) -> int:
         """Whole seconds until all who wait now are served; at least 1."""
