@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
+from disaggregated.engine.token_history import TokenHistory
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.token_logprobs import TokenLogprob
 
 
 class RequestKind(enum.Enum):
@@ -76,6 +81,10 @@ class TokensSampled:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     """When set, the request is over; its blocks are back, except a PREFILL_ONLY's, which wait for release()."""
+    logprobs: Sequence[TokenLogprob] = ()
+    """Of `token_ids`, where the request asks for them."""
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    """Once, with the first token, where the request asks for them: of the prompt's second token and those after it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +96,27 @@ class RequestFailed:
 
 
 EngineEvent = ChunkComputed | TokensSampled | RequestFailed
+
+
+TokenMask = npt.NDArray[np.int32]
+"""Bit i % 32 of word i // 32 says whether token i may come."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class WantedLogprobs:
+    """What a row is to tell beside its tokens. The runner fills in the answers before it gives the tokens out."""
+
+    num_top: int | None = None
+    """Likeliest tokens for each one that is sampled; None: nothing is told of these."""
+    prompt_num_top: int = 0
+    prompt_targets: Sequence[int] = ()
+    """Tokens of the prompt, of which it is told how likely they were: the ones after the row's tokens, from
+    `token_ids[first_target]` on."""
+    first_target: int = 0
+    sampled: Sequence[TokenLogprob] = ()
+    """Of what was sampled after the last token and after each draft, rejected ones too."""
+    prompt: Sequence[TokenLogprob] = ()
+    """Of `prompt_targets`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +134,11 @@ class ScheduledSequence:
     """Stop tokens, while `min_tokens` is not reached: for each token that this row may bring."""
     draft_token_ids: Sequence[int] = ()
     """Guesses of what follows `token_ids`, computed right after them. Only where something is sampled."""
+    history: TokenHistory | None = None
+    """Up to the last of `token_ids`, where the sampling looks at it. The sequence's own: it holds during the call."""
+    logprobs: WantedLogprobs | None = None
+    masks: Callable[[], Sequence[TokenMask | None]] | None = None
+    """Which tokens may come, in each place that is sampled; asked for when the logits are under way."""
     previous_row: int | None = None
     """Not None: `token_ids` is one token that the host does not know yet, `PLACEHOLDER` stands for it. It is what this
     row of the batch launched before samples. Only a runner that can `launch()` is given such rows."""

@@ -286,7 +286,7 @@ class LLMEngine:
     def step(self) -> list[EngineEvent]:
         """Finish one forward pass, if there is something to compute; what it brought, chunks before tokens."""
         events, self._unsent = self._unsent, []
-        if self._launched is not None and self._scheduler.may_preempt:
+        if self._launched is not None and (self._scheduler.may_preempt or self._launched.decides_what_may_follow):
             events += self._finish()
         before, launched = self._launched, self._launch()
         if before is not None:
@@ -390,7 +390,8 @@ class LLMEngine:
             pending = self._runner.launch(batch)
         else:
             pending = ExecutedStep(self._execute(batch, chunks))
-        return LaunchedStep([launched(chunk) for chunk in chunks], pending, started_s)
+        rows = [launched(chunk, row.logprobs) for chunk, row in zip(chunks, batch, strict=True)]
+        return LaunchedStep(rows, pending, started_s)
 
     def _execute(self, batch: list[ScheduledSequence], chunks: list[Chunk]) -> AnySequence[AnySequence[int]]:
         watcher, block_size = self._layer_watcher, self._limits.block_size
@@ -416,6 +417,8 @@ class LLMEngine:
             sequence.num_launched -= 1
             assert bool(token_ids) == row.samples, f"{sequence.request_id}: {token_ids}, {row.samples=}"
             if sequence.phase is Phase.RUNNING:
+                if row.logprobs is not None:
+                    sequence.prompt_logprobs.extend(row.logprobs.prompt)
                 tokens = self._take_tokens(row, token_ids)
                 self._scheduler.computed(sequence, row.num_computed + max(0, len(tokens.token_ids) - 1))
                 if row.tells_progress:
@@ -473,6 +476,8 @@ class LLMEngine:
             first_position=row.num_computed,
             token_ids=tuple(kept),
             finish_reason=finish_reason,
+            logprobs=() if row.logprobs is None else tuple(row.logprobs.sampled[: len(kept)]),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if row.num_computed == sequence.num_prompt_tokens else (),
         )
 
     def _end_if_over(self, sequence: Sequence, tokens: TokensSampled) -> None:

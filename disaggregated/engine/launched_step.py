@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence as AnySequence
 
-from disaggregated.engine.api import PLACEHOLDER, PendingStep, ScheduledSequence
+from disaggregated.engine.api import PLACEHOLDER, PendingStep, ScheduledSequence, WantedLogprobs
 from disaggregated.engine.scheduler_limits import Chunk
 from disaggregated.engine.sequence import Sequence
 
@@ -33,6 +33,8 @@ class LaunchedRow:
     samples: bool
     tells_progress: bool
     """It is a chunk of a prompt that is computed for the first time."""
+    logprobs: WantedLogprobs | None = None
+    """Answered when the step is finished."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,6 +50,11 @@ class LaunchedStep:
             return None
         return sum(1 + row.num_drafts for row in self.rows)
 
+    @property
+    def decides_what_may_follow(self) -> bool:
+        """Of somebody among its rows, the next token cannot be asked for before this step's is known."""
+        return any(row.samples and row.sequence.sampling.needs_known_tokens for row in self.rows)
+
     def row_of(self, sequence: Sequence) -> int:
         return next(index for index, row in enumerate(self.rows) if row.sequence is sequence)
 
@@ -62,19 +69,41 @@ def scheduled(chunk: Chunk, *, before: LaunchedStep | None) -> ScheduledSequence
     token_ids = sequence.token_ids[first : first + num_tokens]
     waits = token_ids[-1] == PLACEHOLDER
     assert not waits or (before is not None and num_tokens == 1), f"{sequence.request_id}: {token_ids} are not known"
+    samples = num_tokens == sequence.num_to_compute
+    if samples and sequence.history is not None:
+        sequence.history.follow(sequence.token_ids)
     return ScheduledSequence(
         request_id=sequence.request_id,
         token_ids=token_ids,
         first_position=first,
         block_table=sequence.block_table,
-        sampling=sequence.sampling if num_tokens == sequence.num_to_compute else None,
+        sampling=sequence.sampling if samples else None,
         forbidden_token_ids=sequence.forbidden_token_ids,
         draft_token_ids=drafts,
+        history=sequence.history,
+        logprobs=_wanted_logprobs(sequence, num_tokens, samples=samples),
         previous_row=before.row_of(sequence) if waits and before is not None else None,
     )
 
 
-def launched(chunk: Chunk) -> LaunchedRow:
+def _wanted_logprobs(sequence: Sequence, num_tokens: int, *, samples: bool) -> WantedLogprobs | None:
+    sampling, first = sequence.sampling, sequence.num_computed
+    num_top = sampling.logprobs if samples else None
+    targets: AnySequence[int] = ()
+    first_untold = max(first, len(sequence.prompt_logprobs))
+    if sequence.wants_prompt_logprobs:
+        targets = sequence.token_ids[first_untold + 1 : min(first + num_tokens + 1, sequence.num_prompt_tokens)]
+    if num_top is None and not targets:
+        return None
+    return WantedLogprobs(
+        num_top=num_top,
+        prompt_num_top=sampling.prompt_logprobs or 0,
+        prompt_targets=targets,
+        first_target=first_untold - first,
+    )
+
+
+def launched(chunk: Chunk, logprobs: WantedLogprobs | None = None) -> LaunchedRow:
     """Count the chunk as computed, and its token, if it samples one, as there."""
     sequence, num_tokens, drafts = chunk
     tells_progress = sequence.num_generated == 0
@@ -83,4 +112,4 @@ def launched(chunk: Chunk) -> LaunchedRow:
     samples = sequence.num_to_compute == 0
     if samples:
         sequence.token_ids.append(PLACEHOLDER)
-    return LaunchedRow(sequence, num_tokens, sequence.num_computed, len(drafts), samples, tells_progress)
+    return LaunchedRow(sequence, num_tokens, sequence.num_computed, len(drafts), samples, tells_progress, logprobs)

@@ -17,9 +17,11 @@ import torch
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.kv_cache import KVCache
 from disaggregated.engine.layer_progress import LayerProgress
+from disaggregated.engine.logprobs import StepLogprobs, step_logprobs
 from disaggregated.engine.models.decoder import Model
 from disaggregated.engine.ops.api import AttentionBatch
-from disaggregated.engine.sampler import SampleRow, sample
+from disaggregated.engine.sample_row import sample_rows
+from disaggregated.engine.sampler import sample
 
 
 class TorchModelRunner:
@@ -41,34 +43,44 @@ class TorchModelRunner:
     def logits(self, batch: Sequence[ScheduledSequence]) -> torch.Tensor:
         """(positions that are sampled, V), for whoever wants more of them than a token. Writes KV like execute()."""
         with torch.inference_mode():
-            logits, _ = self._logits(batch, None)
+            logits = self._logits(batch, None, None)
         assert logits is not None, "no row of the batch samples"
         return logits
 
     def _execute(self, batch: Sequence[ScheduledSequence], progress: LayerProgress | None) -> Sequence[Sequence[int]]:
+        told = step_logprobs(batch, self._model.ops)
         with torch.inference_mode():
-            logits, sampling = self._logits(batch, progress)
-            tokens: list[list[int]] = [[] for _ in batch]
-            if logits is not None:
-                rows = [sample_row for row in sampling for sample_row in _sample_rows(batch[row])]
-                chosen = iter(sample(logits, rows, self._model.ops))
-                for row in sampling:
-                    tokens[row] = accepted(batch[row].draft_token_ids, chosen)
-        return tokens
+            logits = self._logits(batch, progress, told)
+            chosen = [] if logits is None else self._chosen(logits, batch, told)
+            if told is not None:
+                told.tell()
+        sampled = iter(chosen)
+        return [[] if row.sampling is None else accepted(row.draft_token_ids, sampled) for row in batch]
+
+    def _chosen(
+        self, logits_RV: torch.Tensor, batch: Sequence[ScheduledSequence], told: StepLogprobs | None
+    ) -> list[int]:
+        if told is None:
+            return sample(logits_RV, sample_rows(batch), self._model.ops)
+        told.keep(logits_RV)
+        chosen = sample(logits_RV, sample_rows(batch), self._model.ops)
+        told.measure(torch.tensor(chosen))
+        return chosen
 
     def _logits(
-        self, batch: Sequence[ScheduledSequence], progress: LayerProgress | None
-    ) -> tuple[torch.Tensor | None, list[int]]:
-        """Logits of the last 1 + drafts positions of each row that samples, and which rows these are."""
+        self, batch: Sequence[ScheduledSequence], progress: LayerProgress | None, told: StepLogprobs | None
+    ) -> torch.Tensor | None:
+        """Logits of the last 1 + drafts positions of each row that samples; None where no row does."""
         assert batch, "an empty batch"
         token_ids, attention, last_tokens = step_tensors(batch, self._kv_cache.layout.block_size, self._device)
         hidden = self._model.forward(token_ids, attention, self._kv_cache.layers, progress)
-        sampling = [row for row, sequence in enumerate(batch) if sequence.sampling is not None]
-        if not sampling:
-            return None, sampling
+        if told is not None:
+            told.measure_prompts(hidden, self._model.logits)
+        if not len(last_tokens):
+            return None
         if len(last_tokens) < len(token_ids):  # A step of nothing but decoding samples after each of its tokens.
             hidden = hidden.index_select(0, last_tokens)
-        return self._model.logits(hidden), sampling
+        return self._model.logits(hidden)
 
 
 def step_tensors(
@@ -120,13 +132,6 @@ def accepted(draft_token_ids: Sequence[int], sampled: Iterator[int]) -> list[int
     while num_accepted < len(draft_token_ids) and draft_token_ids[num_accepted] == tokens[num_accepted]:
         num_accepted += 1
     return tokens[: num_accepted + 1]
-
-
-def _sample_rows(sequence: ScheduledSequence) -> list[SampleRow]:
-    assert sequence.sampling is not None, f"{sequence.request_id}: nothing is sampled in the middle of a prompt"
-    first = sequence.first_position + len(sequence.token_ids)
-    positions = range(first, first + 1 + len(sequence.draft_token_ids))
-    return [SampleRow(sequence.sampling, position, sequence.forbidden_token_ids) for position in positions]
 
 
 def _block_tables(batch: Sequence[ScheduledSequence]) -> npt.NDArray[np.int64]:

@@ -1,10 +1,11 @@
 """The next token of each row, from its logits.
 
-Order and meaning are Hugging Face's: temperature, then top_k, then top_p over what top_k left, then min_p. (vLLM puts
-min_p before top_k.) All three keep the tokens at or above *some probability*, so each row gets one threshold, tokens
-that tie with it stay, and no order among equals can matter. Then the row's one random number is looked up in the
-running sum of what is kept, in the order of the vocabulary. Nothing of the vocabulary's size is ever sorted, except for
-the rare row whose nucleus is larger than `NUCLEUS_MAX` tokens.
+What a request wants changed in its logits is changed first (`logit_edits.py`). The rest is as Hugging Face has it,
+order and meaning: temperature, then top_k, then top_p over what top_k left, then min_p. (vLLM puts min_p before top_k.)
+All three keep the tokens at or above *some probability*, so each row gets one threshold, tokens that tie with it stay,
+and no order among equals can matter. Then the row's one random number is looked up in the running sum of what is kept,
+in the order of the vocabulary. Nothing of the vocabulary's size is ever sorted, except for the rare row whose nucleus is
+larger than `NUCLEUS_MAX` tokens.
 
 Every step keeps rows apart (see ops/row_invariant.py), and the random number is a function of (seed, position), so a
 sequence gets the same tokens in any batch, and when another server continues it.
@@ -15,18 +16,18 @@ probability relative to the likeliest token's.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
+from disaggregated.engine.logit_edits import edits_of
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.ops.row_invariant import row_cumsum, row_sum
 from disaggregated.engine.philox import uniforms
-from disaggregated.sampling_params import SamplingParams
+from disaggregated.engine.sample_row import SampleRow
 
 CHUNK_WIDTH: Final = 256
 NUCLEUS_MAX: Final = 256
@@ -35,18 +36,11 @@ _UNDECIDED: Final = -1
 _TORCH: Final = ReferenceOps()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SampleRow:
-    sampling: SamplingParams
-    position: int
-    """Index in the sequence, prompt included, of the token to be sampled."""
-    forbidden_token_ids: frozenset[int] = frozenset()
-
-
 def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow], ops: Ops = _TORCH) -> list[int]:
     """One token id a row, the same with any op table. The only wait for the device is the fetch of the tokens."""
     logits_RV = logits_RV.float()
-    _forbid(logits_RV, rows)
+    if (edits := edits_of(rows, logits_RV.shape[1])) is not None:
+        edits.apply(logits_RV)
     tokens = ops.argmax(logits_RV)
     drawn = [i for i, row in enumerate(rows) if not row.sampling.is_greedy]
     if drawn:
@@ -60,14 +54,6 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow], ops: Ops = _TORCH
         for i, token in zip(undecided, again.tolist(), strict=True):
             chosen[i] = token
     return chosen
-
-
-def _forbid(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    num_tokens = logits_RV.shape[1]  # A tokenizer may know ids that the model does not.
-    places = [(i, token) for i, row in enumerate(rows) for token in row.forbidden_token_ids if token < num_tokens]
-    if places:
-        row_index, tokens = torch.tensor(places, device=logits_RV.device).unbind(1)
-        logits_RV[row_index, tokens] = -torch.inf
 
 
 class _Draws:

@@ -345,7 +345,8 @@ class Scheduler:
         self._head_refused_at = -1
 
     def _find_cached(self, sequence: Sequence, num_blocks_max: int) -> CachedRun:
-        num_blocks = num_blocks_max if self.limits.enable_block_reuse else 0
+        may_find = self.limits.enable_block_reuse and not sequence.wants_prompt_logprobs
+        num_blocks = num_blocks_max if may_find else 0
         return self.pool.find(sequence.hash_blocks(num_blocks, self.limits.block_size), owner=sequence.request_id)
 
     def _hold(self, sequence: Sequence, kind: HoldingKind, cached: CachedRun, num_new: int, now_s: float) -> None:

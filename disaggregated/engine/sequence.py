@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Final
 from disaggregated.block_hash import BlockHash, block_hashes
 from disaggregated.engine.api import PLACEHOLDER, EngineRequest, FinishReason, RequestKind
 from disaggregated.engine.block_pool import Holding
+from disaggregated.engine.token_history import history_of
 from disaggregated.errors import DisaggregatedError
+from disaggregated.token_logprobs import TokenLogprob
 
 if TYPE_CHECKING:
     from disaggregated.engine.speculation import Drafting
@@ -71,6 +73,7 @@ class Sequence:
         "arrival",
         "block_hashes",
         "drafting",
+        "history",
         "holding",
         "is_published",
         "kind",
@@ -81,6 +84,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_tokens_max",
         "phase",
+        "prompt_logprobs",
         "rank",
         "request_id",
         "sampling",
@@ -117,6 +121,9 @@ class Sequence:
         self.num_findable_blocks = 0
         """Blocks of the table, from the first on, that have been offered to the prefix cache."""
         self.drafting: Drafting | None = None
+        self.history = history_of(request.sampling, self.num_prompt_tokens)
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the prompt's second token and those after it, as far as they are known."""
 
     @property
     def num_generated(self) -> int:
@@ -131,6 +138,13 @@ class Sequence:
         """It has its last token, or will have once the steps that are launched are finished; it may end earlier."""
         num_tokens_max = 1 if self.kind is RequestKind.PREFILL_ONLY else self.sampling.max_tokens
         return self.num_generated >= num_tokens_max or len(self.token_ids) >= self.num_tokens_max
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They come with computing the prompt: what is found in a cache would bring none. A prompt that a transfer
+        brings is told of by who computed it."""
+        wanted = self.sampling.prompt_logprobs is not None and self.kind is not RequestKind.FROM_REMOTE
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def can_grow(self) -> bool:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from disaggregated.engine.ops.reference import ReferenceOps
-from disaggregated.engine.sampler import SampleRow, sample
+from disaggregated.engine.sample_row import SampleRow
+from disaggregated.engine.sampler import sample
 from disaggregated.sampling_params import SamplingParams
 from tests.unit.engine.attention_cases import PagedSequences, SequenceKV, chunks_of, dense_attention
 

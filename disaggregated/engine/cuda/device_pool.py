@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 import torch
 
-from disaggregated.engine.cuda.step_input import to_device
+from disaggregated.engine.upload import to_device
 from disaggregated.errors import TransferError
 from disaggregated.kv_layout import KVLayout
 

@@ -30,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from disaggregated.engine.cuda.step_input import to_device
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool
+from disaggregated.engine.upload import to_device
 
 log = logging.getLogger(__name__)
 

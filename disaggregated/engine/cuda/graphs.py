@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from disaggregated.engine.api import ScheduledSequence
-from disaggregated.engine.cuda.step_input import to_device
 from disaggregated.engine.ops.api import AttentionBatch
+from disaggregated.engine.upload import to_device
 
 Forward = Callable[[torch.Tensor, AttentionBatch], torch.Tensor]
 """(token ids, their layout) → logits of every token."""

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from disaggregated.engine.cuda.step_input import to_device
+from disaggregated.engine.upload import to_device
 from disaggregated.kv_layout import KVLayout
 
 log = logging.getLogger(__name__)

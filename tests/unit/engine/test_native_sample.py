@@ -13,7 +13,8 @@ from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import Ops
 from disaggregated.engine.ops.native_isa import runnable_isas
 from disaggregated.engine.ops.reference import ReferenceOps
-from disaggregated.engine.sampler import SampleRow, sample
+from disaggregated.engine.sample_row import SampleRow
+from disaggregated.engine.sampler import sample
 from disaggregated.sampling_params import SamplingParams
 
 ISAS = tuple(isa for isa in runnable_isas() if not isa.endswith("vnni"))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from disaggregated.engine.philox import philox4x32, uniforms
-from disaggregated.engine.sampler import SampleRow, sample
+from disaggregated.engine.sample_row import SampleRow
+from disaggregated.engine.sampler import sample
 from disaggregated.sampling_params import SamplingParams
 
 VOCAB_SIZE = 1000

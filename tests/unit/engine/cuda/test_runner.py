@@ -13,11 +13,11 @@ from disaggregated.engine.api import PLACEHOLDER, OverlappingRunner, ScheduledSe
 from disaggregated.engine.cuda.graphs import DecodeGraph, GraphLimits, Replay, graph_sizes
 from disaggregated.engine.cuda.runner import CudaModelRunner
 from disaggregated.engine.cuda.start import capture_graphs
-from disaggregated.engine.cuda.step_input import forbidden_places, sampling_columns
+from disaggregated.engine.cuda.step_input import sampling_columns
 from disaggregated.engine.kv_cache import KVCache
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.ops.reference_attention import ReferenceAttention
-from disaggregated.engine.sampler import SampleRow
+from disaggregated.engine.sample_row import SampleRow, sample_rows
 from disaggregated.engine.sampler import sample as sample_in_torch
 from disaggregated.engine.weights import DummySource, build_model
 from disaggregated.kv_layout import KVLayout
@@ -224,7 +224,6 @@ def test_forbidden_tokens_are_not_sampled(runner: CudaModelRunner) -> None:
         forbidden_token_ids=frozenset({likeliest, VOCAB_SIZE + 5}),
     )
     assert runner.execute([row])[0][0] != likeliest
-    assert forbidden_places([row], VOCAB_SIZE).tolist() == [[0], [likeliest]]
 
 
 def test_columns_hold_the_random_number_of_each_position() -> None:
@@ -238,7 +237,7 @@ def test_columns_hold_the_random_number_of_each_position() -> None:
         sampling=sampling,
         draft_token_ids=[3],
     )
-    columns = sampling_columns([row])
+    columns = sampling_columns(sample_rows([row]))
     assert columns.shape == (5, 2)
     assert columns.flags.c_contiguous
     assert columns[1:, 0].tolist() == columns[1:, 1].tolist() == [0.7, 3, 0.5, 0.1]

@@ -9,11 +9,11 @@ import torch
 
 from tests.unit.engine.cuda.kernel_device import AS_INTERPRETED, DEVICE  # isort: skip  # It chooses where kernels run.
 
-from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.cuda.kernels.sampling import sample
-from disaggregated.engine.cuda.step_input import sampling_columns, to_device
-from disaggregated.engine.sampler import SampleRow
+from disaggregated.engine.cuda.step_input import sampling_columns
+from disaggregated.engine.sample_row import SampleRow
 from disaggregated.engine.sampler import sample as sample_in_torch
+from disaggregated.engine.upload import to_device
 from disaggregated.sampling_params import SamplingParams
 
 pytestmark = AS_INTERPRETED
@@ -32,14 +32,11 @@ def random_sampling(chance: random.Random) -> SamplingParams:
     )
 
 
-def rows_of(samplings: list[SamplingParams]) -> list[ScheduledSequence]:
-    return [
-        ScheduledSequence(request_id=str(i), token_ids=[1], first_position=7 * i, block_table=[0], sampling=sampling)
-        for i, sampling in enumerate(samplings)
-    ]
+def rows_of(samplings: list[SamplingParams]) -> list[SampleRow]:
+    return [SampleRow(sampling, 7 * i + 1) for i, sampling in enumerate(samplings)]
 
 
-def sampled(logits_RV: torch.Tensor, rows: list[ScheduledSequence]) -> list[int]:
+def sampled(logits_RV: torch.Tensor, rows: list[SampleRow]) -> list[int]:
     device = torch.device(DEVICE)
     out = torch.empty(len(rows), dtype=torch.int64, device=device)
     sample(logits_RV.to(device), to_device(sampling_columns(rows), device), out)
@@ -52,9 +49,7 @@ def test_every_row_gets_the_token_of_the_torch_sampler(seed: int) -> None:
     rows = rows_of([random_sampling(chance) for _ in range(8)])
     logits = torch.randn(8, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
     logits[3] = logits[3].round()  # Many ties.
-    expected = sample_in_torch(
-        logits.clone(), [SampleRow(row.sampling, row.first_position + 1) for row in rows if row.sampling]
-    )
+    expected = sample_in_torch(logits.clone(), rows)
     found = sampled(logits, rows)
     different = sum(ours != theirs for ours, theirs in zip(found, expected, strict=True))
     assert different <= (DEVICE == "cuda"), "another exp may move a draw across an edge, rarely"
