@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from disaggregated.errors import InvalidRequest
 
+SHOWN_MAX: Final = 80
+
 
 class Fields:
     """A JSON object from a client. A field that is null counts as absent."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], *, prefix: str = "") -> None:
+        """prefix: before each field's name when it is told."""
         self.values = values
+        self._prefix = prefix
 
     @classmethod
     def parse(cls, body: bytes) -> Fields:
@@ -38,8 +42,8 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
-            raise wrong_type(name, "an integer", value)
-        _check_range(name, value, low, high)
+            raise wrong_type(self._prefix + name, "an integer", value)
+        _check_range(self._prefix + name, value, low, high)
         return int(value)
 
     def number(self, name: str, *, low: float, high: float) -> float | None:
@@ -47,8 +51,8 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise wrong_type(name, "a number", value)
-        _check_range(name, value, low, high)
+            raise wrong_type(self._prefix + name, "a number", value)
+        _check_range(self._prefix + name, value, low, high)
         return float(value)
 
     def flag(self, name: str, *, default: bool = False) -> bool:
@@ -56,20 +60,24 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise wrong_type(name, "true or false", value)
+            raise wrong_type(self._prefix + name, "true or false", value)
         return value
 
     def text(self, name: str) -> str | None:
         value = self.get(name)
         if value is not None and not isinstance(value, str):
-            raise wrong_type(name, "a string", value)
+            raise wrong_type(self._prefix + name, "a string", value)
         return value
 
     def mapping(self, name: str) -> Mapping[str, Any] | None:
         value = self.get(name)
         if value is not None and not isinstance(value, dict):
-            raise wrong_type(name, "an object", value)
+            raise wrong_type(self._prefix + name, "an object", value)
         return value
+
+    def nested(self, name: str) -> Fields:
+        """The fields of an object in it, told as `name.field`; none where it is absent."""
+        return Fields(self.mapping(name) or {}, prefix=f"{self._prefix}{name}.")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -81,6 +89,12 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 def wrong_type(name: str, wanted: str, value: object) -> InvalidRequest:
     return InvalidRequest(f"{name} must be {wanted}, is {json_type(value)}", param=name)
+
+
+def shown(value: object) -> str:
+    """What a client wrote, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
 
 def json_type(value: object) -> str:

@@ -5,29 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import orjson
 from aiohttp import web
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
 from orchestrator.api.choices import CollectedChoice, StreamedChoice
-from orchestrator.api.error_body import error_fields
 from orchestrator.api.jobs import Job, chat_job, completion_job
 from orchestrator.api.shapes import Usage
-from orchestrator.api.sse import DONE, EventStream
+from orchestrator.api.sse import EventStream
 from orchestrator.front_door import FrontDoor
 from orchestrator.request_run import TokenSink
 from orchestrator.story import RequestStory
 
 
 async def chat_completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
-    return await _answer(door, http, await chat_job(door, http))
+    return await answer(door, http, await chat_job(door, http))
 
 
 async def completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
-    return await _answer(door, http, await completion_job(door, http))
+    return await answer(door, http, await completion_job(door, http))
 
 
-async def _answer(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
+async def answer(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
+    """Run the job; what its client gets, whole or streamed."""
     door.metrics.request_began(stream=job.fields.stream)
     return await (_stream(door, http, job) if job.fields.stream else _collect(door, job))
 
@@ -78,7 +77,7 @@ async def _pumped(
             last_events = await _last_events(door, job, stream, choices)
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
-    return await stream.end(*last_events, DONE)
+    return await stream.end(*last_events, job.shape.closing)
 
 
 async def _last_events(
@@ -92,7 +91,7 @@ async def _last_events(
         if not stream.is_open:
             raise
         door.metrics.error_answered(error)
-        return [b"data: " + orjson.dumps(error_fields(error)) + b"\n\n"]
+        return [job.shape.failed(error)]
     finally:
         stream.stop_pump()
 

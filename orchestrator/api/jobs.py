@@ -11,6 +11,8 @@ from aiohttp import web
 
 from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
 from disaggregated.text import ChoiceText
+from orchestrator.admission.gate import Visit
+from orchestrator.admission.make import caller_of
 from orchestrator.api.fields import Fields
 from orchestrator.api.generation_fields import TOKENS_MAX, GenerationFields, read_generation_fields
 from orchestrator.api.prompts import chat_prompt, completion_prompts
@@ -50,12 +52,21 @@ async def chat_job(door: FrontDoor, http: web.Request) -> Job:
     Raises:
         InvalidRequest: names the field and the limit.
     """
-    draft = await _Draft.read(door, http, max_tokens_default=TOKENS_MAX)
-    prompt = await chat_prompt(draft.body, draft.model)
+    draft = await Draft.read(door, http, max_tokens_default=TOKENS_MAX)
     shape = ChatShape(
         f"chatcmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
     )
-    return draft.job(shape, [prompt], "messages")
+    return await chat_job_of(draft, shape)
+
+
+async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") -> Job:
+    """A chat that may be answered in any shape. `param` is what its client calls the messages.
+
+    Raises:
+        InvalidRequest: names the field and the limit.
+    """
+    prompt = await chat_prompt(draft.body, draft.model)
+    return draft.job(shape, [prompt], param)
 
 
 async def completion_job(door: FrontDoor, http: web.Request) -> Job:
@@ -63,7 +74,7 @@ async def completion_job(door: FrontDoor, http: web.Request) -> Job:
     Raises:
         InvalidRequest: names the field and the limit.
     """
-    draft = await _Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT)
+    draft = await Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT)
     prompts = await completion_prompts(draft.body, draft.model)
     shape = CompletionShape(
         f"cmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
@@ -72,7 +83,7 @@ async def completion_job(door: FrontDoor, http: web.Request) -> Job:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Draft:
+class Draft:
     """A body whose shared fields are read, and whose prompt is not."""
 
     door: FrontDoor
@@ -81,23 +92,33 @@ class _Draft:
     body: Fields
     model: ServedModel
     fields: GenerationFields
+    visit: Visit
 
     @classmethod
-    async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int) -> _Draft:
+    async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int) -> Draft:
         arrived_s = door.clock()
         body = Fields.parse(await http.read())
+        return cls.of(door, http, body, arrived_s=arrived_s, max_tokens_default=max_tokens_default)
+
+    @classmethod
+    def of(
+        cls, door: FrontDoor, http: web.Request, body: Fields, *, arrived_s: float, max_tokens_default: int
+    ) -> Draft:
+        """Of a body that is there already."""
         model = known_model(door, body)
+        fields = read_generation_fields(body, model, max_tokens_default=max_tokens_default)
         return cls(
             door=door,
             request_id=request_id_of(http),
             arrived_s=arrived_s,
             body=body,
             model=model,
-            fields=read_generation_fields(body, model, max_tokens_default=max_tokens_default),
+            fields=fields,
+            visit=_visit(door, http, body, fields.priority),
         )
 
     def job(self, shape: Shape, prompts: Sequence[Sequence[int]], param: str) -> Job:
-        headers = {"x-request-id": self.request_id}
+        headers = {"x-request-id": self.request_id, **self.visit.headers()}
         if self.fields.unknown:
             headers["x-disagg-ignored"] = ",".join(name for name in self.fields.unknown if name.isidentifier())[:1000]
         return Job(
@@ -113,14 +134,17 @@ class _Draft:
 
     def _request(self, prompt: Sequence[int], request_id: str, param: str) -> TokenRequest:
         wanted = self.fields.sampling.max_tokens
+        _check_length(prompt, self.door.config.door.prompt_tokens_max, param)
         room = _room(prompt, self.door.num_tokens_max(self.model), param)
+        num_tokens = len(prompt) + self.door.dispatcher.room.times.num_tokens(min(wanted, room))
         return TokenRequest(
             request_id=request_id,
             token_ids=prompt,
             sampling=dataclasses.replace(self.fields.sampling, max_tokens=min(wanted, room)),
             arrived_s=self.arrived_s,
-            deadline_s=self.arrived_s + self.door.config.request_timeout_s,
+            deadline_s=self.arrived_s + self.visit.timeout_s(self.door.config.request_timeout_s),
             priority=self.fields.priority,
+            ticket=self.visit.ticket(num_tokens),
             may_end_anywhere=bool(self.fields.stop),
         )
 
@@ -141,6 +165,26 @@ def known_model(door: FrontDoor, body: Fields, *, is_optional: bool = False) -> 
     if not model.is_meant_by(name):
         raise UnknownModel(f"the model {name!r} does not exist; {model.name!r} is served here", param="model")
     return model
+
+
+def _visit(door: FrontDoor, http: web.Request, body: Fields, priority: int) -> Visit:
+    """Who comes in, before anything is spent on the prompt.
+
+    Raises:
+        QuotaExceeded, QueueFull: not now.
+        InvalidRequest: this key's requests may not ask for that.
+    """
+    caller, model = caller_of(http), door.served_model()
+    door.gate.check_model(caller, str(body.get("model")), model.name, *model.aliases)
+    user = body.get("user") or body.get("safety_identifier")
+    visit = door.gate.visit(caller, http.headers, user=user, priority=priority)
+    door.dispatcher.room.check_room(visit.tenant, priority=priority, now_s=door.clock())
+    return visit
+
+
+def _check_length(prompt: Sequence[int], limit: int, param: str) -> None:
+    if limit and len(prompt) > limit:
+        raise PromptTooLong(f"the prompt has {len(prompt)} tokens, the limit here is {limit}", param=param)
 
 
 def _room(prompt: Sequence[int], num_tokens_max: int, param: str) -> int:

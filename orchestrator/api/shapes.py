@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import orjson
 
+from disaggregated.errors import DisaggregatedError
+from orchestrator.api.error_body import error_fields
 from orchestrator.parsers import CallArguments, CallStart, Content, Delta, Reasoning, calls_of, content_of, reasoning_of
 
 
@@ -54,6 +56,9 @@ class Reply:
 class Shape(Protocol):
     """The JSON of one answer."""
 
+    closing: bytes
+    """Ends every stream."""
+
     def opening(self, index: int) -> bytes:
         """The event before the first text of choice `index`; may be empty."""
 
@@ -67,11 +72,16 @@ class Shape(Protocol):
 
     def usage(self, usage: Usage) -> bytes: ...
 
+    def failed(self, error: DisaggregatedError) -> bytes:
+        """The last event of a stream that broke."""
+
     def whole(self, replies: Sequence[Reply], usage: Usage) -> bytes:
         """The body of an answer that is not streamed."""
 
 
 class _Shape:
+    closing = b"data: [DONE]\n\n"
+
     def __init__(self, answer_id: str, kind: str, model: str, created: int, *, include_usage: bool) -> None:
         self._fields = {"id": answer_id, "object": kind, "created": created, "model": model}
         self._head = b"data: " + orjson.dumps(self._fields)[:-1] + b',"choices":['
@@ -79,6 +89,9 @@ class _Shape:
 
     def usage(self, usage: Usage) -> bytes:
         return b"%b]," % self._head + b'"usage":' + orjson.dumps(usage.as_json()) + b"}\n\n"
+
+    def failed(self, error: DisaggregatedError) -> bytes:
+        return b"data: " + orjson.dumps(error_fields(error)) + b"\n\n"
 
     def _event(self, index: int, content: bytes, finish_reason: bytes, token_ids: Sequence[int] | None) -> bytes:
         ids = b"" if token_ids is None else b',"token_ids":' + orjson.dumps(list(token_ids))
