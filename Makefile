@@ -74,4 +74,5 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "== installing what the tests need"
 	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --no-deps xgrammar apache-tvm-ffi  # It asks for triton, half a gigabyte, and needs none of it on a CPU.
 	@touch $@
