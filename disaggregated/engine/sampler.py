@@ -4,8 +4,8 @@ What a request wants changed in its logits is changed first (`logit_edits.py`). 
 order and meaning: temperature, then top_k, then top_p over what top_k left, then min_p. (vLLM puts min_p before top_k.)
 All three keep the tokens at or above *some probability*, so each row gets one threshold, tokens that tie with it stay,
 and no order among equals can matter. Then the row's one random number is looked up in the running sum of what is kept,
-in the order of the vocabulary. Nothing of the vocabulary's size is ever sorted, except for the rare row whose nucleus is
-larger than `NUCLEUS_MAX` tokens.
+in the order of the vocabulary. Nothing of the vocabulary's size is ever sorted, except for the rare row whose nucleus
+is larger than `NUCLEUS_MAX` tokens.
 
 Every step keeps rows apart (see ops/row_invariant.py), and the random number is a function of (seed, position), so a
 sequence gets the same tokens in any batch, and when another server continues it.
