@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import DisaggregatedError
+from orchestrator.admission.make import CALLER_KEY
 from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.error_body import error_response, plain_error_response
 from orchestrator.api.request_ids import assign_request_id
@@ -23,8 +24,6 @@ from orchestrator.server_pools import ServerPools
 
 log = logs.get(__name__)
 
-BODY_BYTES_MAX: Final = 32 << 20
-"""Of one request; a prompt of a million token ids takes seven."""
 SHUTDOWN_TIMEOUT_S: Final = 60.0
 """For requests under way when the application is cleaned up; whoever cleans up may be less patient."""
 DOOR: Final = web.AppKey("door", FrontDoor)
@@ -44,7 +43,7 @@ def make_app(
     Without `model`, the tokenizer is loaded in the background: the configured one, or what the first server tells.
     """
     door = FrontDoor(config, pools, model=model, scaler=scaler)
-    app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_edge(door)])
+    app = web.Application(client_max_size=config.door.body_bytes_max, middlewares=[_edge(door)])
     app[DOOR] = door
     for method, path, handler in (
         ("POST", "/v1/chat/completions", generate.chat_completions),
@@ -97,22 +96,23 @@ def _edge(door: FrontDoor) -> Middleware:
 
 async def _answered(door: FrontDoor, http: web.Request, handler: Handler) -> web.StreamResponse:
     try:
+        http[CALLER_KEY] = door.gate.let_in(http.path, http.headers)
         return await handler(http)
     except DisaggregatedError as error:
         door.metrics.error_answered(error)
         return error_response(error, retry_after_s=door.dispatcher.retry_after_s())
     except web.HTTPException as error:
-        return _refused_by_http(http, error)
+        return _refused_by_http(door, http, error)
     except Exception as error:  # noqa: BLE001 - the process's edge: one request's bug is one 500 and a traceback
         log.traceback("handler_crashed", error)
         door.metrics.crash_answered()
         return plain_error_response("internal error", status=500, kind="internal_error")
 
 
-def _refused_by_http(http: web.Request, error: web.HTTPException) -> web.Response:
+def _refused_by_http(door: FrontDoor, http: web.Request, error: web.HTTPException) -> web.Response:
     match error:
         case web.HTTPRequestEntityTooLarge():
-            message = f"the body is larger than the limit of {BODY_BYTES_MAX} bytes"
+            message = f"the body is larger than the limit of {door.config.door.body_bytes_max} bytes"
         case web.HTTPNotFound():
             message = f"there is no {http.method} {_shown(http.path)}"
         case web.HTTPMethodNotAllowed():

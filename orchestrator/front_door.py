@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import ModelUnavailable, NoServerAvailable
+from orchestrator.admission.make import make_gate
 from orchestrator.dispatch import Dispatcher
 from orchestrator.loop_lag import LoopLag
 from orchestrator.metrics import Metrics
@@ -53,6 +55,7 @@ class FrontDoor:
         self._has_started = False
         self._is_stopping = False
         self._owner = TaskOwner(pools.on_crash)
+        self.gate = make_gate(config.door, clock=clock, start=functools.partial(self._owner.start, name="read keys"))
         if model is not None:
             self._serve_model(model)
 

@@ -42,6 +42,26 @@ class Caller:
 ANYBODY: Final = Caller()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Visit:
+    """An HTTP request that was let in, and counted."""
+
+    gate: Gate
+    caller: Caller
+    tenant: str
+    objectives: Objectives
+
+    def timeout_s(self, longest_s: float) -> float:
+        """From arrival to last token; `longest_s` is what the deployment allows."""
+        return min(longest_s, self.objectives.timeout_s or longest_s)
+
+    def ticket(self, num_tokens: int) -> Ticket:
+        return self.gate.ticket(self, num_tokens)
+
+    def headers(self) -> dict[str, str]:
+        return self.gate.headers(self.caller)
+
+
 class Gate:
     def __init__(self, keys: KeyFile | None, quotas: Quotas) -> None:
         """keys: None when the deployment has no key file."""
@@ -76,33 +96,34 @@ class Gate:
         if not caller.may_use(*names):
             raise UnknownModel(f"the model {asked!r} does not exist, or is not for this key", param="model")
 
-    def check_priority(self, caller: Caller, priority: int) -> None:
-        if caller.key is not None and priority < caller.key.best_priority:
-            best = caller.key.best_priority
-            raise InvalidRequest(f"priority must be at least {best} for this key, is {priority}", param="priority")
+    def visit(self, caller: Caller, headers: Mapping[str, str], *, user: object, priority: int) -> Visit:
+        """One HTTP request to generate; `user` is the body's field, and counts where it is text.
 
-    def count_request(self, caller: Caller) -> None:
-        """
         Raises:
+            InvalidRequest: a header, or a priority that is too good for this key.
             QuotaExceeded: the key's requests of this minute are used up.
         """
+        objectives = Objectives.read(headers)
         if caller.key is not None:
+            if priority < (best := caller.key.best_priority):
+                raise InvalidRequest(f"priority must be at least {best} for this key, is {priority}", param="priority")
             self._quotas.take(caller.key, "requests", 1)
+        return Visit(self, caller, caller.tenant(user if isinstance(user, str) else None), objectives)
 
-    def ticket(self, caller: Caller, *, user: str | None, objectives: Objectives, num_tokens: int) -> Ticket:
+    def ticket(self, visit: Visit, num_tokens: int) -> Ticket:
         """For one sequence that is expected to take `num_tokens`, prompt and answer together.
 
         Raises:
             QuotaExceeded: the key's tokens of this minute are used up.
         """
-        key = caller.key
+        key = visit.caller.key
         if key is None:
-            return Ticket(tenant=caller.tenant(user), objectives=objectives)
+            return Ticket(tenant=visit.tenant, objectives=visit.objectives)
         self._quotas.take(key, "tokens", num_tokens)
         return Ticket(
-            tenant=key.name,
+            tenant=visit.tenant,
             weight=key.weight,
-            objectives=objectives,
+            objectives=visit.objectives,
             settle=lambda took: self._quotas.settle(key, "tokens", took - num_tokens),
         )
 

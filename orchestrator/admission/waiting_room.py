@@ -75,6 +75,14 @@ class WaitingRoom(Generic[Item]):
             self._turn_away(loser.item, self._made_way(now_s))
         return waiting
 
+    def check_room(self, tenant: str, *, priority: int, now_s: float) -> None:
+        """Before anything is spent on a newcomer. Raises QueueFull when `enter()` would."""
+        num_waiting = len(self.queue)
+        if num_waiting >= self.queue.depth_max and self.queue.who_makes_way(tenant, priority=priority) is None:
+            error = QueueFull(f"{num_waiting} requests are waiting, the limit is {self.queue.depth_max}")
+            error.retry_after_s = self.retry_after_s(now_s=now_s)
+            raise error
+
     def _start_by_s(self, visitor: Visitor[Item]) -> float:
         start_by_s = visitor.deadline_s - self.times.total_s(visitor.num_prompt, visitor.max_tokens)
         if (ttft_s := visitor.ticket.objectives.ttft_s) is None:

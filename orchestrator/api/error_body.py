@@ -22,8 +22,12 @@ def error_fields(error: DisaggregatedError) -> dict[str, Any]:
 
 
 def error_response(error: DisaggregatedError, *, retry_after_s: int) -> web.Response:
-    """Who is refused for want of room is told when to come back."""
-    headers = {"Retry-After": str(retry_after_s)} if error.http_status in (429, 503) else {}
+    """Who is refused for want of room is told when to come back: by the error, if it knows, else `retry_after_s`."""
+    headers = {}
+    if error.http_status in (429, 503):
+        headers["Retry-After"] = str(error.retry_after_s or retry_after_s)
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return json_response(error_fields(error), status=error.http_status, headers=headers)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from orchestrator.app import BODY_BYTES_MAX
+from disaggregated.config.door import DoorConfig
 from tests.support.front_door import Door, front_door
 
 CHAT = "/v1/chat/completions"
@@ -142,9 +142,9 @@ async def test_after_all_that_a_request_is_served(door: Door) -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_body_that_is_too_large_is_refused_with_the_limit(door: Door) -> None:
-    status, answer = await door.post(TEXT, io.BytesIO(b'"' + b"x" * BODY_BYTES_MAX + b'"'))
+    status, answer = await door.post(TEXT, io.BytesIO(b'"' + b"x" * DoorConfig().body_bytes_max + b'"'))
     assert status == 413
-    assert str(BODY_BYTES_MAX) in answer["error"]["message"]
+    assert str(DoorConfig().body_bytes_max) in answer["error"]["message"]
 
 
 NEUTRAL: list[dict[str, Any]] = [

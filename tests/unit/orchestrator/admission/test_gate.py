@@ -9,10 +9,10 @@ import pytest
 
 from disaggregated.errors import InvalidApiKey, InvalidRequest, NotAllowed, QuotaExceeded, UnknownModel
 from orchestrator.admission.api_keys import ApiKey, digest_of
-from orchestrator.admission.gate import ANYBODY, OPEN_PATHS, Caller, Gate
+from orchestrator.admission.gate import ANYBODY, OPEN_PATHS, Caller, Gate, Visit
 from orchestrator.admission.key_file import KeyFile
 from orchestrator.admission.quotas import OwnLevels, Quotas
-from orchestrator.admission.ticket import Objectives, Ticket
+from orchestrator.admission.ticket import Ticket
 
 USER, OPERATOR = "sk-user-0123456789", "sk-operator-0123456"
 
@@ -48,12 +48,17 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+def visit(gate: Gate, caller: Caller, *, user: object = None, priority: int = 0) -> Visit:
+    return gate.visit(caller, {}, user=user, priority=priority)
+
+
 def test_without_a_key_file_everybody_is_let_in_and_the_user_is_the_tenant(clock: Clock) -> None:
     gate = Gate(None, Quotas(OwnLevels(), clock=clock))
     caller = gate.let_in("/ledger", {})
     assert caller is ANYBODY
-    assert gate.ticket(caller, user="ann", objectives=Objectives(), num_tokens=10).tenant == "ann"
-    assert gate.ticket(caller, user=None, objectives=Objectives(), num_tokens=10) == Ticket(settle=Ticket().settle)
+    assert visit(gate, caller, user="ann").ticket(10).tenant == "ann"
+    for user in (None, 7, {"id": 1}):
+        assert visit(gate, caller, user=user).ticket(10) == Ticket()
     assert len(caller.tenant("x" * 1000)) == 128
     assert gate.headers(caller) == {}
 
@@ -95,10 +100,10 @@ def test_a_model_that_is_not_for_a_key_does_not_exist_for_it(gate: Gate) -> None
 
 def test_a_priority_better_than_the_keys_best_is_refused_by_name(gate: Gate) -> None:
     user = gate.let_in("/v1/models", bearer(USER))
-    gate.check_priority(user, 3)
-    gate.check_priority(ANYBODY, -100)
+    visit(gate, user, priority=3)
+    visit(gate, ANYBODY, priority=-100)
     with pytest.raises(InvalidRequest, match="priority must be at least 3 for this key, is 2"):
-        gate.check_priority(user, 2)
+        visit(gate, user, priority=2)
 
 
 def key(**fields: Any) -> Caller:
@@ -108,22 +113,22 @@ def key(**fields: Any) -> Caller:
 def test_requests_beyond_a_minutes_worth_are_told_truly_when_to_come_back(gate: Gate, clock: Clock) -> None:
     caller = key(requests_per_minute=6)
     for _ in range(6):
-        gate.count_request(caller)
+        visit(gate, caller)
     with pytest.raises(QuotaExceeded, match="6 requests a minute") as caught:
-        gate.count_request(caller)
+        visit(gate, caller)
     assert caught.value.retry_after_s == 10
     clock.now_s += 9.9
     with pytest.raises(QuotaExceeded):
-        gate.count_request(caller)
+        visit(gate, caller)
     clock.now_s += 0.1
-    gate.count_request(caller)
+    visit(gate, caller)
 
 
 def test_tokens_are_charged_as_expected_and_settled_as_they_were(gate: Gate, clock: Clock) -> None:
     caller = key(tokens_per_minute=600)
 
     def ticket(num_tokens: int) -> Ticket:
-        return gate.ticket(caller, user=None, objectives=Objectives(), num_tokens=num_tokens)
+        return visit(gate, caller).ticket(num_tokens)
 
     first = ticket(400)
     assert gate.headers(caller) == {
@@ -144,16 +149,22 @@ def test_a_request_of_more_than_a_minutes_worth_is_granted_to_a_full_bucket_and_
     gate: Gate, clock: Clock
 ) -> None:
     caller = key(tokens_per_minute=600)
-    ticket = gate.ticket(caller, user=None, objectives=Objectives(), num_tokens=6000)
+    ticket = visit(gate, caller).ticket(6000)
     ticket.settle(6000)
     with pytest.raises(QuotaExceeded):
-        gate.ticket(caller, user=None, objectives=Objectives(), num_tokens=1)
+        visit(gate, caller).ticket(1)
     clock.now_s += 541.0
-    gate.ticket(caller, user=None, objectives=Objectives(), num_tokens=1)
+    visit(gate, caller).ticket(1)
 
 
 def test_what_is_settled_never_fills_a_bucket_above_its_brim(gate: Gate) -> None:
     caller = key(tokens_per_minute=600)
     for _ in range(3):
-        gate.ticket(caller, user=None, objectives=Objectives(), num_tokens=10).settle(0)
+        visit(gate, caller).ticket(10).settle(0)
     assert gate.headers(caller)["x-ratelimit-remaining-tokens"] == "600"
+
+
+def test_a_client_may_ask_for_less_time_than_the_deployment_allows_and_not_for_more(gate: Gate) -> None:
+    for asked, granted_s in ((None, 180.0), ("2.5", 2.5), ("999", 180.0)):
+        headers = {} if asked is None else {"x-request-timeout": asked}
+        assert gate.visit(ANYBODY, headers, user=None, priority=0).timeout_s(180.0) == granted_s
