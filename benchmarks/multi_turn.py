@@ -46,7 +46,7 @@ def document(*, pull_back: bool) -> dict[str, Any]:
     }
     return {
         "model": MODEL,
-        "context_servers": {**section, "num_instances": 2},
+        "context_servers": {**section, "num_instances": 2, "router": {"type": "round_robin"}},
         "generation_servers": {**section, "num_instances": 1},
     }
 

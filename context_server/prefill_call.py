@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+from disaggregated import token_logprobs
 from disaggregated.engine.api import ChunkComputed, TokensSampled
 from disaggregated.errors import DeadlineExceeded, DisaggregatedError
 from disaggregated.v1 import control_pb2
@@ -50,6 +51,8 @@ class PrefillCall:
                 finish_reason=event.finish_reason or "",
                 queue_s=max(0.0, started_s - self._arrived_s - (self.reuse.spent_s if self.reuse else 0.0)),
                 compute_s=time.monotonic() - started_s,
+                logprobs=token_logprobs.to_proto(event.logprobs),
+                prompt_logprobs=token_logprobs.to_proto(event.prompt_logprobs),
                 reuse=self.reuse,
             )
         )

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from context_server.compute_cost import ComputeCost, StepMeter, prior
 from context_server.pull_cost import PullCosts, PullPlan, Quote, Verdict
 from disaggregated import logs
 from disaggregated.block_hash import BlockHash, block_hashes, to_bytes
-from disaggregated.engine.api import EngineEvent
+from disaggregated.compute_cost import ComputeCost
 from disaggregated.engine.prefix_holdings import PrefixReservation
 from disaggregated.engine.serving.role import LoadedServer
 from disaggregated.engine.thread import EngineThread
@@ -84,8 +83,8 @@ class PrefixPuller:
     Invariant: a reservation is the engine's again when its pull has ended, whoever still waits for it.
     """
 
-    def __init__(self, server: LoadedServer[Region], engine: EngineThread) -> None:
-        """server: its pool is the memory that transports write into."""
+    def __init__(self, server: LoadedServer[Region], engine: EngineThread, compute: ComputeCost) -> None:
+        """server: its pool is the memory that transports write into. compute: what computing costs here."""
         assert server.copier is None, "blocks are pulled into a pool in host memory"
         transceiver = server.config.cache_transceiver_config
         layout = server.memory_layout
@@ -94,11 +93,8 @@ class PrefixPuller:
         self._block_size = layout.block_size
         self._block_bytes = layout.token_bytes * layout.block_size
         self._chunk_size = server.config.max_num_tokens
-        self._compute = ComputeCost(
-            prior(server.loaded.num_parameters, device=server.loaded.device, num_threads=server.config.num_threads)
-        )
+        self._compute = compute
         self._patience_s = transceiver.pull_back_patience_ms / 1000
-        self._meter = StepMeter()
         self._costs = PullCosts()
         self._destination = TransferDestination(server.memory, identity_of(server), destination_options(server))
         self._pulls = asyncio.TaskGroup()
@@ -123,11 +119,6 @@ class PrefixPuller:
 
     def statistics(self) -> list[PeerStatistics]:
         return self._destination.statistics()
-
-    def learn(self, events: Sequence[EngineEvent]) -> None:
-        """What a step of our engine told."""
-        for step in self._meter.measure(events):
-            self._compute.observe(step)
 
     async def bring(
         self, owner: str, token_ids: Sequence[int], hint: control_pb2.PrefixHint

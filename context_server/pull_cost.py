@@ -1,7 +1,7 @@
 """Whether blocks are better brought from a peer that holds them than computed here. Pure: time comes in as an argument.
 
     bringing  =  asking + bytes / rate      both measured, for each peer
-    computing =  the steps that are saved   `compute_cost.py`
+    computing =  the steps that are saved   `disaggregated/compute_cost.py`
 
 Guesses stand in for what was not measured yet, and they are on the side of computing: who waits for a transfer that
 turns out slow has waited in vain. What was measured and is worse than the guess fades back to it, or a peer that was
@@ -15,7 +15,7 @@ import enum
 from collections import OrderedDict
 from typing import Final
 
-from context_server.compute_cost import StepCost
+from disaggregated.compute_cost import StepCost
 
 ASKING_S: Final = 0.010
 """Guess: to be told which blocks a peer holds, and to have their release confirmed."""

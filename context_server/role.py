@@ -17,7 +17,9 @@ import grpc
 
 from context_server.prefill_call import PrefillCall
 from context_server.prefix_puller import PrefixPuller
+from context_server.step_meter import StepMeter
 from context_server.streaming import PrefillStream
+from disaggregated.compute_cost import ComputeCost, StepCost, prior
 from disaggregated.engine.api import (
     ChunkComputed,
     EngineEvent,
@@ -78,7 +80,10 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             self.engine.watch_layers(self._stream)
 
         pulls = transceiver.pull_back and server.config.kv_cache_config.enable_block_reuse and server.copier is None
-        self._puller = PrefixPuller(server, self.engine) if pulls else None
+        loaded, num_threads = server.loaded, server.config.num_threads
+        self._compute = ComputeCost(prior(loaded.num_parameters, device=loaded.device, num_threads=num_threads))
+        self._meter = StepMeter()
+        self._puller = PrefixPuller(server, self.engine, self._compute) if pulls else None
 
     def add_services(self, server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_ContextServicer_to_server(self, server)
@@ -113,6 +118,9 @@ class ContextRole(control_pb2_grpc.ContextServicer):
     @property
     def unhealthy(self) -> str:
         return self._puller.unhealthy if self._puller else ""
+
+    def step_cost(self) -> StepCost | None:
+        return self._compute.fit() if self._compute.num_steps else None
 
     def links(self) -> Sequence[control_pb2.LinkStatistics]:
         """What was read from us, by transport: a source does not tell its readers apart."""
@@ -200,8 +208,8 @@ class ContextRole(control_pb2_grpc.ContextServicer):
 
     def _deliver(self, events: Sequence[EngineEvent]) -> None:
         """On the event loop. The call of an event may be gone; its blocks are seen to in `_abandon`."""
-        if self._puller is not None:
-            self._puller.learn(events)
+        for step in self._meter.measure(events):
+            self._compute.observe(step)
         for event in events:
             prefill = self._prefills.get(event.request_id)
             match event:

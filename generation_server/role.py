@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 import grpc
 
 from disaggregated import logs, rpc
+from disaggregated.compute_cost import StepCost
 from disaggregated.engine.api import (
     ChunkComputed,
     EngineEvent,
@@ -121,6 +122,10 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
     @property
     def unhealthy(self) -> str:
         return self._destination.quarantine().unhealthy
+
+    def step_cost(self) -> StepCost | None:
+        """Its steps decode and prefill at once, which one fit cannot tell apart: the orchestrator looks at prompts."""
+        return None
 
     def links(self) -> Sequence[control_pb2.LinkStatistics]:
         return [reports.link(peer) for peer in self._destination.statistics()]

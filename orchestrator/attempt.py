@@ -16,11 +16,11 @@ from disaggregated import rpc
 from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost, TransferError, TransferTimeout
 from disaggregated.request_life import Phase
 from disaggregated.v1 import control_pb2
-from orchestrator.placement import Placement
 from orchestrator.request_run import RequestRun
+from orchestrator.routing.placement import Placement
 from orchestrator.server import Server, Share
 from orchestrator.story import AttemptStory
-from orchestrator.token_order import Arrival, TokenOrder
+from orchestrator.token_order import Arrival, TokenOrder, arrival_of
 
 TRANSFER_TIMEOUT_S: Final = 30.0
 """From the first token to the second: after that long without one, the transfer between two live servers is stuck."""
@@ -50,6 +50,7 @@ class Attempt:
             context_instance=placement.context.instance_id if placement.context else "",
             generation_instance=placement.generation.instance_id if placement.generation else "",
             why=placement.why,
+            decision=placement.decision,
         )
         self._shares = [
             (server, self._take(server)) for server in (placement.context, placement.generation) if server is not None
@@ -60,7 +61,7 @@ class Attempt:
         prefills_here = self.placement.context in (server, None)
         share = Share(
             num_tokens=num_tokens,
-            num_prefill_tokens=num_tokens if prefills_here else 0,
+            num_prefill_tokens=num_tokens - (self.placement.decision.num_cached_tokens or 0) if prefills_here else 0,
             num_blocks=-(-(num_tokens + 1) // server.description.layout.block_size),
             on_lost=self._context_lost if server is self.placement.context else self.on_lost,
         )
@@ -149,8 +150,22 @@ class Attempt:
     def _prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
         self.story.reuse_from = self.hint.instance_id if self.hint is not None else ""
         self.story.prefilled(outcome)
-        arrival = Arrival(len(self._token_ids), [outcome.first_token], outcome.finish_reason)
+        self._learn_speed(self.placement.context)
+        arrival = Arrival(
+            len(self._token_ids),
+            [outcome.first_token],
+            outcome.finish_reason,
+            outcome.logprobs if outcome.HasField("logprobs") else None,
+            outcome.prompt_logprobs if outcome.HasField("prompt_logprobs") else None,
+        )
         self._arrived(arrival, self._clock())
+
+    def _learn_speed(self, server: Server | None) -> None:
+        """What the next prompts there are estimated by."""
+        story, num_tokens = self.story, len(self._token_ids)
+        if server is not None and story.num_cached_tokens < num_tokens:
+            num_cached, seconds = story.num_cached_tokens, story.prefill_compute_s
+            server.speed.prompt_took(num_tokens=num_tokens, num_cached=num_cached, seconds=seconds)
 
     def _abort_transfer(self) -> None:
         """Unless they have landed, the blocks of this prompt wait for a reader that will not come.
@@ -219,6 +234,8 @@ class Attempt:
         if delta.HasField("times"):
             self._has_landed = True
             self.story.admitted(delta.times)
+            if self.placement.context is None:
+                self._learn_speed(self.placement.generation)
         if delta.HasField("error"):
             self._is_over_there = True
             self._refused_later(rpc.from_stream_error(delta.error))
@@ -226,7 +243,7 @@ class Attempt:
         self._has_landed = True
         if delta.finish_reason:
             self._is_over_there = True
-        self._arrived(Arrival(delta.first_position, delta.token_ids, delta.finish_reason), now_s)
+        self._arrived(arrival_of(delta), now_s)
 
     def _refused_later(self, error: DisaggregatedError) -> None:
         if isinstance(error, TransferError):

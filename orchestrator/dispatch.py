@@ -31,14 +31,12 @@ from disaggregated.request_life import Phase
 from orchestrator.admission.tenant_turns import Waiting
 from orchestrator.admission.waiting_room import Visitor, WaitingRoom
 from orchestrator.attempt import Attempt
-from orchestrator.placement import Needs, NotYet, Placement, Placer
-from orchestrator.policies import make_policy
-from orchestrator.prefill_balance import why_here
-from orchestrator.prefix_hints import prefix_hint
-from orchestrator.prefix_memory import LocalPrefillRule
 from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
 from orchestrator.retries import TRANSFER_FAILURES_MAX, RetryRule
-from orchestrator.server import Role, Server
+from orchestrator.routing.make import make_placer
+from orchestrator.routing.placement import Needs, NotYet
+from orchestrator.routing.prefix_hints import prefix_hint
+from orchestrator.server import Role
 from orchestrator.server_pools import ServerPools
 from orchestrator.story import RequestStory, StoryShelf
 
@@ -75,10 +73,9 @@ class Dispatcher:
         self.queue = self.room.queue
         self.stories = StoryShelf(config.perf_metrics_max_requests)
         self._pools = pools
-        self._placer = Placer(make_policy(config.context.router), make_policy(config.generation.router))
+        self._placer = make_placer(config)
+        pools.follows_blocks = pools.follows_blocks or self._placer.wants_blocks
         self._retry_rule = RetryRule(config.max_retries)
-        self._local = LocalPrefillRule(config.max_local_prefill_length)
-        self._balances_prefill = config.balance_prefill
         self._observer = observer
         self._clock = clock
         self._attempt_keys = itertools.count(secrets.randbits(48) << 24)
@@ -150,7 +147,7 @@ class Dispatcher:
     async def _hashes(self, request: TokenRequest) -> Sequence[BlockHash]:
         """Once for a request, where somebody wants to know them. Long prompts take milliseconds, on a thread."""
         block_size = self._pools.block_size
-        is_wanted = self._local.is_on or any(len(server.known_blocks) for server in self._pools)
+        is_wanted = self._placer.wants_blocks or any(len(server.known_blocks) for server in self._pools)
         if not block_size or not is_wanted:
             return ()
         if len(request.token_ids) <= HASHED_AT_ONCE_MAX:
@@ -234,35 +231,22 @@ class Dispatcher:
                 run.not_yet = placement
                 return
             self.room.take(first, now_s=self._clock())
-            self._sent(run, placement)
             attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock)
-            if placement.context is not None:
+            if placement.context is not None and placement.context.pulls_back:
                 attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
             run.placed.set_result(attempt)
 
     def _needs(self, run: RequestRun) -> Needs:
-        def why_local(server: Server) -> str:
-            if run.num_transfer_failures >= TRANSFER_FAILURES_MAX:
-                return f"{run.num_transfer_failures} transfers failed"
-            block_size = server.description.layout.block_size
-            uncached = self._local.num_uncached(server.instance_id, num_prompt_tokens, run.block_hashes, block_size)
-            if self._local.wants_local(uncached):
-                return f"{uncached} uncached tokens"
-            return why_here(num_prompt_tokens, contexts, server) if self._balances_prefill else ""
-
-        contexts = self._pools.ready(Role.CONTEXT)
-        num_prompt_tokens = len(run.request.token_ids) + len(run.emitted)
+        failures = run.num_transfer_failures
         return Needs(
-            num_prompt_tokens=num_prompt_tokens,
+            num_prompt_tokens=len(run.request.token_ids) + len(run.emitted),
             num_tokens_left=run.num_tokens_left,
-            why_local=why_local,
             avoid=run.avoid,
-            num_cached_blocks=lambda server: server.known_blocks.num_held(run.block_hashes),
+            must_be_local=f"{failures} transfers failed" if failures >= TRANSFER_FAILURES_MAX else "",
+            session=run.request.session,
+            block_hashes=run.block_hashes,
+            now_s=self._clock(),
         )
-
-    def _sent(self, run: RequestRun, placement: Placement) -> None:
-        if placement.generation is not None:
-            self._local.sent(placement.generation.instance_id, run.block_hashes)
 
     def _too_late(self, run: RequestRun) -> DisaggregatedError:
         if self._clock() < run.request.deadline_s and self._is_stopping:

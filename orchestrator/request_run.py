@@ -15,9 +15,10 @@ from disaggregated.block_hash import BlockHash
 from disaggregated.errors import DisaggregatedError
 from disaggregated.request_life import Phase, RequestLife
 from disaggregated.sampling_params import SamplingParams
-from orchestrator.placement import NotYet
+from disaggregated.token_logprobs import Told
 from orchestrator.admission.tenant_turns import Waiting
 from orchestrator.admission.ticket import Ticket
+from orchestrator.routing.placement import NotYet
 from orchestrator.story import RequestStory
 from orchestrator.token_order import Arrival
 
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 class TokenSink(Protocol):
     """Where the tokens of one sequence go. Called on the event loop, in order; must not block."""
 
-    def push(self, token_ids: Sequence[int], finish_reason: str) -> bool:
-        """Take the next tokens; `finish_reason` is "", or says that these are the last. False: no more are wanted."""
+    def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
+        """Take the next tokens; `finish_reason` is "", or says that these are the last. False: no more are wanted.
+
+        `told`: where the request asks for logprobs, those of `token_ids`.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,8 @@ class TokenRequest:
     deadline_s: float
     priority: int = 0
     """A lower one is served earlier."""
+    session: str = ""
+    """Of the conversation it belongs to, for routers that keep one where it is; "": nobody says."""
     ticket: Ticket = Ticket()
     """Whose it is, and what was asked for in its headers."""
     may_end_anywhere: bool = False
@@ -93,21 +99,24 @@ class RequestRun:
     def deliver(self, arrival: Arrival, *, now_s: float) -> bool:
         """Give the next tokens to the client; whether the request is over."""
         assert arrival.first_position == len(self.request.token_ids) + len(self.emitted), "a token twice or missing"
+        told = arrival.told()
         if not self.request.may_end_anywhere or len(arrival.token_ids) < 2:
-            return self._give(arrival.token_ids, arrival.finish_reason, now_s)
-        *early, last = arrival.token_ids
-        return any(self._give([token], "", now_s) for token in early) or self._give(
-            [last], arrival.finish_reason, now_s
-        )
+            return self._give(arrival.token_ids, arrival.finish_reason, told, now_s)
+        last = len(arrival.token_ids) - 1
+        for index, token in enumerate(arrival.token_ids):
+            finish_reason = arrival.finish_reason if index == last else ""
+            if self._give([token], finish_reason, _told_of_one(told, index), now_s):
+                return True
+        return False
 
-    def _give(self, token_ids: Sequence[int], finish_reason: str, now_s: float) -> bool:
+    def _give(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> bool:
         if token_ids:
             self.emitted.extend(token_ids)
             self.story.tokens_came(len(token_ids), now_s=now_s)
             self.num_losses_in_a_row = 0
         if not finish_reason and self.num_tokens_left <= 0:
             finish_reason = "length"
-        is_wanted = self.sink.push(token_ids, finish_reason)
+        is_wanted = self.sink.push(token_ids, finish_reason, told)
         if not is_wanted and not finish_reason:
             finish_reason = "stop"
         self.story.finish_reason = finish_reason
@@ -117,3 +126,10 @@ class RequestRun:
         if not self.life.is_over:
             self.life.advance(phase, now_s=now_s)
         self.story.error = "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def _told_of_one(told: Told | None, index: int) -> Told | None:
+    """Of several tokens that came together: what is told of the prompt goes with the first."""
+    if told is None:
+        return None
+    return Told(told.tokens[index : index + 1], told.prompt if index == 0 else ())

@@ -11,18 +11,23 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from disaggregated.errors import ServerLost
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
-from orchestrator.known_blocks import KnownBlocks
-from orchestrator.policies import Candidate
+from orchestrator.routing.candidate import Candidate
+from orchestrator.routing.known_blocks import KnownBlocks
+from orchestrator.routing.speed import ServerSpeed
 
 if TYPE_CHECKING:
     from orchestrator.generation_link import GenerationLink
     from orchestrator.server_client import ServerClient
     from orchestrator.transfer_aborts import TransferAborts
+
+
+STEPS_AHEAD: Final = 2
+"""Of prefill, on a context server: one under way and one more ready. The rest waits where it can still go elsewhere."""
 
 
 class Role(enum.StrEnum):
@@ -46,11 +51,32 @@ class Share:
     num_tokens: int
     """Of the prompt, and what was generated of it here."""
     num_prefill_tokens: int
-    """Not computed yet."""
+    """Not computed yet, and not known to be cached."""
     num_blocks: int
     on_lost: Callable[[ServerLost], None]
     is_decoding: bool = False
     """It has its first token, and is on a generation server."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What other orchestrators have on a server: what it tells of itself, less what is ours.
+
+    A heartbeat is older than what we know, so what has just come or gone looks like somebody else's for a moment. Only
+    what two heartbeats in a row tell is believed.
+    """
+
+    num_requests: int = 0
+    num_prefill_tokens: int = 0
+    _seen: tuple[int, int] = (0, 0)
+
+    def heard(self, heartbeat: control_pb2.Heartbeat, *, num_requests: int, num_prefill_tokens: int) -> Elsewhere:
+        """num_requests, num_prefill_tokens: ours, now."""
+        seen = (
+            max(0, heartbeat.num_running + heartbeat.num_waiting - num_requests),
+            max(0, heartbeat.num_waiting_tokens - num_prefill_tokens),
+        )
+        return Elsewhere(min(seen[0], self._seen[0]), min(seen[1], self._seen[1]), seen)
 
 
 class Server:
@@ -71,6 +97,12 @@ class Server:
         self.aborts: TransferAborts | None = None
         self.known_blocks = KnownBlocks()
         """That it holds; empty where nobody follows them."""
+        self.pulls_back = False
+        """A context server that may bring a prompt's beginning from a generation server."""
+        self.speed = ServerSpeed()
+        self.token_bytes = 0
+        """Of KV, for one token."""
+        self.elsewhere = Elsewhere()
         self.num_times_lost = 0
         self.shares: dict[int, Share] = {}
         self._blocks_promised = 0
@@ -104,6 +136,7 @@ class Server:
         self.standing, self.reason = Standing.CONNECTING, "waiting for its first heartbeat"
         self.client = client
         self.description = description
+        self.token_bytes = self.layout.token_bytes if description.HasField("layout") else 0
 
     def ready(self) -> None:
         self.standing, self.reason = Standing.READY, ""
@@ -118,6 +151,7 @@ class Server:
     def _disconnect(self) -> None:
         self.client = self.link = self.aborts = self.heard_s = None
         self.heartbeat = control_pb2.Heartbeat()
+        self.speed, self.elsewhere = ServerSpeed(), Elsewhere()
         self._blocks_promised, self._is_held_back = 0, False
 
     def lost(self, error: ServerLost) -> None:
@@ -131,6 +165,9 @@ class Server:
     def heard(self, heartbeat: control_pb2.Heartbeat, *, now_s: float) -> None:
         self.heartbeat, self.heard_s = heartbeat, now_s
         self._blocks_promised, self._is_held_back = 0, False
+        self.speed.heard(heartbeat, now_s=now_s)
+        num_ours = sum(share.num_prefill_tokens for share in self.shares.values())
+        self.elsewhere = self.elsewhere.heard(heartbeat, num_requests=len(self.shares), num_prefill_tokens=num_ours)
         if heartbeat.draining and self.is_ready:
             self.standing, self.reason = Standing.DRAINING, "draining"
 
@@ -149,13 +186,14 @@ class Server:
         something else has ended there."""
         self._is_held_back = True
 
-    def has_room(self, *, num_blocks: int) -> bool:
+    def has_room(self, *, num_blocks: int, num_steps: int = STEPS_AHEAD) -> bool:
+        """num_steps: of prefill, that a context server may have before it; what waits here can go nowhere else."""
         if not self.is_ready or self._is_held_back or len(self.shares) >= max(1, self.description.max_batch_size):
             return False
         if not self.shares:
             return True
-        if self.role is Role.CONTEXT and self.num_prefill_tokens >= 2 * self.description.max_num_tokens:
-            return False  # one step's work under way and one more ready; the rest waits where it can still go elsewhere
+        if self.role is Role.CONTEXT and self.num_prefill_tokens >= num_steps * self.description.max_num_tokens:
+            return False
         return num_blocks <= self.num_blocks_free
 
     @property
@@ -164,15 +202,37 @@ class Server:
         return max(0, self.heartbeat.num_blocks_free - self._blocks_promised)
 
     @property
+    def num_requests(self) -> int:
+        """Ours, and those that other orchestrators have there."""
+        return len(self.shares) + self.elsewhere.num_requests
+
+    @property
     def num_prefill_tokens(self) -> int:
-        return sum(share.num_prefill_tokens for share in self.shares.values())
+        """Of prompts that are to be computed there, whoever sent them."""
+        return sum(share.num_prefill_tokens for share in self.shares.values()) + self.elsewhere.num_prefill_tokens
 
     @property
     def num_decoding(self) -> int:
         """Sequences whose next token a longer step would hold up."""
-        return sum(share.is_decoding for share in self.shares.values())
+        return sum(share.is_decoding for share in self.shares.values()) + self.elsewhere.num_requests
+
+    def prefill_backlog_s(self) -> float:
+        """Until everything that is to be computed there now has been, if nothing else comes."""
+        chunk_size = max(1, self.description.max_num_tokens)
+        cost, seconds = self.speed.prompt, self.elsewhere.num_prefill_tokens * self.speed.prompt.token_s
+        for share in self.shares.values():
+            if share.num_prefill_tokens:
+                begin, end = share.num_tokens - share.num_prefill_tokens, share.num_tokens
+                seconds += cost.part_s(begin, end, num_tokens=end, chunk_size=chunk_size)
+        return seconds
 
     def as_candidate(self, *, num_cached_blocks: int = 0) -> Candidate:
         """num_cached_blocks: of the request's prompt, known to be here."""
-        num_tokens = sum(share.num_tokens for share in self.shares.values())
-        return Candidate(self.instance_id, len(self.shares), num_tokens, num_cached_blocks)
+        return Candidate(
+            instance_id=self.instance_id,
+            num_requests=self.num_requests,
+            num_tokens=sum(share.num_tokens for share in self.shares.values()) + self.elsewhere.num_prefill_tokens,
+            num_cached_blocks=num_cached_blocks,
+            block_size=self.description.layout.block_size,
+            names=(self.address, self.description.instance_id, self.description.version, self.description.model),
+        )

@@ -20,8 +20,8 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import DisaggregatedError, InvalidRequest, ServerLost, Unauthenticated
 from disaggregated.v1 import control_pb2
 from orchestrator.agreement import ServedModelNames, disagreement
-from orchestrator.block_follower import follow_blocks
 from orchestrator.generation_link import GenerationLink
+from orchestrator.routing.block_follower import follow_blocks
 from orchestrator.server import Role, Server, Standing
 from orchestrator.server_client import Connect, GrpcServerClient, ServerClient
 from orchestrator.silence import SilenceAlarm
@@ -56,10 +56,12 @@ class ServerPools:
         self.model: ServedModelNames | None = None
         """What servers must serve; None while the orchestrator has not loaded its side of it."""
         self.on_change: Callable[[], None] = lambda: None
-        self.follows_blocks = all(
+        self._pulls_back = all(
             pool.server.cache_transceiver_config.pull_back for pool in (config.context, config.generation)
         )
-        """Which blocks each server holds is known here, so that their beginnings can be had from there."""
+        self.follows_blocks = self._pulls_back
+        """Which blocks each server holds is known here, so that their beginnings can be had from there. Whoever routes
+        by them sets it, before `start()`."""
         self._progress_timeout_s = config.progress_timeout_s
         self._connect = connect
         self._clock = clock
@@ -107,6 +109,7 @@ class ServerPools:
         key = (Role(role), address)
         if key not in self._servers:
             self._servers[key] = server = Server(*key)
+            server.pulls_back = self._pulls_back and server.role is Role.CONTEXT
             if self._is_open:
                 self._start(server)
 

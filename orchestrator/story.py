@@ -18,6 +18,7 @@ from typing import Any
 from disaggregated.request_life import Phase, RequestLife
 from disaggregated.v1 import control_pb2
 from orchestrator.admission.ticket import Objectives
+from orchestrator.routing.decision import NOTHING_WEIGHED, Decision
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class AttemptStory:
     generation_instance: str
     """Empty: one token was wanted."""
     why: str
+    decision: Decision = NOTHING_WEIGHED
     began_s: float = 0.0
     ended_s: float | None = None
     first_token_s: float | None = None
@@ -179,7 +181,7 @@ class RequestStory:
         }
 
     def _attempt_as_json(self, attempt: AttemptStory) -> dict[str, Any]:
-        fields = dataclasses.asdict(attempt)
+        fields = dataclasses.asdict(attempt) | {"decision": attempt.decision.as_json()}
         for name in ("began_s", "ended_s", "first_token_s"):
             if fields[name] is not None:
                 fields[name] -= self.arrived_s

@@ -16,10 +16,10 @@ from disaggregated.config.server import ServerConfig
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    type: str = "round_robin"
-    """How a server of the pool is chosen: "round_robin" or "load_balancing"."""
+    type: str = "least_ttft"
+    """How a server of the pool is chosen; `router_keys.py` names them all."""
     args: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    """The router's other keys, checked: `use_tokens` (bool) counts tokens instead of requests."""
+    """The router's other keys by their names, checked."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +57,13 @@ class DeploymentConfig:
     max_local_prefill_length: int = 0
     """Prompts with at most so many uncached tokens are prefilled on the generation server; 0: none."""
     balance_prefill: bool = False
-    """Prompts are also prefilled on a generation server where that holds up fewer tokens than waiting for a context
-    server does."""
+    """Prompts are also prefilled on a generation server where that is estimated to cost less than the best pair."""
+    session_sources: tuple[str, ...] = ("conversation_id", "header", "user")
+    """What names the conversation of a request, the first that it has."""
+    subagent_header: str = ""
+    """Lower or upper case. A request with it goes where that session is; "": there is none."""
+    subagent_scope: str = "context"
+    """ "context" or "both": the hops for which it does."""
     tool_parser: str = "auto"
     """Of `parser_names.py`."""
     reasoning_parser: str = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from disaggregated.config import door_keys, security_keys
+from disaggregated.config import door_keys, router_keys, security_keys
 from disaggregated.config.key_table import Alias, KeyTable, honoured, no_effect, not_built
 from disaggregated.config.kinds import ADDRESSES, ANYTHING, BOOLEAN, TEXT, choice, integer, number
 from disaggregated.config.server_cli import LOG_LEVEL
@@ -14,7 +14,6 @@ from disaggregated.config.text_keys import TEXT_KEYS
 _NO_DISCOVERY: Final = "servers do not register themselves; name them in urls, or leave the key out to start them here"
 _NO_COORDINATOR: Final = "orchestrators need none: each knows the load of all from the servers' heartbeats"
 _STORIES: Final = "GET /requests/{id} tells each request's story"
-_LOAD_INSTEAD: Final = "it is not built yet; load_balancing is used"
 
 TOP_KEYS: Final = KeyTable(
     [
@@ -35,7 +34,7 @@ TOP_KEYS: Final = KeyTable(
         honoured(
             "conditional_disagg_config.balance_prefill",
             BOOLEAN,
-            "Also those that hold up fewer tokens there than they would wait for at the context servers.",
+            "Also those that are estimated to cost less there than with the best pair of servers.",
             target="balance_prefill",
         ),
         honoured(
@@ -64,8 +63,7 @@ TOP_KEYS: Final = KeyTable(
         no_effect("disagg_cluster.minimal_instances.generation_servers", integer(0), "see disagg_cluster.cluster_uri"),
         *door_keys.DOOR,
         no_effect("disagg_coordinator_url", TEXT, _NO_COORDINATOR),
-        not_built("conversation_affinity_header_for_subagents", TEXT, "requests are not bound to a server"),
-        not_built("subagent_affinity_scope", choice("context", "both"), "requests are not bound to a server"),
+        *router_keys.SESSIONS,
         *TEXT_KEYS,
     ],
     door_keys.ALIASES,
@@ -75,30 +73,7 @@ SECTION_KEYS: Final = KeyTable(
     [
         honoured("num_instances", integer(0), "Servers at start; with urls, their number."),
         honoured("urls", ADDRESSES, "host:port of servers that run already; left out: local processes are started."),
-        honoured(
-            "router.type",
-            choice("round_robin", "load_balancing", "kv_cache_aware", "conversation"),
-            "How a server of the section is chosen.",
-            substitutes={
-                "kv_cache_aware": ("load_balancing", _LOAD_INSTEAD),
-                "conversation": ("load_balancing", _LOAD_INSTEAD),
-            },
-        ),
-        honoured("router.use_tokens", BOOLEAN, "load_balancing counts tokens, not requests.", target="use_tokens"),
-        *(
-            no_effect(f"router.{name}", ANYTHING, "neither of the routers built so far takes it")
-            for name in (
-                "max_batch_size",
-                "max_num_tokens",
-                "tokens_per_block",
-                "custom_tokenizer",
-                "backfill_block_hashes_on_finish",
-                "match_threshold",
-                "use_token_ids",
-                "hash_skip_count",
-                "max_sessions",
-            )
-        ),
+        *router_keys.SECTION,
         *SERVER_KEYS,
     ],
     [*SERVER_KEYS.aliases, Alias(name="router.name", of="router.type")],

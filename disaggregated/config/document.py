@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 
-from disaggregated.config.deployment import DeploymentConfig, PoolConfig
+from disaggregated.config.deployment import DeploymentConfig, PoolConfig, RouterConfig
 from disaggregated.config.deployment_keys import SECTION_KEYS, TOP_KEYS
 from disaggregated.config.environment import KNOWN_NAMES, OTHER_NAMES, SWITCHES
 from disaggregated.config.fields import dotted
@@ -140,7 +140,7 @@ def _server_defaults() -> dict[str, object]:
 
 
 def _pool_defaults() -> dict[str, object]:
-    return dict(dotted(PoolConfig(server=ServerConfig(model="", role="")))) | {"router.type": "round_robin"}
+    return dict(dotted(PoolConfig(server=ServerConfig(model="", role="")))) | {"router.type": RouterConfig().type}
 
 
 def _deployment_defaults() -> dict[str, object]:

@@ -35,6 +35,12 @@ DOOR: Final[tuple[Key, ...]] = (
         target="door.tenant_queue_depth_max",
     ),
     honoured(
+        "responses_bytes_max",
+        integer(0, 1 << 40),
+        "Bytes of the answers to /v1/responses that are kept for `previous_response_id`; 0: none.",
+        target="door.responses_bytes_max",
+    ),
+    honoured(
         "api_keys_file",
         TEXT,
         "File with API keys, their quotas and models; read anew when it changes. Left out: nobody needs a key.",

@@ -183,6 +183,36 @@ def _check_counts(value: object) -> tuple[int, ...]:
     return tuple(sorted({int(text) for text in texts}))
 
 
+def _check_weights(value: object) -> Mapping[str, float]:
+    """Names to numbers, none negative and one above 0."""
+    wrong = BadValue(f"must be a section of names with a number from 0 on, one of them above 0, is {shown(value)}")
+    if not isinstance(value, dict) or not value:
+        raise wrong
+    numbers = [each for each in value.values() if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) < len(value) or not all(math.isfinite(each) and each >= 0 for each in numbers) or not any(numbers):
+        raise wrong
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+def choices(*names: str) -> Kind:
+    """A list of some of `names`, none twice."""
+    words = f"a list of {in_words(names)}"
+
+    def check(value: object) -> tuple[str, ...]:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise BadValue(f"must be {words}, is {shown(value)}")
+        texts = [str(item).strip() for item in items]
+        for text in texts:
+            if text not in names:
+                raise BadValue(f"must be {words}, is {shown(value)}{did_you_mean(text, list(names))}")
+        if len(set(texts)) < len(texts):
+            raise BadValue(f"names one twice, is {shown(value)}")
+        return tuple(texts)
+
+    return Kind(words, check, is_text=True)
+
+
 def _check_mapping(value: object) -> object:
     if not isinstance(value, dict):
         raise BadValue(f"must be a section of keys, is {shown(value)}")
@@ -194,5 +224,6 @@ TEXT: Final = Kind("text", _check_text, is_text=True)
 ADDRESSES: Final = Kind("a list of host:port", _check_addresses)
 CORES: Final = Kind("a list of cores, or text such as 0,2-5", _check_cores, is_text=True)
 COUNTS: Final = Kind("a list of whole numbers, or text such as 1,2,4", _check_counts, is_text=True)
+WEIGHTS: Final = Kind("a section of names with a number each", _check_weights)
 MAPPING: Final = Kind("a section of keys", _check_mapping)
 ANYTHING: Final = Kind("anything", lambda value: value)

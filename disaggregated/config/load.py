@@ -26,6 +26,7 @@ from disaggregated.config.text_keys import lift_text_keys
 from disaggregated.config.yaml_file import read_yaml
 from disaggregated.errors import ConfigError
 
+_ROUTER: Final = "router."
 _SECTIONS: Final = {"context": "context_servers", "generation": "generation_servers"}
 
 
@@ -165,8 +166,8 @@ def _model(decisions: Mapping[str, Decision], source: Source) -> str | None:
 
 def _pool(role: str, decision: Decision, template: ServerConfig) -> PoolConfig:
     fields: dict[str, Any] = dict(decision.fields)
-    args = {"use_tokens": fields.pop("use_tokens")} if "use_tokens" in fields else {}
-    router = RouterConfig(type=fields.pop("router.type", RouterConfig().type), args=args)
+    args = {name.removeprefix(_ROUTER): fields.pop(name) for name in list(fields) if name.startswith(_ROUTER)}
+    router = RouterConfig(type=args.pop("type", RouterConfig().type), args=args)
     num_instances, urls = fields.pop("num_instances"), fields.pop("urls", ())
     return PoolConfig(
         num_instances=num_instances,

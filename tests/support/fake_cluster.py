@@ -18,6 +18,7 @@ from disaggregated.errors import ChecksumMismatch, PeerLost, PoolExhausted, Serv
 from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
+from tests.support.fake_prefix_cache import FakePrefixCache
 from tests.support.token_hash import finish_reason_of, next_token
 
 LEASE_S = 5.0
@@ -36,6 +37,10 @@ class Temper:
     max_batch_size: int = 8
     tokens_a_step_max: int = 1
     """More than one: as speculative decoding brings them."""
+    cache_blocks: int = 0
+    """Of the prefix cache; 0: there is none."""
+    prefills_in_turn: bool = False
+    """One prompt at a time, as it is in truth; else all at once, each as fast as if it were alone."""
 
 
 class Pipe:
@@ -82,6 +87,12 @@ class FakeServer:
         self.step_age_s = 0.0
         self.num_prefills = 0
         self.num_admissions = 0
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.slowness = 1.0
+        """Everything that it computes takes so many times as long."""
+        self.cache = FakePrefixCache(cluster.temper.cache_blocks)
+        self.computing = asyncio.Lock()
 
     # The process.
 
@@ -110,6 +121,7 @@ class FakeServer:
 
     def restart(self) -> None:
         self.is_alive, self.epoch = True, self.epoch + 1
+        self.cache = FakePrefixCache(self.cluster.temper.cache_blocks)
         self.thawed.set()
 
     # What it does for a connection.
@@ -130,6 +142,7 @@ class FakeServer:
             pipe.queue.put_nowait(
                 control_pb2.Heartbeat(
                     epoch=self.epoch, num_running=len(self.decoding), num_blocks=400, step_age_s=self.step_age_s,
+                    step=self.num_steps, generation_tokens_total=self.num_tokens,
                     num_blocks_free=max(0, 400 - 20 * len(self.admitted)),
                     draft_tokens_total=8, accepted_draft_tokens_total=5,
                 )
@@ -145,16 +158,19 @@ class FakeServer:
         self.prefills[request.transfer_id] = this_task
         try:
             tokens = list(request.token_ids)
-            for end in range(64, len(tokens) + 64, 64):
-                await self.turn(64 * self.cluster.temper.prefill_token_s)
-                pipe.queue.put_nowait(control_pb2.PrefillProgress(num_computed_tokens=min(end, len(tokens))))
+            arrived_s = self.now_s()
+            async with self.computing if self.cluster.temper.prefills_in_turn else contextlib.nullcontext():
+                began_s = self.now_s()
+                num_cached = await self.compute(tokens, pipe)
             sampling = SamplingParams.from_proto(request.sampling)
             first = next_token(tokens, sampling.seed)
             reason = finish_reason_of(first, 1, sampling)
+            outcome = control_pb2.PrefillOutcome(
+                first_token=first, finish_reason=reason, queue_s=began_s - arrived_s, compute_s=self.now_s() - began_s
+            )
             pipe.queue.put_nowait(
                 control_pb2.PrefillProgress(
-                    num_computed_tokens=len(tokens),
-                    outcome=control_pb2.PrefillOutcome(first_token=first, finish_reason=reason, compute_s=0.01),
+                    num_computed_tokens=len(tokens), num_cached_tokens=num_cached, outcome=outcome
                 )
             )
             pipe.queue.put_nowait(None)
@@ -165,6 +181,22 @@ class FakeServer:
             transfer.cancel()
             self.transfers.pop(request.transfer_id, None)
             self.prefills.pop(request.transfer_id, None)
+
+    async def compute(self, tokens: list[int], pipe: Pipe | None = None) -> int:
+        """A prompt, chunk by chunk, but for what is cached; how many tokens that was."""
+        num_cached = self.cache.num_cached_tokens(tokens)
+        for begin in range(num_cached, len(tokens), 64):
+            end = min(begin + 64, len(tokens))
+            await self.turn((end - begin) * self.cluster.temper.prefill_token_s * self.slowness)
+            if pipe is not None:
+                pipe.queue.put_nowait(
+                    control_pb2.PrefillProgress(num_computed_tokens=end, num_cached_tokens=num_cached)
+                )
+        self.cache.computed(tokens)
+        return num_cached
+
+    def now_s(self) -> float:
+        return asyncio.get_running_loop().time()
 
     async def admit(self, pipe: Pipe, request: control_pb2.AdmitRequest) -> None:
         self.num_admissions += 1
@@ -187,7 +219,9 @@ class FakeServer:
             if request.HasField("source"):
                 tokens.append(await self.pull(request.source))
             else:
-                await self.turn(len(tokens) * self.cluster.temper.prefill_token_s)
+                began_s = self.now_s()
+                times.num_cached_tokens = await self.compute(tokens)
+                times.compute_s = self.now_s() - began_s
         except (PeerLost, StaleEpoch, ChecksumMismatch) as error:
             if self.admitted.pop(key, None) is not None:
                 self.tell(link, control_pb2.StreamDelta(stream_key=key[1], error=rpc.to_stream_error(error)))
@@ -220,7 +254,8 @@ class FakeServer:
 
     async def decode(self) -> None:
         while self.decoding:
-            await self.turn(self.cluster.temper.step_s)
+            await self.turn(self.cluster.temper.step_s * self.slowness)
+            self.num_steps += 1
             batches: dict[Pipe, list[control_pb2.StreamDelta]] = {}
             for key, row in list(self.decoding.items()):
                 batches.setdefault(row.link, []).append(self.step(key, row))
@@ -233,8 +268,10 @@ class FakeServer:
         while not reason and len(row.sequence) < first + num_tokens:
             row.sequence.append(next_token(row.sequence, row.sampling.seed))
             reason = finish_reason_of(row.sequence[-1], len(row.sequence) - row.num_prompt, row.sampling)
+        self.num_tokens += len(row.sequence) - first
         if reason:
             del self.decoding[key], self.admitted[key]
+            self.cache.computed(row.sequence[:-1])
         times, row.times = row.times, None
         return control_pb2.StreamDelta(
             stream_key=row.stream_key, first_position=first, token_ids=row.sequence[first:], finish_reason=reason,
@@ -286,10 +323,14 @@ class FakeClient:
 
     async def watch_blocks(self) -> AsyncGenerator[control_pb2.BlockEvents, None]:
         with self._call(None) as pipe:
+            cache = self._server.cache
             await self._server.turn()
-            yield control_pb2.BlockEvents(cleared=True)
-            while True:  # It caches nothing, so there is no news.
-                yield await pipe.read()
+            cache.watch(pipe.queue)
+            try:
+                while True:
+                    yield await pipe.read()
+            finally:
+                cache.unwatch(pipe.queue)
 
     async def drain(self, *, deadline_s: float) -> int:
         return 0

@@ -47,7 +47,7 @@ async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
     }
     document = {
         "model": MODEL,
-        "context_servers": {**section, "num_instances": 2},
+        "context_servers": {**section, "num_instances": 2, "router": {"type": "round_robin"}},
         "generation_servers": {**section, "num_instances": 1},
     }
     async with deployed(tmp_path_factory.mktemp("deployment"), document) as made:

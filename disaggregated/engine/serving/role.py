@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
+from disaggregated.compute_cost import StepCost
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.serving.live_requests import LiveRequests
 from disaggregated.engine.thread import EngineThread
@@ -103,6 +104,9 @@ class Role(Protocol):
     @property
     def unhealthy(self) -> str:
         """What is wrong with it although it answers, in words; "" while all is well."""
+
+    def step_cost(self) -> StepCost | None:
+        """Of prefill, as measured; None where nothing was measured, or not by steps."""
 
     def links(self) -> Sequence[control_pb2.LinkStatistics]: ...
 

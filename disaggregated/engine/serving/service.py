@@ -72,6 +72,7 @@ class ServerService(control_pb2_grpc.ServerServicer):
 
     def heartbeat(self) -> control_pb2.Heartbeat:
         statistics = self._role.engine.statistics()
+        cost = self._role.step_cost()
         return control_pb2.Heartbeat(
             epoch=self._server.identity.epoch,
             draining=self._role.live_requests.is_draining,
@@ -98,6 +99,10 @@ class ServerService(control_pb2_grpc.ServerServicer):
             swapped_sequences_total=statistics.swapped_sequences_total,
             draft_tokens_total=statistics.draft_tokens_total,
             accepted_draft_tokens_total=statistics.accepted_draft_tokens_total,
+            has_step_cost=cost is not None,
+            step_fixed_s=cost.fixed_s if cost else 0.0,
+            step_token_s=cost.token_s if cost else 0.0,
+            step_pair_s=cost.pair_s if cost else 0.0,
         )
 
     async def Drain(self, request: control_pb2.DrainRequest, call: Any) -> control_pb2.DrainReply:

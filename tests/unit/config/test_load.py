@@ -150,8 +150,8 @@ def test_a_key_that_asks_for_what_is_done_anyway_loads_in_silence(load: Load, sp
         ("expert_parallel_size: 1", "expert_parallel_size: taken as moe_expert_parallel_size"),
         ("enable_chunked_prefill: false", "enable_chunked_prefill: no effect: a prompt over max_num_tokens is always"),
         (
-            "generation_servers: {router: {type: kv_cache_aware}}",
-            "generation_servers.router.type: 'kv_cache_aware': it is",
+            "generation_servers: {router: {type: kv_cache_aware, tokens_per_block: 32}}",
+            "generation_servers.router.tokens_per_block: no effect: blocks are as large as the servers say",
         ),
     ],
 )

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from context_server.compute_cost import ComputeCost, MeasuredStep, StepCost, StepMeter, num_pairs, prior
+from context_server.step_meter import StepMeter
+from disaggregated.compute_cost import ComputeCost, MeasuredStep, StepCost, num_pairs, prior
 from disaggregated.engine.api import ChunkComputed, EngineEvent, TokensSampled
 
 GUESS = prior(135 * 10**6, device="cpu", num_threads=1)

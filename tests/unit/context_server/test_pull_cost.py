@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from context_server.compute_cost import StepCost, prior
+from disaggregated.compute_cost import StepCost, prior
 from context_server.pull_cost import (
     ASKING_S,
     BYTE_S,

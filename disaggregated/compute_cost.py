@@ -1,4 +1,4 @@
-"""What it costs to compute a part of a prompt here, learnt from the steps that were computed. Pure: no clock, no I/O.
+"""What it costs a server to compute a part of a prompt, learnt from steps that it computed. Pure: no clock, no I/O.
 
 A step takes `fixed + per_token * tokens + per_pair * pairs`, where a token makes a pair with each token before it in
 its sequence: linears cost by the token, attention by the pair. The three are fitted to the steps by least squares of
@@ -10,10 +10,7 @@ mind steps that are all alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from typing import Final
-
-from disaggregated.engine.api import ChunkComputed, EngineEvent
 
 FORGETTING: Final = 0.99
 """The weight that a step keeps when another one comes: the last hundred count."""
@@ -67,26 +64,6 @@ class MeasuredStep:
     num_tokens: int
     num_pairs: int
     seconds: float
-
-
-class StepMeter:
-    """Steps of a server that only prefills, from the events of its engine."""
-
-    def __init__(self) -> None:
-        self._finished_s = 0.0
-        """Of the step before: a step that was launched ahead begins only then."""
-
-    def measure(self, events: Iterable[EngineEvent]) -> Iterator[MeasuredStep]:
-        """In the order in which they were finished."""
-        steps: dict[float, list[ChunkComputed]] = {}
-        for event in events:
-            if isinstance(event, ChunkComputed):
-                steps.setdefault(event.finished_s, []).append(event)
-        for finished_s, chunks in sorted(steps.items()):
-            seconds = finished_s - max(chunks[0].started_s, self._finished_s)
-            self._finished_s = finished_s
-            pairs = sum(num_pairs(c.num_computed_tokens - c.num_chunk_tokens, c.num_computed_tokens) for c in chunks)
-            yield MeasuredStep(sum(chunk.num_chunk_tokens for chunk in chunks), pairs, seconds)
 
 
 class ComputeCost:

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from disaggregated import logs
 from disaggregated.errors import AdmissionError, DisaggregatedError, InvalidRequest
 from disaggregated.v1 import control_pb2
-from orchestrator.known_blocks import KnownBlocks
+from orchestrator.routing.known_blocks import KnownBlocks
 
 log = logs.get(__name__)
 

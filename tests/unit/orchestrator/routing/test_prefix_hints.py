@@ -11,12 +11,12 @@ import pytest
 from disaggregated.block_hash import block_hashes
 from disaggregated.errors import InvalidRequest, ServerLost
 from disaggregated.v1 import control_pb2, kv_pb2
-from orchestrator import block_follower
-from orchestrator.block_follower import follow_blocks
-from orchestrator.known_blocks import KnownBlocks
-from orchestrator.prefix_hints import prefix_hint
+from orchestrator.routing import block_follower
+from orchestrator.routing.block_follower import follow_blocks
+from orchestrator.routing.known_blocks import KnownBlocks
+from orchestrator.routing.prefix_hints import prefix_hint
 from orchestrator.server import Role, Server
-from tests.unit.orchestrator.test_known_blocks import event, message
+from tests.unit.orchestrator.routing.test_known_blocks import event, message
 
 HASHES = list(block_hashes(range(160), 16))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from disaggregated.block_hash import BlockHash, block_hashes
 from disaggregated.v1 import control_pb2
-from orchestrator.known_blocks import BlockTable, KnownBlocks
+from orchestrator.routing.known_blocks import BlockTable, KnownBlocks
 
 ADDED, REMOVED = control_pb2.BlockEvent.ADDED, control_pb2.BlockEvent.REMOVED
 DEVICE, HOST = control_pb2.BlockEvent.DEVICE, control_pb2.BlockEvent.HOST
@@ -31,7 +31,8 @@ def message(number: int, events: Iterable[control_pb2.BlockEvent], *, cleared: b
 
 def test_the_longest_beginning_without_a_gap_is_held() -> None:
     known = KnownBlocks()
-    assert known.apply(message(0, [event(each) for each in (*HASHES[:4], *HASHES[5:])], cleared=True))
+    held = [*map(event, HASHES[:3]), event(HASHES[3], tier=HOST), *map(event, HASHES[5:])]
+    assert known.apply(message(0, held, cleared=True))
     assert known.num_held(HASHES) == 4
     assert known.num_held(HASHES[5:]) == 5
     assert known.num_held([]) == 0

@@ -6,13 +6,16 @@ import pytest
 
 from disaggregated.config.deployment import RouterConfig
 from disaggregated.errors import ConfigError
-from orchestrator.policies import Candidate, LeastLoaded, Policy, RoundRobin, make_policy
+from orchestrator.routing.candidate import Asked, Candidate, Policy
+from orchestrator.routing.make import make_policy
+from orchestrator.routing.policies import LeastLoaded, RoundRobin
 
+ASKED = Asked(num_tokens=100)
 THREE = [Candidate("a", 0, 0), Candidate("b", 0, 0), Candidate("c", 0, 0)]
 
 
 def choices(policy: Policy, candidates: list[Candidate], count: int) -> str:
-    return "".join(policy.choose(candidates).instance_id for _ in range(count))
+    return "".join(policy.choose(ASKED, candidates).instance_id for _ in range(count))
 
 
 def test_round_robin_takes_turns_in_the_order_of_names() -> None:
@@ -39,21 +42,25 @@ def test_equally_loaded_servers_take_turns() -> None:
 @pytest.mark.parametrize("policy", [RoundRobin(), LeastLoaded()])
 def test_a_server_to_avoid_is_taken_only_when_there_is_no_other(policy: Policy) -> None:
     candidates = [Candidate("a", 0, 0), Candidate("b", 9, 9)]
-    assert {policy.choose(candidates, avoid={"a"}).instance_id for _ in range(4)} == {"b"}
-    assert policy.choose(candidates[:1], avoid={"a"}).instance_id == "a"
+    assert {policy.choose(ASKED, candidates, avoid={"a"}).instance_id for _ in range(4)} == {"b"}
+    assert policy.choose(ASKED, candidates[:1], avoid={"a"}).instance_id == "a"
 
 
 def test_every_choice_says_why() -> None:
-    assert LeastLoaded().choose(THREE).why == "least loaded of 3: 0 requests"
-    assert RoundRobin().choose(THREE).why == "its turn among 3"
+    assert LeastLoaded().choose(ASKED, THREE).why == "least loaded of 3: 0 requests"
+    assert RoundRobin().choose(ASKED, THREE).why == "its turn among 3"
 
 
 def test_the_router_of_the_file_names_the_policy() -> None:
-    assert isinstance(make_policy(RouterConfig()), RoundRobin)
+    assert make_policy(RouterConfig()) is None, "the cost model"
+    assert isinstance(make_policy(RouterConfig(type="round_robin")), RoundRobin)
     by_tokens = make_policy(RouterConfig(type="load_balancing", args={"use_tokens": True}))
+    assert by_tokens is not None
     assert choices(by_tokens, [Candidate("a", 0, 5), Candidate("b", 9, 4)], 1) == "b"
-    with pytest.raises(ConfigError, match="'kv_cache_aware'"):
-        make_policy(RouterConfig(type="kv_cache_aware"))
+    with pytest.raises(ConfigError, match="no router type 'best'; there are least_ttft, round_robin"):
+        make_policy(RouterConfig(type="best"))
+    with pytest.raises(ConfigError, match=r"needs router\.weights"):
+        make_policy(RouterConfig(type="weighted"))
 
 
 def test_of_equally_loaded_servers_the_one_that_holds_most_of_the_prompt_is_chosen() -> None:

@@ -9,6 +9,7 @@ known to the byte, and bounded: when the table is full, further blocks are not t
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
@@ -119,6 +120,9 @@ class KnownBlocks:
         self._next_number = 0
         self.num_dropped = 0
         """Blocks for which there was no room."""
+        self.is_followed = False
+        """Its stream has begun: what is not known here is not there."""
+        self._may_have_gaps = False
 
     def __len__(self) -> int:
         return len(self._table)
@@ -131,6 +135,7 @@ class KnownBlocks:
         """The stream has ended: what was known holds no longer, and a next one begins anew."""
         self._table.clear()
         self._next_number = 0
+        self.is_followed = self._may_have_gaps = False
 
     def apply(self, message: control_pb2.BlockEvents) -> bool:
         """False when a message is missing before this one: nothing is known any more."""
@@ -139,19 +144,31 @@ class KnownBlocks:
             return False
         if message.cleared:
             self._table.clear()
+            self._may_have_gaps = False
         for event in message.events:
             key = _key(int.from_bytes(event.block_hash[:8], "big"))
             if event.kind == control_pb2.BlockEvent.REMOVED:
                 self._table.remove(key, event.tier)
             elif not self._table.add(key, event.tier):
                 self.num_dropped += 1
+                self._may_have_gaps = True
+            elif event.tier != control_pb2.BlockEvent.DEVICE:
+                self._may_have_gaps = True
         self._next_number += len(message.events)
+        self.is_followed = True
         return True
 
     def num_held(self, hashes: Sequence[BlockHash]) -> int:
-        """How many of these blocks, from the first one on without a gap, the server holds."""
+        """How many of these blocks, from the first one on without a gap, the server holds.
+
+        On a device no block outlives the one before it, so a few questions are enough for a long prompt; what two tiers
+        hold together, or a table that was full, may have gaps, and is counted.
+        """
+        table = self._table
+        if not self._may_have_gaps:
+            return bisect_left(range(len(hashes)), 1, key=lambda index: int(_key(hashes[index] >> 64) not in table))
         for count, block_hash in enumerate(hashes):
-            if _key(block_hash >> 64) not in self._table:
+            if _key(block_hash >> 64) not in table:
                 return count
         return len(hashes)
 

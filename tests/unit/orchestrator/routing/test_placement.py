@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from disaggregated.block_hash import BlockHash, block_hashes
 from disaggregated.errors import ServerLost
-from disaggregated.v1 import control_pb2, kv_pb2
-from orchestrator.placement import Needs, NotYet, Placement, Placer
-from orchestrator.policies import RoundRobin
+from disaggregated.kv_layout import KVLayout
+from disaggregated.v1 import control_pb2
+from orchestrator.routing.local_prefill import LocalPrefill
+from orchestrator.routing.placement import Needs, NotYet, Placement, Placer
+from orchestrator.routing.policies import RoundRobin
 from orchestrator.server import Role, Server, Share
+
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=100)
 
 
 class NoClient:
@@ -23,7 +29,7 @@ def server(role: Role, name: str, *, num_blocks_free: int = 100, **description: 
             **{
                 "instance_id": name, "role": role.value, "epoch": 1, "can_prefill": True, "max_batch_size": 4,
                 "max_num_tokens": 64, "max_seq_len": 1000,
-                "layout": kv_pb2.KVLayout(block_size=16, num_blocks=100), **description,
+                "layout": LAYOUT.to_proto(), **description,
             }
         ),
     )  # fmt: skip
@@ -32,13 +38,22 @@ def server(role: Role, name: str, *, num_blocks_free: int = 100, **description: 
     return made
 
 
+def holds(one: Server, hashes: Sequence[BlockHash]) -> None:
+    """Its stream of blocks says that these can be found there, and no others."""
+    added = [control_pb2.BlockEvent(block_hash=each.to_bytes(16, "big")) for each in hashes]
+    one.known_blocks.clear()
+    assert one.known_blocks.apply(control_pb2.BlockEvents(cleared=True, events=added))
+
+
 def share(*, num_tokens: int = 10, num_prefill_tokens: int = 0, num_blocks: int = 1) -> Share:
     return Share(num_tokens, num_prefill_tokens, num_blocks, on_lost=lambda _: None)
 
 
-def place(context: list[Server], generation: list[Server], **needs: Any) -> Placement | NotYet:
+def place(
+    context: list[Server], generation: list[Server], *, local: LocalPrefill | None = None, **needs: Any
+) -> Placement | NotYet:
     wants = Needs(**{"num_prompt_tokens": 32, "num_tokens_left": 10, **needs})
-    return Placer(RoundRobin(), RoundRobin()).place(wants, context, generation)
+    return Placer(RoundRobin(), RoundRobin(), local).place(wants, context, generation)
 
 
 def where(placement: Placement | NotYet) -> tuple[str, str]:
@@ -70,21 +85,31 @@ def test_one_token_needs_a_context_server_alone(context: Server, generation: Ser
 
 
 def test_a_reason_to_prefill_locally_is_followed_where_that_is_possible(context: Server, generation: Server) -> None:
-    chosen = place([context], [generation], why_local=lambda _: "short prompt")
+    chosen = place([context], [generation], must_be_local="3 transfers failed")
     assert where(chosen) == ("", "g0")
     assert isinstance(chosen, Placement)
-    assert "short prompt" in chosen.why
+    assert "3 transfers failed" in chosen.why
     cannot = server(Role.GENERATION, "g1", can_prefill=False)
-    assert where(place([context], [cannot], why_local=lambda _: "short prompt")) == ("c0", "g1")
+    assert where(place([context], [cannot], must_be_local="3 transfers failed")) == ("c0", "g1")
     assert place([], [cannot]) == NotYet(
         "no context server is ready and no generation server can prefill", is_for_want_of_servers=True
     )
 
 
-def test_among_generation_servers_the_one_with_a_reason_to_prefill_is_taken(context: Server) -> None:
+def test_a_prompt_with_little_to_compute_is_prefilled_on_the_generation_server_that_holds_the_rest(
+    context: Server,
+) -> None:
     two = [server(Role.GENERATION, "g0"), server(Role.GENERATION, "g1")]
-    knows = lambda one: "5 uncached tokens" if one.instance_id == "g1" else ""  # noqa: E731
-    assert {where(place([context], two, why_local=knows)) for _ in range(3)} == {("", "g1")}
+    hashes = list(block_hashes(range(64), 16))
+    holds(two[1], hashes[:3])
+    rule = LocalPrefill(num_uncached_max=20)
+    chosen = place([context], two, local=rule, num_prompt_tokens=64, block_hashes=hashes)
+    assert where(chosen) == ("", "g1")
+    assert isinstance(chosen, Placement)
+    assert "prefilled there: 16 uncached tokens" in chosen.why
+    assert chosen.decision.num_cached_tokens == 48
+    assert where(place([context], two, local=rule, num_prompt_tokens=20))[0] == ""
+    assert where(place([context], two, local=rule, num_prompt_tokens=21))[0] == "c0"
 
 
 def test_without_a_generation_server_a_request_waits(context: Server) -> None:
