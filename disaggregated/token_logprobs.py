@@ -25,6 +25,16 @@ class TokenLogprob:
     top_logprobs: tuple[float, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Told:
+    """What comes beside tokens to whoever asked for it."""
+
+    tokens: Sequence[TokenLogprob] = ()
+    """One for each token that comes with it."""
+    prompt: Sequence[TokenLogprob] = ()
+    """Of the prompt's second token and those after it; once, with the first tokens."""
+
+
 def to_proto(tokens: Sequence[TokenLogprob] | None) -> control_pb2.Logprobs | None:
     """None, which a message takes for an absent field, when nothing was asked for."""
     if not tokens:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from disaggregated import token_logprobs
 from disaggregated.engine.api import ChunkComputed, TokensSampled
 from disaggregated.v1 import control_pb2
 from generation_server.step_stream import StepStream
@@ -100,6 +101,8 @@ class Admission:
             first_position=event.first_position,
             token_ids=event.token_ids,
             finish_reason=event.finish_reason or "",
+            logprobs=token_logprobs.to_proto(event.logprobs),
+            prompt_logprobs=token_logprobs.to_proto(event.prompt_logprobs),
             times=self._take_times(),
         )
 

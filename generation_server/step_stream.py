@@ -38,6 +38,8 @@ class StepStream:
         due = waiting.first_position + len(waiting.token_ids)
         assert not delta.token_ids or delta.first_position == due, f"position {delta.first_position}, {due} was due"
         waiting.token_ids.extend(delta.token_ids)
+        if delta.HasField("logprobs"):
+            waiting.logprobs.MergeFrom(delta.logprobs)
         waiting.finish_reason = delta.finish_reason
         if delta.HasField("error"):
             waiting.error.CopyFrom(delta.error)

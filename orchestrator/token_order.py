@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from disaggregated import token_logprobs
 from disaggregated.errors import ServerLost
+from disaggregated.token_logprobs import TokenLogprob, Told
+from disaggregated.v1 import control_pb2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,6 +22,29 @@ class Arrival:
     first_position: int
     token_ids: Sequence[int]
     finish_reason: str = ""
+    logprobs: control_pb2.Logprobs | None = None
+    """Of `token_ids`, where they were asked for."""
+    prompt_logprobs: control_pb2.Logprobs | None = None
+
+    def told(self) -> Told | None:
+        """None when nothing was asked for."""
+        if self.logprobs is None and self.prompt_logprobs is None:
+            return None
+        return Told(_all_of(self.logprobs), _all_of(self.prompt_logprobs))
+
+
+def arrival_of(delta: control_pb2.StreamDelta) -> Arrival:
+    return Arrival(
+        delta.first_position,
+        delta.token_ids,
+        delta.finish_reason,
+        delta.logprobs if delta.HasField("logprobs") else None,
+        delta.prompt_logprobs if delta.HasField("prompt_logprobs") else None,
+    )
+
+
+def _all_of(message: control_pb2.Logprobs | None) -> Sequence[TokenLogprob]:
+    return () if message is None else token_logprobs.from_proto(message)
 
 
 class TokenOrder:
@@ -35,6 +61,8 @@ class TokenOrder:
         Raises:
             ServerLost: the sender skips or repeats a token; nothing it says can be trusted any more.
         """
+        if arrival.logprobs is not None:
+            _check_logprobs(arrival)
         if self._early is not None and arrival.first_position > self.position:
             arrival = _joined(self._early, arrival)
             self._early = None
@@ -55,7 +83,24 @@ def _joined(earlier: Arrival, later: Arrival) -> Arrival:
     due = earlier.first_position + len(earlier.token_ids)
     if earlier.finish_reason or later.first_position != due:
         raise _broken(due, later.first_position)
-    return Arrival(earlier.first_position, [*earlier.token_ids, *later.token_ids], later.finish_reason)
+    logprobs = earlier.logprobs
+    if logprobs is not None and later.logprobs is not None:
+        logprobs = control_pb2.Logprobs()
+        logprobs.MergeFrom(earlier.logprobs)
+        logprobs.MergeFrom(later.logprobs)
+    return Arrival(
+        earlier.first_position,
+        [*earlier.token_ids, *later.token_ids],
+        later.finish_reason,
+        logprobs,
+        earlier.prompt_logprobs,
+    )
+
+
+def _check_logprobs(arrival: Arrival) -> None:
+    num_told = len(_all_of(arrival.logprobs))
+    if num_told != len(arrival.token_ids):
+        raise ServerLost(f"logprobs of {num_told} tokens came with {len(arrival.token_ids)} tokens")
 
 
 def _broken(due: int, came: int) -> ServerLost:
