@@ -83,18 +83,24 @@ def _joined(earlier: Arrival, later: Arrival) -> Arrival:
     due = earlier.first_position + len(earlier.token_ids)
     if earlier.finish_reason or later.first_position != due:
         raise _broken(due, later.first_position)
-    logprobs = earlier.logprobs
-    if logprobs is not None and later.logprobs is not None:
-        logprobs = control_pb2.Logprobs()
-        logprobs.MergeFrom(earlier.logprobs)
-        logprobs.MergeFrom(later.logprobs)
     return Arrival(
         earlier.first_position,
         [*earlier.token_ids, *later.token_ids],
         later.finish_reason,
-        logprobs,
+        _joined_logprobs(earlier.logprobs, later.logprobs),
         earlier.prompt_logprobs,
     )
+
+
+def _joined_logprobs(
+    earlier: control_pb2.Logprobs | None, later: control_pb2.Logprobs | None
+) -> control_pb2.Logprobs | None:
+    if earlier is None or later is None:
+        return earlier
+    both = control_pb2.Logprobs()
+    both.MergeFrom(earlier)
+    both.MergeFrom(later)
+    return both
 
 
 def _check_logprobs(arrival: Arrival) -> None:

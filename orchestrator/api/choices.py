@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from disaggregated.text import ChoiceText
+from disaggregated.token_logprobs import Told
 from orchestrator.api.shapes import Reply, Shape
 from orchestrator.api.sse import EventStream
 from orchestrator.parsers import CallStart, Content, Delta, ReplyParser, joined
@@ -79,7 +80,7 @@ class CollectedChoice:
         self._text = ParsedText(text, parser)
         self._token_ids: list[int] | None = [] if shows_token_ids else None
 
-    def push(self, token_ids: Sequence[int], finish_reason: str) -> bool:
+    def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         if self._token_ids is not None:
             self._token_ids.extend(token_ids)
         return self._text.push(token_ids, finish_reason)
@@ -104,7 +105,7 @@ class StreamedChoice:
         self.stream: EventStream
         """Set by whoever makes both, before the first token."""
 
-    def push(self, token_ids: Sequence[int], finish_reason: str) -> bool:
+    def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         wants_more = self._text.push(token_ids, finish_reason)
         if self._kept_ids is not None:
             self._kept_ids.extend(token_ids)

@@ -16,6 +16,7 @@ from disaggregated.config.server import ServerConfig
 from disaggregated.errors import DeadlineExceeded, DisaggregatedError, NoServerAvailable, QueueFull
 from disaggregated.request_life import Phase
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.token_logprobs import Told
 from disaggregated.v1 import control_pb2
 from orchestrator.dispatch import Dispatcher
 from orchestrator.request_run import TokenRequest
@@ -33,11 +34,15 @@ class Client:
     def __init__(self, request: TokenRequest, *, wants: int | None = None) -> None:
         self.expected, self.expected_reason = oracle(request.token_ids, request.sampling)
         self.wants = wants
+        self.logprobs = request.sampling.logprobs
         self.tokens: list[int] = []
         self.reason = ""
 
-    def push(self, token_ids: Sequence[int], finish_reason: str) -> bool:
+    def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         assert not self.reason, "tokens after the end"
+        if self.logprobs is not None and token_ids:
+            assert told is not None, "tokens without logprobs"
+            assert [one.top_token_ids for one in told.tokens] == [(token,) * self.logprobs for token in token_ids]
         self.tokens += token_ids
         assert self.tokens == self.expected[: len(self.tokens)], "a token differs from the undisturbed run"
         self.reason = finish_reason
@@ -359,7 +364,10 @@ async def _one_of_many(stage: Scene, number: int, outcomes: list[str]) -> None:
     chance = stage.cluster.random
     await asyncio.sleep(chance.uniform(0.0, 6.0))
     num_prompt = chance.choice([1, 15, 16, 17, 60, 300])
-    request = stage.request(number, num_prompt=num_prompt, max_tokens=chance.choice([1, 2, 3, 20, 120]))
+    logprobs = (None, 0, 2)[number % 3]
+    request = stage.request(
+        number, num_prompt=num_prompt, max_tokens=chance.choice([1, 2, 3, 20, 120]), logprobs=logprobs
+    )
     work = asyncio.create_task(stage.serve(request))
     if chance.random() < 0.2:
         await asyncio.wait([work], timeout=chance.uniform(0.0, 1.0))

@@ -19,7 +19,7 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
 from tests.support.fake_prefix_cache import FakePrefixCache
-from tests.support.token_hash import finish_reason_of, next_token
+from tests.support.token_hash import finish_reason_of, logprobs_of, next_token
 
 LEASE_S = 5.0
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=400)
@@ -166,8 +166,9 @@ class FakeServer:
             first = next_token(tokens, sampling.seed)
             reason = finish_reason_of(first, 1, sampling)
             outcome = control_pb2.PrefillOutcome(
-                first_token=first, finish_reason=reason, queue_s=began_s - arrived_s, compute_s=self.now_s() - began_s
-            )
+                first_token=first, finish_reason=reason, queue_s=began_s - arrived_s, compute_s=self.now_s() - began_s,
+                logprobs=logprobs_of([first], sampling),
+            )  # fmt: skip
             pipe.queue.put_nowait(
                 control_pb2.PrefillProgress(
                     num_computed_tokens=len(tokens), num_cached_tokens=num_cached, outcome=outcome
@@ -275,7 +276,7 @@ class FakeServer:
         times, row.times = row.times, None
         return control_pb2.StreamDelta(
             stream_key=row.stream_key, first_position=first, token_ids=row.sequence[first:], finish_reason=reason,
-            times=times,
+            times=times, logprobs=logprobs_of(row.sequence[first:], row.sampling),
         )  # fmt: skip
 
     def tell(self, link: Pipe, *deltas: control_pb2.StreamDelta) -> None:

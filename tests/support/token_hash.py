@@ -8,7 +8,10 @@ from typing import Final
 
 import numpy as np
 
+from disaggregated import token_logprobs
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.token_logprobs import TokenLogprob
+from disaggregated.v1 import control_pb2
 
 VOCAB_SIZE: Final = 250
 
@@ -22,6 +25,18 @@ def finish_reason_of(token: int, num_generated: int, sampling: SamplingParams) -
     if token in sampling.stop_token_ids and num_generated > sampling.min_tokens:
         return "stop"
     return "length" if num_generated >= sampling.max_tokens else ""
+
+
+def logprobs_of(tokens: Sequence[int], sampling: SamplingParams) -> control_pb2.Logprobs | None:
+    """Numbers that say which token they are of."""
+    if sampling.logprobs is None:
+        return None
+    return token_logprobs.to_proto(
+        [
+            TokenLogprob(-token / 64, token, (token,) * sampling.logprobs, (-0.5,) * sampling.logprobs)
+            for token in tokens
+        ]
+    )
 
 
 def oracle(prompt: Sequence[int], sampling: SamplingParams) -> tuple[list[int], str]:

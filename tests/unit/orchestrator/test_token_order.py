@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from disaggregated.errors import ServerLost
-from orchestrator.token_order import Arrival, TokenOrder
+from disaggregated.v1 import control_pb2
+from orchestrator.token_order import Arrival, TokenOrder, arrival_of
 
 
 def given(order: TokenOrder, position: int, *token_ids: int, reason: str = "") -> tuple[list[int], str] | None:
@@ -65,3 +66,41 @@ def test_an_end_that_both_servers_tell_is_one_end_in_either_order() -> None:
     order = TokenOrder(10)
     assert given(order, 11, reason="stop") is None
     assert given(order, 10, 1, reason="stop") == ([1], "stop")
+
+
+def told_by(*logprobs: float) -> control_pb2.Logprobs:
+    return control_pb2.Logprobs(
+        logprobs=logprobs,
+        ranks=[1] * len(logprobs),
+        num_top=1,
+        top_token_ids=[7] * len(logprobs),
+        top_logprobs=logprobs,
+    )
+
+
+def test_logprobs_stay_with_their_tokens_when_two_servers_tell_them() -> None:
+    order = TokenOrder(10)
+    assert order.arrive(Arrival(11, [2, 3], "", told_by(-2.0, -3.0))) is None
+    assert order.arrive(Arrival(13, [4], "length", told_by(-4.0))) is None
+    due = order.arrive(Arrival(10, [1], "", told_by(-1.0), told_by(-8.0, -9.0)))
+    assert due is not None
+    told = due.told()
+    assert told is not None
+    assert [(token, one.logprob) for token, one in zip(due.token_ids, told.tokens, strict=True)] == [
+        (1, -1.0), (2, -2.0), (3, -3.0), (4, -4.0),
+    ]  # fmt: skip
+    assert [one.logprob for one in told.prompt] == [-8.0, -9.0]
+    assert all(one.top_token_ids == (7,) and one.top_logprobs == (one.logprob,) for one in told.tokens)
+
+
+def test_tokens_that_come_without_all_of_their_logprobs_condemn_their_sender() -> None:
+    with pytest.raises(ServerLost, match="logprobs of 1 tokens came with 2 tokens"):
+        TokenOrder(10).arrive(Arrival(10, [1, 2], "", told_by(-1.0)))
+
+
+def test_where_nothing_was_asked_for_nothing_is_told() -> None:
+    assert Arrival(10, [1]).told() is None
+    assert arrival_of(control_pb2.StreamDelta(first_position=10, token_ids=[1])).told() is None
+    asked = arrival_of(control_pb2.StreamDelta(first_position=10, token_ids=[1], logprobs=told_by(-0.5))).told()
+    assert asked is not None
+    assert asked.prompt == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from context_server.prefill_call import PrefillCall
 from disaggregated.engine.api import ChunkComputed, FinishReason, TokensSampled
 from disaggregated.errors import DeadlineExceeded, InvalidRequest, LeaseExpired
+from disaggregated.token_logprobs import TokenLogprob, from_proto
 from disaggregated.v1 import control_pb2
 
 
@@ -39,6 +41,25 @@ async def test_each_chunk_is_told_and_the_outcome_comes_last() -> None:
     last = [message async for message in progress]
     assert [(message.num_computed_tokens, message.outcome.first_token) for message in last] == [(64, 7)]
     assert last[0].outcome.finish_reason == ""
+
+
+async def test_the_outcome_tells_how_likely_its_token_and_the_prompt_were_where_that_is_asked_for() -> None:
+    call = PrefillCall("r~1", "", deadline_s=5)
+    call.first_token_sampled(
+        dataclasses.replace(
+            token(7),
+            logprobs=[TokenLogprob(-0.5, 2, (9,), (-0.25,))],
+            prompt_logprobs=[TokenLogprob(-1.0, 1), TokenLogprob(-2.0, 3)],
+        )
+    )
+    (last,) = await told(call)
+    assert from_proto(last.outcome.logprobs) == [TokenLogprob(-0.5, 2, (9,), (-0.25,))]
+    assert from_proto(last.outcome.prompt_logprobs) == [TokenLogprob(-1.0, 1), TokenLogprob(-2.0, 3)]
+    unasked = PrefillCall("r~2", "", deadline_s=5)
+    unasked.first_token_sampled(token(7))
+    (last,) = await told(unasked)
+    assert not last.outcome.HasField("logprobs")
+    assert not last.outcome.HasField("prompt_logprobs")
 
 
 async def test_a_slow_caller_gets_the_latest_only() -> None:

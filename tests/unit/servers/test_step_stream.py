@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from disaggregated import token_logprobs
 from disaggregated.v1 import control_pb2
 from generation_server.step_stream import StepStream
 
@@ -46,6 +47,28 @@ async def test_steps_that_nobody_reads_are_joined_into_one_message() -> None:
     assert list(batch.deltas[0].token_ids) == list(range(100, 600))
     assert batch.deltas[0].finish_reason == "length"
     assert batch.deltas[0].times.transport == "SHM"
+
+
+async def test_logprobs_are_joined_as_their_tokens_are() -> None:
+    stream = StepStream()
+    for position in range(10, 14):
+        told = delta(1, position, 100 + position)
+        told.logprobs.MergeFrom(
+            control_pb2.Logprobs(
+                logprobs=[-position],
+                ranks=[position],
+                num_top=2,
+                top_token_ids=[position, 0],
+                top_logprobs=[-1.0, -2.0],
+            )
+        )
+        stream.put(told)
+    stream.send(1)
+    (joined,) = (await next_batch(stream.batches())).deltas
+    assert list(joined.token_ids) == [110, 111, 112, 113]
+    found = token_logprobs.from_proto(joined.logprobs)
+    assert [one.rank for one in found] == [10, 11, 12, 13]
+    assert [one.top_token_ids for one in found] == [(10, 0), (11, 0), (12, 0), (13, 0)]
 
 
 async def test_an_error_joins_the_tokens_that_came_before_it() -> None:
