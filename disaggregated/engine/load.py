@@ -7,7 +7,7 @@ ready, and said in one message.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import psutil
@@ -66,6 +66,8 @@ class LoadedEngine:
     dtype: str
     """"float32", "bfloat16"; "int8" or "fp8" where the weights are."""
     ops_name: str
+    linear_bytes: Mapping[str, int]
+    """What a decode step reads of the linears' weights, by the form they are held in; empty where that is not known."""
     max_seq_len: int
     num_parameters: int
 
@@ -110,6 +112,8 @@ def load_engine(
         num_positions=max_seq_len,
         is_dummy=is_dummy,
     )
+    if ops.linear_bytes:
+        log.info("linears_packed", bytes=sum(ops.linear_bytes.values()), **{"in": dict(ops.linear_bytes)})
     size = _pool_size(config, model_config, device, precision.kv_dtype, max_seq_len=max_seq_len)
     layout = size.layout
     kv_cache = KVCache(_with_scratch_block(layout, device), device=device, allocate=allocate)
@@ -140,6 +144,7 @@ def load_engine(
         device=str(device),
         dtype=precision.name,
         ops_name=ops.name,
+        linear_bytes=dict(ops.linear_bytes),
         max_seq_len=max_seq_len,
         num_parameters=num_parameters(model_config),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +62,7 @@ class CudaOps:
         self._decode = decode
         self.name = self._named()
         """Final once every linear has been prepared."""
+        self.linear_bytes: Mapping[str, int] = {}
         self.is_capturable = False
         """Whether the model's forward pass, once it has been built, can be recorded into a graph."""
 

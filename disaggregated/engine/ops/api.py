@@ -11,7 +11,7 @@ caching and "disaggregated equals one process" all stand on it, and a property t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -84,6 +84,8 @@ class Ops(Protocol):
 
     name: str
     """For logs and the numerics part of the model fingerprint: "torch", "native-avx512"."""
+    linear_bytes: Mapping[str, int]
+    """Bytes of the linears prepared so far, by the form they are held in; empty in a table that keeps no such books."""
 
     def prepare_linear(self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False) -> Any:
         """Lay a weight out, and quantise it if this table does; what `linear` is then given.

@@ -13,6 +13,8 @@ import ctypes
 import logging
 import os
 import weakref
+from collections import Counter
+from collections.abc import Mapping
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,19 +52,29 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
 """Return type and arguments of each function of the library; csrc/ says what they mean."""
 
 
-def load(num_threads: int, isa: str | None = None, *, quantization: Quantization = "none") -> Ops | None:
+def load(
+    num_threads: int,
+    isa: str | None = None,
+    *,
+    quantization: Quantization = "none",
+    may_be_narrow: bool | None = None,
+) -> Ops | None:
     """The native op table, or None, with the reason logged, when this machine has none.
 
     `quantization` is of all linears that are not asked to be exact.
     `isa` is one of `native_isa.INSTRUCTION_SETS`; by default $DISAGG_NATIVE_ISA, else the best that the CPU can run.
+    `may_be_narrow`: weights in float32 are held in fewer bits where that loses none; by default unless
+    $DISAGG_DENSE_WEIGHTS is 1. Results are the same.
     The table belongs to one thread at a time: its ops share working memory.
     """
     assert num_threads >= 1, f"num_threads must be at least 1, is {num_threads}"
+    if may_be_narrow is None:
+        may_be_narrow = os.environ.get("DISAGG_DENSE_WEIGHTS", "0") != "1"
     chosen = isa or os.environ.get("DISAGG_NATIVE_ISA") or best_isa()
     try:
         if chosen not in runnable_isas():
             raise NativeUnavailable(f"this CPU cannot run {chosen}; it can run {', '.join(runnable_isas())}")
-        return NativeOps(_open(chosen), chosen, num_threads, quantization)
+        return NativeOps(_open(chosen), chosen, num_threads, quantization, may_be_narrow=may_be_narrow)
     except NativeUnavailable as error:
         log.warning("native_kernels_unavailable: %s", error)
         return None
@@ -81,9 +93,14 @@ class NativeOps:
     slices of a wider tensor's last dimension: their tokens may lie any stride apart. head_dim is a multiple of 16 up
     to 256; block_size is any, and multiples of 8 are fastest."""
 
-    def __init__(self, kernels: ctypes.CDLL, isa: str, num_threads: int, quantization: Quantization) -> None:
+    def __init__(
+        self, kernels: ctypes.CDLL, isa: str, num_threads: int, quantization: Quantization, *, may_be_narrow: bool
+    ) -> None:
         self.name = f"native-{isa}" if quantization == "none" else f"native-{quantization}-{isa}"
         self._quantization: Quantization = quantization
+        self._may_be_narrow = may_be_narrow
+        self._linear_bytes: Counter[str] = Counter()
+        self.linear_bytes: Mapping[str, int] = self._linear_bytes
         self._kernels = kernels
         self._team = kernels.team_start(num_threads)
         if not self._team:
@@ -93,7 +110,12 @@ class NativeOps:
     def prepare_linear(
         self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False
     ) -> PackedLinear:
-        return native_linear.prepare(self._kernels, weight_MK, bias_M, "none" if exact else self._quantization)
+        quantization: Quantization = "none" if exact else self._quantization
+        packed = native_linear.prepare(
+            self._kernels, weight_MK, bias_M, quantization, may_be_narrow=self._may_be_narrow
+        )
+        self._linear_bytes[packed.form] += packed.num_bytes
+        return packed
 
     def linear(self, x_TK: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         return native_linear.linear(self._kernels, self._team, x_TK, weight)

@@ -7,6 +7,7 @@ element by element. Attention and norms are computed in float32 whatever the mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ class ReferenceOps:
     def __init__(self, quantization: Quantization = "none") -> None:
         assert quantization in ("none", "int8"), f"weights in {quantization}"
         self.name = "torch" if quantization == "none" else f"torch-{quantization}"
+        self.linear_bytes: Mapping[str, int] = {}
         self._quantization = quantization
         self._plain_linears = PlainLinears()
         self._attention = ReferenceAttention()

@@ -21,6 +21,7 @@ class WithTorchAttention:
     def __init__(self, ops: Ops) -> None:
         kernels, _, isa = ops.name.rpartition("-")
         self.name: str = f"{kernels}+torch-attention-{isa}"
+        self.linear_bytes = ops.linear_bytes
         reference: Ops = ReferenceOps()
         self.store_kv = reference.store_kv
         self.paged_attention = reference.paged_attention

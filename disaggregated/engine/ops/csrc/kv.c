@@ -3,36 +3,6 @@
 #include "kv.h"
 #include "elementwise.h"
 
-/* Rounds half to even, as every float32 → half precision conversion here does. NaN stays NaN. */
-static uint16_t bfloat16_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-/* Beyond 65504, infinity. A number too small for a normal half is brought to where float32's own rounding cuts it off:
-   adding 0.5 leaves the half's bits as the last ones of the sum. */
-static uint16_t float16_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits > 0x7f800000)
-        return sign | 0x7e00;
-    if (bits >= 0x477ff000) /* 65520: half way from 65504 to what would come next */
-        return sign | 0x7c00;
-    if (bits < 0x38800000) { /* 2^-14, the smallest normal half */
-        float magnitude;
-        memcpy(&magnitude, &bits, sizeof bits);
-        magnitude += 0.5f;
-        memcpy(&bits, &magnitude, sizeof bits);
-        return sign | (uint16_t)(bits - 0x3f000000);
-    }
-    return sign | (uint16_t)((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
-}
-
 /* Symmetric, with the scale that the largest of the numbers asks for. Numbers too small to divide by are all 0; of
    infinity and NaN nothing can be kept, so the scale says NaN. */
 static void store_int8(const float *from, int64_t count, int8_t *to, float *scale)

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "vector.h"
+#include "narrow.h"
 
 enum { KV_FLOAT32 = 0, KV_BFLOAT16 = 1, KV_FLOAT16 = 2, KV_INT8 = 3 };
 enum { KEYS = 0, VALUES = 1 };
@@ -37,39 +37,6 @@ INLINE float *kv_scale(const kv_pool *pool, int64_t block, int64_t place)
     return (float *)(void *)(pool->blocks + block * pool->block_stride + pool->to_scales) + place;
 }
 
-/* LANES integers from memory as 32-bit ones. (GCC takes __builtin_convertvector apart, byte by byte.) */
-#if VECTOR_BYTES == 64
-INLINE vec_int bytes_at(const char *from)
-{
-    return (vec_int)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)(const void *)from));
-}
-INLINE vec_int halves_at(const char *from)
-{
-    return (vec_int)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u *)(const void *)from));
-}
-#elif VECTOR_BYTES == 32
-INLINE vec_int bytes_at(const char *from)
-{
-    return (vec_int)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i_u *)(const void *)from));
-}
-INLINE vec_int halves_at(const char *from)
-{
-    return (vec_int)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u *)(const void *)from));
-}
-#else
-INLINE vec_int bytes_at(const char *from)
-{
-    const int8_t *x = (const int8_t *)from;
-    return (vec_int){x[0], x[1], x[2], x[3]};
-}
-INLINE vec_int halves_at(const char *from)
-{
-    uint16_t x[LANES];
-    memcpy(x, from, sizeof x);
-    return (vec_int){x[0], x[1], x[2], x[3]};
-}
-#endif
-
 /* LANES numbers of a kind, which is a compile-time constant once inlined. */
 INLINE vec kv_load(const int kind, const char *from)
 {
@@ -77,18 +44,5 @@ INLINE vec kv_load(const int kind, const char *from)
         return load((const float *)(const void *)from);
     if (kind == KV_INT8)
         return __builtin_convertvector(bytes_at(from), vec);
-    if (kind == KV_BFLOAT16)
-        return (vec)(halves_at(from) << 16);
-#if VECTOR_BYTES == 64
-    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u *)(const void *)from));
-#elif VECTOR_BYTES == 32
-    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)(const void *)from));
-#else
-    /* The exponent is put where float32 has it and brought to its bias by a product, which is exact and takes care of
-       subnormal numbers; infinities and NaN get the exponent that they have in float32. */
-    vec_int half = halves_at(from);
-    vec number = (vec)((half & 0x7fff) << 13) * 0x1p112f;
-    vec_int special = ((half & 0x7c00) == 0x7c00) & 0x7f800000;
-    return (vec)((vec_int)number | special | ((half & 0x8000) << 16));
-#endif
+    return kind == KV_BFLOAT16 ? bfloat16_at(from) : float16_at(from);
 }

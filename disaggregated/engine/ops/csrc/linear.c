@@ -7,6 +7,9 @@
    by. While one block of weights is multiplied the next one is fetched, a little with each word, so that DRAM and
    multipliers work at the same time.
 
+   Weights in float32 whose numbers all come from something narrower are held as that (linear_narrow.h), a block of them
+   becomes float32 in the cache when its turn has come, and all else is the same.
+
    int8: at each call x is rotated and quantised, every row by a scale of its own (rotate.c, quantize.c), and one line
    turns an output's sum of integers to a float. Blocks of rows, of depth and of columns only say when something is added to a sum, never in which
    order, so a row's result depends on nothing but the row. */
@@ -16,6 +19,7 @@
 #define BYTES_OF_ROW_BLOCK (600 << 10) /* of x: fits a second level cache, beside a panel and its sums */
 #define BYTES_OF_DEEP_BLOCK (144 << 10) /* of a panel, for many rows: sums seldom leave the registers */
 #define BYTES_OF_SHALLOW_BLOCK (6 << 10) /* for few: what is fetched ahead comes about one latency of DRAM early */
+#define BYTES_OF_WIDENED_BLOCK (12 << 10) /* for few rows and narrow weights: two panels of it fit a first level cache */
 #define OPS_WORTH_A_UNIT 500000 /* about 10 µs in float32; waking a helper for less costs more than it brings */
 #define TILES_WORTH_HELP 7      /* of x to pack */
 
@@ -38,7 +42,7 @@ static void pack_x(void *argument, int64_t unit, int member)
     int rows = (int)smaller(MAX_ROWS, job->num_rows - first);
     any_word *to = job->packed_x + first * job->num_words;
     const float *x = job->x + first * depth;
-    if (job->weight->kind == LINEAR_FLOAT32) {
+    if (job->weight->kind != LINEAR_INT8) {
         interleave(x, rows, depth, to);
         return;
     }
@@ -59,7 +63,7 @@ static strip_tile tile_at(const linear_job *job, int64_t row, int64_t panel, int
     int rows = (int)smaller(MAX_ROWS, job->num_rows - row);
     int64_t words = smaller(job->words_of_block, job->num_words - word);
     const uint8_t *head = (const uint8_t *)job->weight->panels + panel * STRIPS_OF_PANEL * bytes;
-    const uint8_t *weights = head + head_bytes(kind) + word * word_bytes(kind);
+    const uint8_t *weights = head + head_bytes(kind) + weights_bytes(kind, word);
     bool is_last = word + words == job->num_words;
     return (strip_tile){
         .kind = kind,
@@ -73,11 +77,43 @@ static strip_tile tile_at(const linear_job *job, int64_t row, int64_t panel, int
         .head = head,
         .weights = weights,
         .strip_bytes = bytes,
-        .next = is_last ? head + panels * STRIPS_OF_PANEL * bytes + head_bytes(kind) : weights + words * word_bytes(kind),
+        .weights_stride = bytes,
+        .next = is_last ? head + panels * STRIPS_OF_PANEL * bytes + head_bytes(kind) : weights + weights_bytes(kind, words),
         .to = job->to + row * job->weight->num_columns + column,
         .to_stride = job->weight->num_columns,
         .num_columns = job->weight->num_columns - column,
     };
+}
+
+/* The rows that one unit has in hand, and its working memory. */
+typedef struct {
+    const linear_job *job;
+    int64_t first_row, num_tiles;
+    float *sums, *widened;
+} row_block;
+
+/* All tiles of the rows times a block of the depth of one panel, or of two. Weights of a narrow kind are widened once,
+   and stay in the cache while the rows pass by. The tiles share the fetching of what is next. */
+static void multiply_rows(const row_block *rows, int64_t panel, int64_t panels, int64_t word)
+{
+    int64_t kind = rows->job->weight->kind;
+    int64_t num_vectors = weights_bytes(kind, rows->job->words_of_block) / VECTOR_BYTES; /* of a strip */
+    int64_t share = (num_vectors + rows->num_tiles - 1) / rows->num_tiles;
+    for (int64_t i = 0; i < rows->num_tiles; i++) {
+        strip_tile tile = tile_at(rows->job, rows->first_row + i * MAX_ROWS, panel, panels, word);
+        if (is_narrow(kind)) {
+            if (i == 0)
+                widen(kind, tile.weights, tile.strip_bytes, tile.strips, tile.num_words, rows->widened);
+            tile.kind = LINEAR_FLOAT32;
+            tile.weights = (const uint8_t *)rows->widened;
+            tile.weights_stride = tile.num_words * VECTOR_BYTES;
+        }
+        tile.sums = rows->sums + i * MAX_ROWS * PANEL;
+        tile.next += i * share * VECTOR_BYTES;
+        tile.num_vectors_ahead = share;
+        tile.has_few_mates = num_vectors / rows->num_tiles * tile.strips > tile.num_words;
+        multiply_tile(&tile);
+    }
 }
 
 /* One block of rows times one group of panels. */
@@ -86,22 +122,17 @@ static void linear_unit(void *argument, int64_t unit, int member)
     const linear_job *job = argument;
     int64_t first_row = unit / job->num_column_groups * job->rows_of_block;
     int64_t end_row = smaller(first_row + job->rows_of_block, job->num_rows);
-    int64_t num_tiles = (end_row - first_row + MAX_ROWS - 1) / MAX_ROWS;
     int64_t panel = unit % job->num_column_groups * job->panels_of_group;
     int64_t end_panel = smaller(panel + job->panels_of_group, num_panels(job->weight->num_columns));
-    float *sums = team_scratch(job->team, member, (size_t)(num_tiles * MAX_ROWS * PANEL) * sizeof(float));
+    row_block rows = {.job = job, .first_row = first_row, .num_tiles = (end_row - first_row + MAX_ROWS - 1) / MAX_ROWS};
+    int64_t num_sums = rows.num_tiles * MAX_ROWS * PANEL;
+    int64_t num_widened = is_narrow(job->weight->kind) ? 2 * PANEL * job->words_of_block : 0;
+    rows.sums = team_scratch(job->team, member, (size_t)(num_sums + num_widened) * sizeof(float));
+    rows.widened = rows.sums + num_sums;
     while (panel < end_panel) {
         int64_t panels = end_row - first_row <= FEW_ROWS && panel + 2 <= end_panel ? 2 : 1;
         for (int64_t word = 0; word < job->num_words; word += job->words_of_block)
-            for (int64_t i = 0; i < num_tiles; i++) {
-                strip_tile tile = tile_at(job, first_row + i * MAX_ROWS, panel, panels, word);
-                int64_t share = (job->words_of_block + num_tiles - 1) / num_tiles;
-                tile.sums = sums + i * MAX_ROWS * PANEL;
-                tile.has_few_mates = num_tiles < STRIPS_OF_PANEL;
-                tile.next += i * share * word_bytes(tile.kind);
-                tile.num_words_ahead = share;
-                multiply_tile(&tile);
-            }
+            multiply_rows(&rows, panel, panels, word);
         panel += panels;
     }
 }
@@ -123,19 +154,22 @@ static bool has_few_tiles(int64_t num_rows) { return num_rows < STRIPS_OF_PANEL 
 
 static void split_rows_and_depth(linear_job *job)
 {
+    int64_t kind = job->weight->kind, granularity = is_narrow(kind) ? GROUP : 1;
     int64_t tiles = 1 + BYTES_OF_ROW_BLOCK / (4 * job->num_words * MAX_ROWS);
-    int64_t block_bytes = has_few_tiles(job->num_rows) ? BYTES_OF_SHALLOW_BLOCK : BYTES_OF_DEEP_BLOCK;
-    int64_t words_of_block = block_bytes / (STRIPS_OF_PANEL * word_bytes(job->weight->kind));
+    int64_t few_bytes = is_narrow(kind) ? BYTES_OF_WIDENED_BLOCK : BYTES_OF_SHALLOW_BLOCK;
+    int64_t block_bytes = has_few_tiles(job->num_rows) ? few_bytes : BYTES_OF_DEEP_BLOCK;
+    int64_t words_of_block = block_bytes / (STRIPS_OF_PANEL * word_bytes(kind));
     int64_t num_blocks = (job->num_words + words_of_block - 1) / words_of_block;
     job->rows_of_block = tiles * MAX_ROWS;
     job->words_of_block = (job->num_words + num_blocks - 1) / num_blocks;
+    job->words_of_block = (job->words_of_block + granularity - 1) / granularity * granularity;
 }
 
 /* x as the kernel reads it, in the team's memory. */
 static void pack_all_x(linear_job *job)
 {
     int64_t words = job->num_rows * job->num_words, num_tiles = (job->num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    if (job->weight->kind == LINEAR_FLOAT32 && job->num_rows == 1) {
+    if (job->weight->kind != LINEAR_INT8 && job->num_rows == 1) {
         job->packed_x = (any_word *)job->x;
         return;
     }

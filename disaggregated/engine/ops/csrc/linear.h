@@ -1,10 +1,18 @@
-/* A weight as linear() reads it, whatever its precision; see linear.c. */
+/* A weight as linear() reads it, whatever its precision; see linear.c, and linear_narrow.h for the narrow kinds. */
 
 #pragma once
 
 #include "threads.h"
 
-enum { LINEAR_FLOAT32 = 0, LINEAR_INT8 = 1 };
+enum {
+    LINEAR_FLOAT32 = 0,
+    LINEAR_INT8 = 1, /* multiplied in integers; the rest is in float32 */
+    LINEAR_FLOAT16 = 2,
+    LINEAR_BFLOAT16 = 3,
+    LINEAR_BYTES = 4,               /* -128 … 127, times a scale of float16 */
+    LINEAR_NIBBLES = 5,             /* -8 … 7, times a scale */
+    LINEAR_NIBBLES_AND_MINIMUM = 6, /* 0 … 15, times a scale, plus a minimum of float16 */
+};
 
 /* The packed weight of a product (M, K); mirrored by LinearWeight in native_linear.py. */
 typedef struct {

@@ -45,8 +45,29 @@ static void pack_int8(const float *weight, int64_t depth, uint8_t *strip, int64_
         to[k / WORD_VALUES * VECTOR_WEIGHT_BYTES + k % WORD_VALUES] = (uint8_t)(values[k] + WEIGHT_OFFSET);
 }
 
-/* weight (M, K), bias (M) or NULL → panels, which should be aligned to 64 bytes. Out of memory: abort(). */
-EXPORT void linear_pack(int64_t kind, const float *weight, const float *bias, int64_t num_columns, int64_t depth,
+/* weight (M, K), bias (M) or NULL → panels of a narrow kind; K is a multiple of GROUP. Returns whether it holds every
+   number to the last bit; if not, the panels are of no use. */
+EXPORT bool linear_pack_narrow(int64_t kind, const float *weight, const float *bias, int64_t num_columns, int64_t depth,
+                               uint8_t *panels)
+{
+    int64_t bytes = strip_bytes(kind, depth), num_strips = num_panels(num_columns) * STRIPS_OF_PANEL;
+    int hint = 0;
+    advise_large_pages(panels, num_strips * bytes);
+    for (int64_t i = 0; i < num_strips; i++) {
+        uint8_t *strip = panels + i * bytes;
+        memset(strip, 0, (size_t)bytes);
+        for (int64_t lane = 0; lane < LANES && i * LANES + lane < num_columns; lane++) {
+            int64_t column = i * LANES + lane;
+            ((float *)(void *)strip)[lane] = bias != NULL ? bias[column] : 0.0f;
+            if (!narrow_row(kind, weight + column * depth, depth, strip + head_bytes(kind), lane, &hint))
+                return false;
+        }
+    }
+    return true;
+}
+
+/* weight (M, K), bias (M) or NULL → panels, which should be aligned to 64 bytes. Returns true. Out of memory: abort(). */
+EXPORT bool linear_pack(int64_t kind, const float *weight, const float *bias, int64_t num_columns, int64_t depth,
                         uint8_t *panels)
 {
     float *rotated = malloc((size_t)depth * sizeof(float) + (size_t)(words_of(depth) * WORD_VALUES) * sizeof(x_value));
@@ -65,4 +86,5 @@ EXPORT void linear_pack(int64_t kind, const float *weight, const float *bias, in
             pack_int8(weight + column * depth, depth, strip, lane, rotated);
     }
     free(rotated);
+    return true;
 }

@@ -46,26 +46,27 @@ enum { AHEAD_NONE, AHEAD_ONE_STRIP, AHEAD_ALL_STRIPS };
 INLINE registers multiply_words(const int fixed_kind, const int fixed_rows, const int fixed_strips,
                                 const int fixed_ahead, const strip_tile *t, int64_t begin, int64_t end, registers r)
 {
-    const int64_t bytes = word_bytes(fixed_kind), strip_bytes = t->strip_bytes;
+    const int64_t bytes = word_bytes(fixed_kind);
+    const int64_t stride = t->weights_stride, next_stride = t->strip_bytes;
     const uint8_t *weights = t->weights + begin * bytes, *next = t->next;
     const any_word *x = t->x + begin * fixed_rows;
     int64_t turn = 0;
     for (int64_t word = begin; word < end; word++) {
         vec w[2 * STRIPS_OF_PANEL];
         UNROLL for (int s = 0; s < fixed_strips; s++) {
-            w[s] = weights_at(fixed_kind, weights + s * strip_bytes);
+            w[s] = weights_at(fixed_kind, weights + s * stride);
             if (fixed_ahead == AHEAD_ALL_STRIPS)
-                __builtin_prefetch(next + s * strip_bytes);
+                __builtin_prefetch(next + s * next_stride);
         }
         if (fixed_ahead == AHEAD_ONE_STRIP) {
             __builtin_prefetch(next + turn);
-            turn += strip_bytes;
-            bool is_last = turn == fixed_strips * strip_bytes;
+            turn += next_stride;
+            bool is_last = turn == fixed_strips * next_stride;
             turn = is_last ? 0 : turn;
-            next += is_last ? bytes : 0;
+            next += is_last ? VECTOR_BYTES : 0;
         }
         if (fixed_ahead == AHEAD_ALL_STRIPS)
-            next += bytes;
+            next += VECTOR_BYTES;
         UNROLL for (int row = 0; row < fixed_rows; row++)
             UNROLL for (int s = 0; s < fixed_strips; s++)
                 r.sums[row * fixed_strips + s] =
@@ -80,7 +81,7 @@ INLINE registers multiply_words(const int fixed_kind, const int fixed_rows, cons
 INLINE registers multiply_block(const int fixed_kind, const int fixed_rows, const int fixed_strips,
                                 const strip_tile *t, registers r)
 {
-    int64_t fetching = smaller(t->num_words, t->num_words_ahead * (t->has_few_mates ? 1 : fixed_strips));
+    int64_t fetching = smaller(t->num_words, t->num_vectors_ahead * (t->has_few_mates ? 1 : fixed_strips));
     if (t->has_few_mates)
         r = multiply_words(fixed_kind, fixed_rows, fixed_strips, AHEAD_ALL_STRIPS, t, 0, fetching, r);
     else

@@ -1,12 +1,13 @@
 /* A tile of a linear: some rows times some strips of outputs, over a block of the depth. Shared by the files linear*.c.
 
    A strip is the weights of LANES outputs: a head of one vector (float32: biases) or two (int8: scales, biases), then a
-   vector of weights for each word of the depth. A word is 32 bits of a row of x: one float, or WORD_VALUES bytes. */
+   vector of weights for each word of the depth. A word is 32 bits of a row of x: one float, or WORD_VALUES bytes. Strips
+   of narrow kinds (linear_narrow.h) become vectors of float32 first. */
 
 #pragma once
 
 #include "interleave.h"
-#include "linear.h"
+#include "linear_narrow.h"
 #include "quantize.h"
 
 #define STRIPS_OF_PANEL MAX_VECTORS
@@ -27,10 +28,11 @@ typedef struct {
     const quantized_row *quantized; /* int8: one for each row */
     const uint8_t *head;            /* of the first strip */
     const uint8_t *weights;         /* of the first strip, at the block's first word */
-    int64_t strip_bytes;
-    const uint8_t *next;     /* weights that will be needed next, laid out as `weights`; this tile fetches */
-    int64_t num_words_ahead; /* so many of each strip */
-    bool has_few_mates;      /* fewer tiles share the fetching than there are strips in a panel */
+    int64_t strip_bytes;            /* from one head to the next */
+    int64_t weights_stride;         /* from one strip's weights to the next one's */
+    const uint8_t *next;     /* weights that will be needed next, strips strip_bytes apart; this tile fetches */
+    int64_t num_vectors_ahead; /* so many of each strip */
+    bool has_few_mates;        /* one vector for each word of the block is not enough */
     float *sums;             /* where sums wait between two blocks of the depth: rows × strips × LANES */
     float *to;
     int64_t to_stride, num_columns; /* floats of a row, and how many of them, from `to` on, exist */
@@ -39,9 +41,14 @@ typedef struct {
 INLINE int64_t head_bytes(int64_t kind) { return kind == LINEAR_INT8 ? 2 * VECTOR_BYTES : VECTOR_BYTES; }
 INLINE int64_t word_bytes(int64_t kind) { return kind == LINEAR_INT8 ? VECTOR_WEIGHT_BYTES : VECTOR_BYTES; }
 INLINE int64_t num_words(int64_t kind, int64_t depth) { return kind == LINEAR_INT8 ? words_of(depth) : depth; }
+/* Of the weights of so many words; of a narrow kind, whole groups. */
+INLINE int64_t weights_bytes(int64_t kind, int64_t words)
+{
+    return is_narrow(kind) ? words / GROUP * group_bytes(kind) : words * word_bytes(kind);
+}
 INLINE int64_t strip_bytes(int64_t kind, int64_t depth)
 {
-    return head_bytes(kind) + num_words(kind, depth) * word_bytes(kind);
+    return head_bytes(kind) + weights_bytes(kind, num_words(kind, depth));
 }
 /* The last panel is filled up with strips of zeros. */
 INLINE int64_t num_panels(int64_t num_columns) { return (num_columns + PANEL - 1) / PANEL; }
