@@ -72,6 +72,7 @@ def disaggregated() -> None:
     Serve from one process, not split:     disaggregated serve mixed MODEL
     Change a running deployment:           disaggregated scale generation=2
     Show it, and how its KV travels:       disaggregated status
+    See why a request went where it did:   disaggregated why REQUEST_ID
     See what this machine can do:          disaggregated doctor
     """
 
@@ -206,6 +207,27 @@ def status_verb(url: str) -> None:
     lines, is_serving = status(url)
     click.echo("\n".join(lines))
     sys.exit(0 if is_serving else 1)
+
+
+@disaggregated.command("why", context_settings=SETTINGS)
+@click.argument("request_id")
+@click.option("--url", default=DEFAULT_URL, show_default=True, help="The orchestrator.")
+def why_verb(request_id: str, url: str) -> None:
+    """Show where the time of a request went.
+
+    Then, for each attempt, which servers could have taken it and what each was thought to cost.
+    """
+    from rich.console import Console
+
+    from orchestrator.remote_control import story
+    from orchestrator.waterfall import candidates, waterfall
+
+    console = Console()
+    for sequence in story(url, request_id):
+        console.print(waterfall(sequence))
+        for attempt in sequence["attempts"]:
+            console.print()
+            console.print(candidates(attempt))
 
 
 @disaggregated.command("doctor", context_settings=SETTINGS)

@@ -244,6 +244,7 @@ class Dispatcher:
             avoid=run.avoid,
             must_be_local=f"{failures} transfers failed" if failures >= TRANSFER_FAILURES_MAX else "",
             session=run.request.session,
+            context_session=run.request.context_session,
             block_hashes=run.block_hashes,
             now_s=self._clock(),
         )

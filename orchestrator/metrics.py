@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError
+from orchestrator.routing.scorecard import Scorecard
 from orchestrator.server import Server
 from orchestrator.story import AttemptStory, RequestStory
 
@@ -95,6 +96,8 @@ class Metrics:
         self._internal = counter("internal_errors", "Of those, mistakes of this process.")
         self._responses = counter("total_responses", "Sequences that ended with a finish reason.")
 
+        self._scorecard = Scorecard(registry)
+
     def watch(self, dispatcher: Dispatcher) -> None:
         self._registry.register(_LiveNumbers(dispatcher, self._servers))
 
@@ -163,6 +166,7 @@ class Metrics:
                 self._prefill_queue.observe(attempt.prefill_queue_s)
                 self._prefill.observe(attempt.prefill_compute_s)
             self._observe_reuse(attempt)
+            self._scorecard.observe(attempt)
             if attempt.transport:
                 self._bytes.labels(attempt.transport).inc(attempt.transfer_bytes)
                 self._transfer.observe(attempt.transfer_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +40,14 @@ def status(url: str) -> tuple[list[str], bool]:
     for workers in info["current_workers"].values():
         lines += [link_line(worker, link) for worker in workers for link in worker.get("links", ()) if link.get("peer")]
     return lines, code == 200
+
+
+def story(url: str, request_id: str) -> list[Mapping[str, Any]]:
+    """Of each sequence of a request. Raises ClickException when it is not known."""
+    code, answer = _call(f"{url}/requests/{urllib.parse.quote(request_id, safe='')}", timeout_s=_STATUS_TIMEOUT_S)
+    if code != 200:
+        raise click.ClickException(_reason(code, answer))
+    return list(answer.get("sequences", [answer]))
 
 
 def _worker_row(worker: Mapping[str, Any]) -> list[str]:

@@ -49,6 +49,8 @@ class TokenRequest:
     """A lower one is served earlier."""
     session: str = ""
     """Of the conversation it belongs to, for routers that keep one where it is; "": nobody says."""
+    context_session: str = ""
+    """The same for the context server, which may be another conversation's: an agent's that sent this one."""
     ticket: Ticket = Ticket()
     """Whose it is, and what was asked for in its headers."""
     may_end_anywhere: bool = False

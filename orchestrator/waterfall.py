@@ -89,3 +89,22 @@ def _short(instance: str) -> str:
 
 def _milliseconds(seconds: float) -> Text:
     return Text(f"{seconds * 1000:,.1f} ms", justify="right")
+
+
+def candidates(attempt: Mapping[str, Any]) -> Table:
+    """Who else could have taken one attempt, and what that was thought to cost; the chosen one first."""
+    told = attempt["decision"]
+    title = f"{attempt['why']}; cached tokens predicted: {told['predicted_cached_tokens']}, "
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
+    table.title = title + f"found: {attempt['num_cached_tokens'] - attempt['num_pulled_tokens']}"
+    parts = [name for name in (told["candidates"] or [{}])[0] if name not in ("context", "generation", "score")]
+    for name in ("context", "generation", "score", *parts):
+        table.add_column(name.removesuffix("_s"), no_wrap=True)
+    for scored in told["candidates"]:
+        row = [_short(scored["context"]), _short(scored["generation"]), f"{scored['score']:.4g}"]
+        table.add_row(*row, *(_part(name, scored[name]) for name in parts))
+    return table
+
+
+def _part(name: str, value: float) -> str:
+    return f"{1000 * value:,.1f} ms" if name.endswith("_s") else f"{value:g}"

@@ -25,10 +25,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "prompt_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "guided_json": (),
     "guided_regex": (),
@@ -59,10 +55,8 @@ IGNORED: Final = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "parallel_tool_calls",
-        "reasoning_effort",
         "reasoning",
-        "thinking",
+        "stream_reasoning",
         "verbosity",
         "prediction",
         "web_search_options",
@@ -75,14 +69,18 @@ IGNORED: Final = frozenset(
         "transforms",
         "session_id",
         "conversation_id",
+        "conversation_params",
     }
 )
-"""Sent by ordinary clients and coding agents, without an effect on tokens here: taken silently."""
+"""Sent by ordinary clients and coding agents, without an effect on tokens here: taken silently. Some say
+whose turn it is, or where it goes."""
 
 TAKEN: Final = frozenset(
     {
         "model", "prompt", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens",
         "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "stream", "priority",
+        "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "separate_reasoning",
+        "include_reasoning", "reasoning_effort", "thinking", "enable_thinking", "chat_template",
         "return_token_ids", "chat_template_kwargs", "add_generation_prompt", "add_special_tokens",
     }
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from aiohttp import web
@@ -13,13 +13,17 @@ from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
 from disaggregated.text import ChoiceText
 from orchestrator.admission.gate import Visit
 from orchestrator.admission.make import caller_of
+from orchestrator.api.chat import read_chat
 from orchestrator.api.fields import Fields
 from orchestrator.api.generation_fields import TOKENS_MAX, GenerationFields, read_generation_fields
-from orchestrator.api.prompts import chat_prompt, completion_prompts
+from orchestrator.api.prompts import completion_prompts
 from orchestrator.api.request_ids import request_id_of
+from orchestrator.api.sessions import Sessions, sessions_of
 from orchestrator.api.shapes import ChatShape, CompletionShape, Shape
+from orchestrator.api.tools import refuse_tools
 from orchestrator.front_door import FrontDoor
 from orchestrator.parsers import ReplyParser
+from orchestrator.parsers.choose import ReplyPlan
 from orchestrator.request_run import TokenRequest
 from orchestrator.served_model import ServedModel
 
@@ -36,15 +40,14 @@ class Job:
     shape: Shape
     requests: Sequence[TokenRequest]
     headers: dict[str, str]
-    make_parser: Callable[[], ReplyParser] | None = None
-    """Of replies that are more than content."""
+    plan: ReplyPlan
 
     def parser(self) -> ReplyParser | None:
         """For one reply."""
-        return None if self.make_parser is None else self.make_parser()
+        return None if self.plan.make_parser is None else self.plan.make_parser()
 
     def text_of(self, request: TokenRequest) -> ChoiceText:
-        return ChoiceText(self.model.tokenizer, request.token_ids, self.fields.stop)
+        return ChoiceText(self.model.tokenizer, request.token_ids, self.fields.stop, shown=self.plan.shown)
 
 
 async def chat_job(door: FrontDoor, http: web.Request) -> Job:
@@ -54,7 +57,11 @@ async def chat_job(door: FrontDoor, http: web.Request) -> Job:
     """
     draft = await Draft.read(door, http, max_tokens_default=TOKENS_MAX)
     shape = ChatShape(
-        f"chatcmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
+        f"chatcmpl-{draft.request_id}",
+        draft.model.name,
+        int(time.time()),
+        include_usage=draft.fields.include_usage,
+        calls_functions=bool(draft.body.get("functions")),
     )
     return await chat_job_of(draft, shape)
 
@@ -65,8 +72,14 @@ async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") ->
     Raises:
         InvalidRequest: names the field and the limit.
     """
-    prompt = await chat_prompt(draft.body, draft.model)
-    return draft.job(shape, [prompt], param)
+    chat = await read_chat(
+        draft.body,
+        draft.model,
+        draft.door.reply_formats,
+        grammar=draft.fields.sampling.grammar,
+        allows_template=draft.door.config.allow_request_chat_template,
+    )
+    return draft.job(shape, [chat.token_ids], param, chat.plan)
 
 
 async def completion_job(door: FrontDoor, http: web.Request) -> Job:
@@ -75,11 +88,12 @@ async def completion_job(door: FrontDoor, http: web.Request) -> Job:
         InvalidRequest: names the field and the limit.
     """
     draft = await Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT)
+    refuse_tools(draft.body)
     prompts = await completion_prompts(draft.body, draft.model)
     shape = CompletionShape(
         f"cmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
     )
-    return draft.job(shape, prompts, "prompt")
+    return draft.job(shape, prompts, "prompt", ReplyPlan(grammar=draft.fields.sampling.grammar))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +107,7 @@ class Draft:
     model: ServedModel
     fields: GenerationFields
     visit: Visit
+    sessions: Sessions
 
     @classmethod
     async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int) -> Draft:
@@ -115,9 +130,10 @@ class Draft:
             model=model,
             fields=fields,
             visit=_visit(door, http, body, fields.priority),
+            sessions=sessions_of(door.config, http, body),
         )
 
-    def job(self, shape: Shape, prompts: Sequence[Sequence[int]], param: str) -> Job:
+    def job(self, shape: Shape, prompts: Sequence[Sequence[int]], param: str, plan: ReplyPlan) -> Job:
         headers = {"x-request-id": self.request_id, **self.visit.headers()}
         if self.fields.unknown:
             headers["x-disagg-ignored"] = ",".join(name for name in self.fields.unknown if name.isidentifier())[:1000]
@@ -126,13 +142,16 @@ class Draft:
             fields=self.fields,
             shape=shape,
             requests=[
-                self._request(prompt, self.request_id if len(prompts) == 1 else f"{self.request_id}.{index}", param)
+                self._request(
+                    prompt, self.request_id if len(prompts) == 1 else f"{self.request_id}.{index}", param, plan
+                )
                 for index, prompt in enumerate(prompts)
             ],
             headers=headers,
+            plan=plan,
         )
 
-    def _request(self, prompt: Sequence[int], request_id: str, param: str) -> TokenRequest:
+    def _request(self, prompt: Sequence[int], request_id: str, param: str, plan: ReplyPlan) -> TokenRequest:
         wanted = self.fields.sampling.max_tokens
         _check_length(prompt, self.door.config.door.prompt_tokens_max, param)
         room = _room(prompt, self.door.num_tokens_max(self.model), param)
@@ -140,12 +159,14 @@ class Draft:
         return TokenRequest(
             request_id=request_id,
             token_ids=prompt,
-            sampling=dataclasses.replace(self.fields.sampling, max_tokens=min(wanted, room)),
+            sampling=dataclasses.replace(self.fields.sampling, max_tokens=min(wanted, room), grammar=plan.grammar),
             arrived_s=self.arrived_s,
             deadline_s=self.arrived_s + self.visit.timeout_s(self.door.config.request_timeout_s),
             priority=self.fields.priority,
             ticket=self.visit.ticket(num_tokens),
-            may_end_anywhere=bool(self.fields.stop),
+            session=self.sessions.generation,
+            context_session=self.sessions.context,
+            may_end_anywhere=plan.may_end_anywhere or bool(self.fields.stop),
         )
 
 

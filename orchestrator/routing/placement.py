@@ -39,13 +39,14 @@ class Needs:
     must_be_local: str = ""
     """Why its prompt must not travel; "": it may."""
     session: str = ""
+    context_session: str = ""
     block_hashes: Sequence[BlockHash] = ()
     now_s: float = 0.0
 
-    def asked(self) -> Asked:
+    def asked(self, session: str) -> Asked:
         return Asked(
             num_tokens=self.num_prompt_tokens,
-            session=self.session,
+            session=session,
             block_hashes=self.block_hashes,
             now_s=self.now_s,
         )
@@ -105,12 +106,11 @@ class _Placing:
         turns: Turns,
     ) -> None:
         self._needs = needs
-        self._asked = needs.asked()
         self._context_policy = context_policy
         self._generation_policy = generation_policy
         self._local = local
         self._turns = turns
-        self._estimator = Estimator(self._asked, num_tokens_left=needs.num_tokens_left)
+        self._estimator = Estimator(needs.asked(needs.session), num_tokens_left=needs.num_tokens_left)
 
     def place(self, context: Sequence[Server], generation: Sequence[Server]) -> Placement | NotYet:
         prefillers = [server for server in context if server.is_ready]
@@ -212,7 +212,9 @@ class _Placing:
 
     def policy_choice(self, policy: Policy, servers: Sequence[Server]) -> Choice:
         candidates = [server.as_candidate(num_cached_blocks=self._num_cached_blocks(server)) for server in servers]
-        return policy.choose(self._asked, candidates, avoid=self._needs.avoid)
+        needs = self._needs
+        session = needs.context_session if policy is self._context_policy else needs.session
+        return policy.choose(needs.asked(session), candidates, avoid=needs.avoid)
 
     def _num_cached_blocks(self, server: Server) -> int:
         return self._estimator.num_held(server) // max(1, server.description.layout.block_size)
