@@ -29,7 +29,7 @@ class Weighted:
         """weights: at least one, none negative."""
         self._weights = dict(weights)
         self._credits = dict.fromkeys([*weights, REST], 0.0)
-        self._least = LeastLoaded()
+        self._least = {name: LeastLoaded() for name in self._credits}
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         groups: dict[str, list[Candidate]] = {}
@@ -39,7 +39,7 @@ class Weighted:
         if not any(weights.values()):  # Nobody with a weight is there: better served by the others than not at all.
             weights = dict.fromkeys(groups, 1.0)
         name = self._next(weights)
-        choice = self._least.choose(asked, groups[name])
+        choice = self._least[name].choose(asked, groups[name])
         share = weights[name] / sum(weights.values())
         return Choice(choice.instance_id, f"share {share:.0%} of {name}; {choice.why}", weights)
 

@@ -7,7 +7,7 @@ from orchestrator.api.operations import describe_worker
 from orchestrator.metrics import link_families
 from orchestrator.remote_control import link_line
 from orchestrator.server import Role
-from tests.unit.orchestrator.routing.test_placement import server
+from tests.unit.orchestrator.routing.servers import server
 
 LINK = control_pb2.LinkStatistics(
     peer_id="context-1-ab",

@@ -1,52 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from disaggregated.block_hash import BlockHash, block_hashes
+from disaggregated.block_hash import block_hashes
 from disaggregated.errors import ServerLost
-from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
 from orchestrator.routing.local_prefill import LocalPrefill
 from orchestrator.routing.placement import Needs, NotYet, Placement, Placer
 from orchestrator.routing.policies import RoundRobin
 from orchestrator.server import Role, Server, Share
-
-LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=100)
-
-
-class NoClient:
-    """Placement never calls a server."""
-
-
-def server(role: Role, name: str, *, num_blocks_free: int = 100, **description: Any) -> Server:
-    made = Server(role, name)
-    made.connected(
-        NoClient(),  # type: ignore[arg-type]
-        control_pb2.ServerDescription(
-            **{
-                "instance_id": name, "role": role.value, "epoch": 1, "can_prefill": True, "max_batch_size": 4,
-                "max_num_tokens": 64, "max_seq_len": 1000,
-                "layout": LAYOUT.to_proto(), **description,
-            }
-        ),
-    )  # fmt: skip
-    made.heard(control_pb2.Heartbeat(epoch=1, num_blocks=100, num_blocks_free=num_blocks_free), now_s=0.0)
-    made.ready()
-    return made
-
-
-def holds(one: Server, hashes: Sequence[BlockHash]) -> None:
-    """Its stream of blocks says that these can be found there, and no others."""
-    added = [control_pb2.BlockEvent(block_hash=each.to_bytes(16, "big")) for each in hashes]
-    one.known_blocks.clear()
-    assert one.known_blocks.apply(control_pb2.BlockEvents(cleared=True, events=added))
-
-
-def share(*, num_tokens: int = 10, num_prefill_tokens: int = 0, num_blocks: int = 1) -> Share:
-    return Share(num_tokens, num_prefill_tokens, num_blocks, on_lost=lambda _: None)
+from tests.unit.orchestrator.routing.servers import holds, server, share
 
 
 def place(
