@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Collection
-from typing import Final
+from typing import Final, TypeVar
 
 _DEPARTURES: Final = 64
 _SEEN: Final = 128
@@ -22,6 +22,9 @@ _CAREFUL: Final = 0.9
 RETRY_AFTER_S_MAX: Final = 60
 RETRY_AFTER_S_UNKNOWN: Final = 5
 """While nothing has left the queue yet."""
+
+
+Number = TypeVar("Number", int, float)
 
 
 class QueuePace:
@@ -80,6 +83,7 @@ class ServiceTimes:
         if self._num_ended % _SEEN_MIN == 0:
             self._estimate = _Estimate(
                 num_answer=math.ceil(sum(self._answers) / len(self._answers)),
+                num_long_answer=_careful(self._answers),
                 num_prompt=sum(self._prompts) / len(self._prompts),
                 ttft_s=_careful(self._ttft_s),
                 tpot_s=_careful(self._tpot_s) if self._tpot_s else 0.0,
@@ -98,18 +102,20 @@ class ServiceTimes:
 
     def total_s(self, num_prompt: int, max_tokens: int) -> float:
         """From its dispatch to its last token; 0 while nothing is known."""
-        return self.ttft_s(num_prompt) + self._estimate.tpot_s * (self.num_tokens(max_tokens) - 1)
+        num_tokens = min(max_tokens, self._estimate.num_long_answer)
+        return self.ttft_s(num_prompt) + self._estimate.tpot_s * (num_tokens - 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Estimate:
     num_answer: int = 256
+    num_long_answer: int = 256
     num_prompt: float = 1.0
     ttft_s: float = 0.0
     tpot_s: float = 0.0
 
 
-def _careful(values: Collection[float]) -> float:
+def _careful(values: Collection[Number]) -> Number:
     return sorted(values)[math.ceil(_CAREFUL * len(values)) - 1]
 
 

@@ -18,7 +18,7 @@ from typing import Final, Generic, TypeVar
 
 Item = TypeVar("Item")
 
-QUANTUM_TOKENS: Final = 2048
+QUANTUM_TOKENS: Final = 256
 """A turn's worth, for a tenant of weight 1. Between two tenants who both wait, what they were served never differs by
 more than this and one request."""
 

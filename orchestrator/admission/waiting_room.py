@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Final, Generic
 
 from disaggregated.errors import DisaggregatedError, Overloaded, QueueFull
-from orchestrator.admission.pace import QueuePace, ServiceTimes, whole_seconds
+from disaggregated.request_life import Phase
+from orchestrator.admission.pace import RETRY_AFTER_S_MAX, QueuePace, ServiceTimes, whole_seconds
 from orchestrator.admission.request_queue import RequestQueue
 from orchestrator.admission.tenant_turns import Item, Waiting
 from orchestrator.admission.ticket import Ticket
@@ -44,6 +45,8 @@ class WaitingRoom(Generic[Item]):
         self.pace = QueuePace()
         self.times = ServiceTimes()
         self._turn_away = turn_away
+        self._promised_s = 0.0
+        """Until then those who were told to come back, if they do, keep the servers busy."""
 
     def enter(self, visitor: Visitor[Item], *, now_s: float, is_idle: bool) -> Waiting[Item]:
         """is_idle: nothing else runs or waits.
@@ -95,7 +98,13 @@ class WaitingRoom(Generic[Item]):
         late_s = now_s + wait_s - waiting.start_by_s
         if late_s > 0.0:
             words = f"{_IN_TIME}: {ahead} tokens stand before it, which takes about {wait_s:.1f} s"
-            raise Overloaded(words, retry_after_s=whole_seconds(late_s))
+            raise Overloaded(words, retry_after_s=self._come_back_in_s(late_s, waiting.cost, now_s))
+
+    def _come_back_in_s(self, late_s: float, cost: int, now_s: float) -> int:
+        """After all whom we have sent away before it: they come back as well, and would be in one another's way."""
+        free_s = min(max(self._promised_s, now_s + late_s), now_s + RETRY_AFTER_S_MAX)
+        self._promised_s = free_s + (self.pace.wait_s(cost, now_s=now_s) or 0.0)
+        return whole_seconds(free_s - now_s)
 
     def _made_way(self, now_s: float) -> QueueFull:
         error = QueueFull("the queue is full, and most of what waits in it is yours")
@@ -122,7 +131,10 @@ class WaitingRoom(Generic[Item]):
         if waiting is None or not story.attempts:
             return
         self.queue.settle(waiting, num_tokens=story.num_prompt_tokens - story.num_cached_tokens + story.num_tokens)
-        if story.finish_reason and story.first_token_s is not None and len(story.attempts) == 1:
+        is_telling = story.life.phase in (Phase.FINISHED, Phase.FAILED) and len(story.attempts) == 1
+        if (
+            is_telling and story.first_token_s is not None
+        ):  # Those that ran out of time as well, or only short ones count.
             self.times.ended(
                 num_prompt=story.num_prompt_tokens,
                 num_tokens=story.num_tokens,
