@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Final
@@ -26,6 +27,10 @@ log = logs.get(__name__)
 START_GRACE_S: Final = 15.0
 """At start, how long /health waits for the servers that the file names but that have not joined yet, once requests
 could be served without them."""
+
+MODEL_RETRY_S_MIN: Final = 0.5
+MODEL_RETRY_S_MAX: Final = 30.0
+"""Between two tries to load the tokenizer; each waits twice as long as the one before."""
 
 REASONS_MAX: Final = 4
 """That one answer of /health names."""
@@ -79,13 +84,19 @@ class FrontDoor:
         log.info("model_loaded", model=model.name)
 
     async def _load_model(self) -> None:
-        """The configured one, or else the one that the first server tells."""
-        name = self.config.model or await self.pools.first_model()
-        try:
-            self._serve_model(await asyncio.to_thread(ServedModel.load, name))
-        except ModelUnavailable as error:
-            self._model_problem = f"the tokenizer of {name!r} cannot be loaded here: {error}"
-            log.error("model_unavailable", model=name, error=str(error))
+        """The configured one, or else the one that the first server tells. What cannot be had now is tried again: a
+        download may succeed later, and a file may be put where it was missing."""
+        for tries in itertools.count():
+            name = self.config.model or await self.pools.first_model()
+            try:
+                self._serve_model(await asyncio.to_thread(ServedModel.load, name))
+                return
+            except ModelUnavailable as error:
+                problem = f"the tokenizer of {name!r} cannot be loaded here: {error}"
+                if problem != self._model_problem:
+                    log.error("model_unavailable", model=name, error=str(error))
+                self._model_problem = problem
+            await asyncio.sleep(min(MODEL_RETRY_S_MIN * 2**tries, MODEL_RETRY_S_MAX))
 
     # Life.
 
