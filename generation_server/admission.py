@@ -51,8 +51,8 @@ class Admission:
         """Over, and nobody is told."""
         self.is_told = False
         """Over, and its last delta was sent."""
-        self.deadline: asyncio.TimerHandle | None = None
-        """Of a local prefill, until its first token."""
+        self.timer: asyncio.TimerHandle | None = None
+        """Until its first token: of a local prefill its deadline, else when to say that its blocks have landed."""
         self._arrived_s = time.monotonic()
         self._started_s: float | None = None
         self._landed_s = 0.0
@@ -93,9 +93,14 @@ class Admission:
         self._times.num_cached_tokens = event.num_cached_tokens
         self._times.queue_s = max(0.0, event.started_s - self._arrived_s)
 
+    def waits_for_its_turn(self) -> control_pb2.StreamDelta:
+        """No token yet. What the times are is told again with the first one."""
+        due = self.num_prompt_tokens + 1  # The first one came from the context server.
+        return control_pb2.StreamDelta(stream_key=self.stream_key, first_position=due, times=self._times)
+
     def tokens_sampled(self, event: TokensSampled) -> control_pb2.StreamDelta:
         self.is_over = event.finish_reason is not None
-        self._stop_deadline()
+        self._stop_timer()
         return control_pb2.StreamDelta(
             stream_key=self.stream_key,
             first_position=event.first_position,
@@ -108,13 +113,13 @@ class Admission:
 
     def failed(self, error: control_pb2.StreamError) -> control_pb2.StreamDelta:
         self.is_over = True
-        self._stop_deadline()
+        self._stop_timer()
         return control_pb2.StreamDelta(stream_key=self.stream_key, error=error)
 
     def cancel(self) -> None:
         """Whatever of it waits to be sent is dropped, and its transfer is stopped."""
         self.is_over = self.is_cancelled = True
-        self._stop_deadline()
+        self._stop_timer()
         self.caller.stream.drop(self.stream_key)
         if self.transfer is not None:
             self.transfer.cancel()
@@ -122,9 +127,9 @@ class Admission:
     def last_sent(self) -> None:
         self._told(self)
 
-    def _stop_deadline(self) -> None:
-        if self.deadline is not None:
-            self.deadline.cancel()
+    def _stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
 
     def _take_times(self) -> control_pb2.AdmissionTimes | None:
         times, self._times = self._times, None

@@ -52,6 +52,8 @@ from kvtransfer.transports import cuda_runtime
 
 log = logs.get(__name__)
 
+LANDED_TOLD_AFTER_S: Final = 1.0
+"""Most first tokens come sooner and tell so by themselves."""
 NO_OVERLAP_VARIABLE: Final = "TRTLLM_DISABLE_KV_CACHE_TRANSFER_OVERLAP"
 """At 1, blocks are pulled only after the whole prompt is computed: for measuring what overlap hides."""
 
@@ -202,7 +204,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         except DisaggregatedError:
             self.forget(admission)
             raise
-        admission.deadline = self._loop.call_later(request.deadline_s, self._expire, admission)
+        admission.timer = self._loop.call_later(request.deadline_s, self._expire, admission)
 
     async def _reserve(self, admission: Admission, request: control_pb2.AdmitRequest) -> Reservation:
         """The engine answers between two steps. However this fails, the caller releases."""
@@ -248,6 +250,7 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
             log.debug("transfer_done", request_id=transfer.transfer_id, bytes=landed.num_bytes)
             admission.landed(landed)
             self.engine.admit(admission.engine_id, landed.first_token)
+            admission.timer = self._loop.call_later(LANDED_TOLD_AFTER_S, self._tell_landed, admission)
         admission.transfer = None
         if not admission.has_landed:
             self.engine.release(admission.engine_id)
@@ -285,6 +288,12 @@ class GenerationRole(control_pb2_grpc.GenerationServicer):
         """A local prefill whose first token is late."""
         self.engine.cancel(admission.engine_id)
         self._fail(admission, DeadlineExceeded("the prompt was not computed in time"))
+
+    def _tell_landed(self, admission: Admission) -> None:
+        """Its first token is long in coming, because it waits for its turn in the batch; the transfer is over."""
+        if not admission.is_over:
+            admission.caller.stream.put(admission.waits_for_its_turn(), last_sent=admission.last_sent)
+            admission.caller.stream.send(self.engine.statistics().step)
 
     def _fail(self, admission: Admission, error: DisaggregatedError) -> None:
         if admission.is_over:
@@ -340,4 +349,5 @@ def _engine_request(request: control_pb2.AdmitRequest, engine_id: str, kind: Req
         token_ids=request.token_ids,
         sampling=SamplingParams.from_proto(request.sampling),
         priority=request.priority,
+        cache_salt=checked_name(request.cache_salt, "cache_salt"),
     )

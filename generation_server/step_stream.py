@@ -40,6 +40,8 @@ class StepStream:
         waiting.token_ids.extend(delta.token_ids)
         if delta.HasField("logprobs"):
             waiting.logprobs.MergeFrom(delta.logprobs)
+        if delta.HasField("times"):
+            waiting.times.CopyFrom(delta.times)
         waiting.finish_reason = delta.finish_reason
         if delta.HasField("error"):
             waiting.error.CopyFrom(delta.error)

@@ -23,13 +23,23 @@ from orchestrator.story import AttemptStory
 from orchestrator.token_order import Arrival, TokenOrder, arrival_of
 
 TRANSFER_TIMEOUT_S: Final = 30.0
-"""From the first token to the second: after that long without one, the transfer between two live servers is stuck."""
+"""From the first token to the landing of the last block: after that long the transfer between two live servers is
+stuck. A sequence that has landed and waits for its turn in the batch has until the request's deadline."""
 
 
 class Attempt:
     """Holds a share of each of its servers from the moment it is made until `give_back()`."""
 
-    def __init__(self, run: RequestRun, placement: Placement, key: int, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        run: RequestRun,
+        placement: Placement,
+        key: int,
+        *,
+        clock: Callable[[], float],
+        on_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_room` is called when the context server may take another request, while this one goes on."""
         self.placement = placement
         self.hint: control_pb2.PrefixHint | None = None
         """Who holds more of the prompt than our context server does."""
@@ -38,6 +48,7 @@ class Attempt:
         self._run = run
         self._key = key
         self._clock = clock
+        self._on_room = on_room
         self._token_ids = run.token_ids
         self._sampling = run.sampling
         self._order = TokenOrder(len(self._token_ids))
@@ -132,6 +143,7 @@ class Attempt:
             sampling=self._sampling.to_proto(),
             deadline_s=self._seconds_left(),
             priority=self._run.request.priority,
+            cache_salt=self._run.request.cache_salt,
             reuse_from=self.hint,
         )
         share = self._shares[0][1]
@@ -204,6 +216,7 @@ class Attempt:
             deadline_s=self._seconds_left(),
             source=self._ticket(),
             priority=self._run.request.priority,
+            cache_salt=self._run.request.cache_salt,
         )
         try:
             await link.admit(request)
@@ -241,6 +254,8 @@ class Attempt:
             self._refused_later(rpc.from_stream_error(delta.error))
             return
         self._has_landed = True
+        if not delta.token_ids and not delta.finish_reason:
+            return  # Its blocks are there, and it waits for its turn in the batch.
         if delta.finish_reason:
             self._is_over_there = True
         self._arrived(arrival_of(delta), now_s)
@@ -284,11 +299,19 @@ class Attempt:
         elif life.phase is Phase.PREFILLING:
             life.advance(Phase.TRANSFERRING, now_s=now_s)
             self._landing_timer = asyncio.get_running_loop().call_later(TRANSFER_TIMEOUT_S, self._not_landed)
+        if len(self._shares) == 2 and not self._needs_context:
+            self._let_context_go()
+
+    def _let_context_go(self) -> None:
+        """It has done its part: what it could serve at once is no longer bounded by how long answers are."""
+        context, _ = self._shares.pop(0)
+        context.give_back(self._key, makes_room=context not in self._held_back)
+        asyncio.get_running_loop().call_soon(self._on_room)
 
     def _not_landed(self) -> None:
         if not self._has_landed:
             self.culprits.add(self.story.context_instance)
-            self._fail(TransferTimeout(f"no second token {TRANSFER_TIMEOUT_S:g} s after the first one"))
+            self._fail(TransferTimeout(f"the KV had not landed {TRANSFER_TIMEOUT_S:g} s after the first token"))
 
     def _fail(self, error: DisaggregatedError) -> None:
         if not self._ended.done():

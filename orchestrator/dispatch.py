@@ -231,7 +231,7 @@ class Dispatcher:
                 run.not_yet = placement
                 return
             self.room.take(first, now_s=self._clock())
-            attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock)
+            attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock, on_room=self.serve_queue)
             if placement.context is not None and placement.context.pulls_back:
                 attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
             run.placed.set_result(attempt)

@@ -81,6 +81,18 @@ async def test_an_error_joins_the_tokens_that_came_before_it() -> None:
     assert batch.deltas[0].error.kind == "PeerLost"
 
 
+async def test_that_a_request_has_landed_is_joined_with_the_token_that_comes_after_all() -> None:
+    stream = StepStream()
+    landed, first = delta(1, 8), delta(1, 8, 5)
+    landed.times.transport = first.times.transport = "SHM"
+    first.times.landed_to_step_s = 2.0
+    stream.put(landed)
+    stream.put(first)
+    stream.send(1)
+    (found,) = (await next_batch(stream.batches())).deltas
+    assert (found.first_position, list(found.token_ids), found.times.landed_to_step_s) == (8, [5], 2.0)
+
+
 def test_a_token_that_skips_a_position_is_our_own_mistake() -> None:
     stream = StepStream()
     stream.put(delta(1, 10, 100))
