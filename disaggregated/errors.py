@@ -3,6 +3,9 @@
     DisaggregatedError
     ├── InvalidRequest (ValueError)       the client's: 4xx, names the field and the limit
     │   ├── UnknownModel                  404
+    │   ├── GrammarRefused                it cannot be compiled
+    │   ├── UnknownResponse               404
+    │   ├── UnknownPreviousResponse
     │   ├── PromptTooLong
     │   ├── InvalidApiKey                 401
     │   ├── NotAllowed                    403, the key is good for something else
@@ -22,6 +25,7 @@
     ├── NoServerAvailable                 no server of the role for as long as we may wait
     ├── DeadlineExceeded                  the request's own deadline
     ├── RequestCancelled                  somebody asked for it
+    ├── GrammarBroken                     what one server generated is not what another one reads the grammar to allow
     └── TransferError                     KV did not land; nothing was admitted
         ├── LayoutMismatch
         ├── FingerprintMismatch
@@ -68,6 +72,21 @@ class InvalidRequest(DisaggregatedError, ValueError):
 class UnknownModel(InvalidRequest):
     http_status = 404
     code = "model_not_found"
+
+
+class UnknownResponse(InvalidRequest):
+    """Nobody keeps it, or it is somebody else's."""
+
+    http_status = 404
+    code = "response_not_found"
+
+
+class UnknownPreviousResponse(InvalidRequest):
+    code = "previous_response_not_found"
+
+
+class GrammarRefused(InvalidRequest):
+    """In the words of the library that was to compile it; another one may."""
 
 
 class PromptTooLong(InvalidRequest):
@@ -170,6 +189,10 @@ class DeadlineExceeded(DisaggregatedError):
 
 class RequestCancelled(DisaggregatedError):
     http_status = 499
+
+
+class GrammarBroken(DisaggregatedError):
+    """Libraries of two servers disagree about a text in the middle of it."""
 
 
 class TransferError(DisaggregatedError):

@@ -17,6 +17,8 @@ from orchestrator.admission.make import CALLER_KEY
 from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.error_body import error_response, plain_error_response
 from orchestrator.api.request_ids import assign_request_id
+from orchestrator.api.responses.endpoints import Responses
+from orchestrator.api.responses.store import ResponseStore
 from orchestrator.front_door import FrontDoor
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
@@ -45,9 +47,15 @@ def make_app(
     door = FrontDoor(config, pools, model=model, scaler=scaler)
     app = web.Application(client_max_size=config.door.body_bytes_max, middlewares=[_edge(door)])
     app[DOOR] = door
+    responses = Responses(ResponseStore(config.door.responses_bytes_max))
     for method, path, handler in (
         ("POST", "/v1/chat/completions", generate.chat_completions),
         ("POST", "/v1/completions", generate.completions),
+        ("POST", "/v1/responses", responses.create),
+        ("POST", "/v1/responses/input_tokens", responses.count),
+        ("GET", "/v1/responses/{response_id}", responses.retrieve),
+        ("DELETE", "/v1/responses/{response_id}", responses.delete),
+        ("GET", "/v1/responses/{response_id}/input_items", responses.input_items),
         ("POST", "/tokenize", tokenization.tokenize),
         ("POST", "/v1/tokenize", tokenization.tokenize),
         ("POST", "/detokenize", tokenization.detokenize),

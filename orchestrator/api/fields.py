@@ -34,8 +34,9 @@ class Fields:
             raise InvalidRequest(f"the body must be a JSON object, is {json_type(values)}")
         return cls(values)
 
-    def get(self, name: str) -> Any:
-        return self.values.get(name)
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self.values.get(name)
+        return default if value is None else value
 
     def integer(self, name: str, *, low: int, high: int) -> int | None:
         value = self.get(name)

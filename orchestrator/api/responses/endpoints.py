@@ -1,0 +1,170 @@
+"""The paths under /v1/responses: create, look up, delete, list what was asked, count."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+
+from disaggregated.errors import InvalidRequest, UnknownPreviousResponse, UnknownResponse
+from orchestrator.admission.gate import Caller
+from orchestrator.admission.make import CALLER_KEY
+from orchestrator.api.chat import chat_prompt
+from orchestrator.api.error_body import json_response
+from orchestrator.api.fields import Fields, shown
+from orchestrator.api.generate import answer
+from orchestrator.api.jobs import Draft, Job, chat_job_of, known_model
+from orchestrator.api.responses.body import ResponsesBody, read_body
+from orchestrator.api.responses.input_items import Message, messages_of
+from orchestrator.api.responses.shape import ResponsesShape
+from orchestrator.api.responses.store import ResponseStore, StoredResponse
+from orchestrator.api.sampling_fields import TOKENS_MAX
+from orchestrator.front_door import FrontDoor
+
+_OUR_NAMES: Final = (
+    ("messages", "input"),
+    ("max_completion_tokens", "max_output_tokens"),
+    ("response_format", "text.format"),
+)
+"""What chats call it, and what responses call it."""
+
+
+class Responses:
+    """The endpoints of one front door, and what their clients may refer to later."""
+
+    def __init__(self, store: ResponseStore) -> None:
+        self.store = store
+
+    async def create(self, door: FrontDoor, http: web.Request) -> web.StreamResponse:
+        """
+        Raises:
+            InvalidRequest: names the field and the limit.
+            UnknownPreviousResponse: `previous_response_id` is not kept here, or no longer.
+        """
+        arrived_s = door.clock()
+        fields = Fields.parse(await http.read())
+        known_model(door, fields)
+        body = read_body(fields, self._conversation_before(fields, http))
+        try:
+            draft = Draft.of(door, http, Fields(body.chat), arrived_s=arrived_s, max_tokens_default=TOKENS_MAX)
+            job = await self._job(draft, body, http)
+        except InvalidRequest as error:
+            raise _in_our_names(error) from error
+        return await answer(door, http, job)
+
+    async def count(self, door: FrontDoor, http: web.Request) -> web.Response:
+        """POST /v1/responses/input_tokens: what the same body would cost, without running it."""
+        fields = Fields.parse(await http.read())
+        model = known_model(door, fields, is_optional=True)
+        body = read_body(fields, self._conversation_before(fields, http))
+        try:
+            ids = await chat_prompt(Fields(body.chat), model)
+        except InvalidRequest as error:
+            raise _in_our_names(error) from error
+        return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+    async def retrieve(self, door: FrontDoor, http: web.Request) -> web.Response:
+        return web.Response(body=self._stored(http).response, content_type="application/json")
+
+    async def delete(self, door: FrontDoor, http: web.Request) -> web.Response:
+        self._stored(http)
+        response_id = http.match_info["response_id"]
+        self.store.discard(response_id, tenant=_owner(http))
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    async def input_items(self, door: FrontDoor, http: web.Request) -> web.Response:
+        """The items of the request alone; the latest first, unless `order` is "asc"."""
+        items = orjson.loads(self._stored(http).input_items)
+        if http.query.get("order", "desc") != "asc":
+            items.reverse()
+        ids = [item["id"] for item in items]
+        return json_response(
+            {"object": "list", "data": items, "first_id": ids[0], "last_id": ids[-1], "has_more": False}
+        )
+
+    # Inside.
+
+    async def _job(self, draft: Draft, body: ResponsesBody, http: web.Request) -> Job:
+        response_id = f"resp_{secrets.token_hex(24)}"
+        owner = _owner(http)
+        sampling = draft.fields.sampling
+        response = {
+            "id": response_id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": draft.model.name,
+            "background": False,
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "service_tier": "default",
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": draft.body.text("user"),
+            **body.echo,
+        }
+
+        def keep(ended: dict[str, Any]) -> None:
+            if body.stores:
+                self.store.put(response_id, _to_store(ended, body, owner))
+
+        return await chat_job_of(draft, ResponsesShape(response, keep=keep), param="input")
+
+    def _conversation_before(self, fields: Fields, http: web.Request) -> Sequence[Message]:
+        previous = fields.text("previous_response_id")
+        if previous is None:
+            return ()
+        stored = self.store.get(previous, tenant=_owner(http))
+        if stored is None:
+            raise UnknownPreviousResponse(
+                f"there is no response {shown(previous)}, or no longer", param="previous_response_id"
+            )
+        before: list[Message] = orjson.loads(stored.conversation)
+        return before
+
+    def _stored(self, http: web.Request) -> StoredResponse:
+        response_id = http.match_info["response_id"]
+        stored = self.store.get(response_id, tenant=_owner(http))
+        if stored is None:
+            raise UnknownResponse(f"there is no response {shown(response_id)}, or no longer", param="response_id")
+        return stored
+
+
+def _owner(http: web.Request) -> str:
+    """With API keys, the key's name; what a body says of its user proves nothing."""
+    caller: Caller = http[CALLER_KEY]
+    return caller.tenant(None)
+
+
+def _to_store(response: dict[str, Any], body: ResponsesBody, owner: str) -> StoredResponse:
+    return StoredResponse(
+        response=orjson.dumps(response),
+        input_items=orjson.dumps(_listed(body.input_items)),
+        conversation=orjson.dumps(messages_of(response["output"], "output", before=body.conversation)),
+        tenant=owner,
+    )
+
+
+def _listed(items: Any) -> list[dict[str, Any]]:
+    """In full: each item with an id and a type, a text as the message that it is short for."""
+    if isinstance(items, str):
+        items = [{"role": "user", "content": [{"type": "input_text", "text": items}]}]
+    return [
+        {**item, "id": item.get("id") or f"item_{secrets.token_hex(16)}", "type": item.get("type", "message")}
+        for item in items
+    ]
+
+
+def _in_our_names(error: InvalidRequest) -> InvalidRequest:
+    """What is wrong with the chat that a body was translated to, told of the body."""
+    message, param = str(error), error.param or ""
+    for theirs, ours in _OUR_NAMES:
+        if param == theirs or param.startswith((f"{theirs}.", f"{theirs}[")):
+            return type(error)(message.replace(theirs, ours), param=ours)
+    return error
