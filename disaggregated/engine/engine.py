@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
+from concurrent.futures import Future
 
 from disaggregated.block_hash import BlockHash
 from disaggregated.engine.api import (
@@ -27,6 +28,9 @@ from disaggregated.engine.api import (
 )
 from disaggregated.engine.block_events import BlockEventBatch, BlockSnapshot
 from disaggregated.engine.block_pool import BlockPool, LedgerEntry
+from disaggregated.engine.grammar import attach as grammars
+from disaggregated.engine.grammar.api import Grammars
+from disaggregated.engine.grammar.follower import GrammarFollower
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.launched_step import ExecutedStep, LaunchedRow, LaunchedStep, launched, scheduled
 from disaggregated.engine.layer_watch import LayeredRunner, LayerWatcher, progress_of
@@ -71,6 +75,7 @@ class LLMEngine:
         num_waiting_max: int = 4096,
         vocab_size: int = 2**31,
         copier: BlockCopier | None = None,
+        grammar_source: Grammars | None = None,
         event_buffer_max_size: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,6 +91,7 @@ class LLMEngine:
         num_waiting_max: requests that wait to start; submit() refuses when there are as many.
         vocab_size: token ids that the runner takes; a request with another one is refused, and cannot crash it.
         copier: the host tier's memory, in which evicted blocks live on; None: there is none.
+        grammar_source: compiles what texts must match; None: a request with a grammar is refused.
         event_buffer_max_size: changes of the prefix cache kept between two steps, for take_block_events(); 0: none.
         """
         assert min(block_size, max_num_tokens, max_batch_size, max_seq_len) > 0, "a limit is not positive"
@@ -106,6 +112,10 @@ class LLMEngine:
             enable_block_reuse=enable_block_reuse,
         )
         self._copier = copier
+        self._grammars = grammar_source
+        self.run_soon: Callable[[Callable[[], None]], None] | None = None
+        """Lets the thread that owns this engine call something; of any thread. None: whoever submits waits for
+        grammars."""
         num_host_slots = 0 if copier is None else copier.num_slots
         self._cache = TieredCache(num_host_slots=num_host_slots, event_buffer_max_size=event_buffer_max_size)
         self._pool = BlockPool(num_blocks, self._cache)
@@ -159,8 +169,10 @@ class LLMEngine:
                 f"{self._scheduler.num_waiting} requests wait already, the limit is {self._num_waiting_max}"
             )
         sequence = self._new_sequence(request)
+        beginning = grammars.begin(self._grammars, sequence)
         self._scheduler.enqueue(sequence, now_s=self._clock())
         self._sequences[request.request_id] = sequence
+        self._await_grammar(sequence, beginning)
 
     def reserve(self, request: EngineRequest) -> Reservation:
         """Hold the blocks of a FROM_REMOTE request's prompt, to be filled by a transfer.
@@ -175,8 +187,10 @@ class LLMEngine:
         assert request.kind is RequestKind.FROM_REMOTE, f"{request.request_id}: submit() is for {request.kind}"
         self._check(request)
         sequence = self._new_sequence(request)
+        beginning = grammars.begin(self._grammars, sequence)
         self._scheduler.reserve(sequence, now_s=self._clock())
         self._sequences[request.request_id] = sequence
+        self._await_grammar(sequence, beginning)
         self._copy_blocks(before_others=True)
         return Reservation(
             request_id=request.request_id,
@@ -196,8 +210,7 @@ class LLMEngine:
         if sequence is None or sequence.phase is not Phase.RESERVED:
             self.release(request_id)
             return False
-        if not 0 <= first_token < self._vocab_size:
-            error = TransferError(f"the first token is {first_token}, the model has {self._vocab_size}")
+        if (error := self._wrong_first_token(sequence, first_token)) is not None:
             self._unsent.append(RequestFailed(request_id=request_id, error=error))
             self._end(sequence)
             return False
@@ -377,6 +390,31 @@ class LLMEngine:
         self._num_arrivals += 1
         return Sequence(request, arrival=self._num_arrivals, num_tokens_max=self.max_seq_len, arrived_s=self._clock())
 
+    def _await_grammar(self, sequence: Sequence, beginning: Future[GrammarFollower] | None) -> None:
+        """Its prompt is computed meanwhile, or transferred, and nobody else waits."""
+        if beginning is None:
+            return
+        if beginning.done() or self.run_soon is None:
+            self._grammar_begins(sequence, beginning)
+            return
+        run_soon = self.run_soon
+        beginning.add_done_callback(lambda done: run_soon(lambda: self._grammar_begins(sequence, done)))
+
+    def _grammar_begins(self, sequence: Sequence, beginning: Future[GrammarFollower]) -> None:
+        if sequence.phase in grammars.MAY_SAMPLE:
+            self._note_progress_if_idle()
+            if (error := grammars.attach(sequence, beginning)) is not None:
+                self._fail(sequence, error)
+
+    def _wrong_first_token(self, sequence: Sequence, first_token: int) -> Exception | None:
+        if not 0 <= first_token < self._vocab_size:
+            return TransferError(f"the first token is {first_token}, the model has {self._vocab_size}")
+        return grammars.broken_by(sequence, (first_token,))
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._unsent.append(RequestFailed(request_id=sequence.request_id, error=error))
+        self.cancel(sequence.request_id)
+
     def _launch(self) -> LaunchedStep | None:
         """Decide on the next step, and begin it. A runner that can't launch has computed it when this returns."""
         started_s = self._clock()
@@ -416,7 +454,9 @@ class LLMEngine:
             sequence = row.sequence
             sequence.num_launched -= 1
             assert bool(token_ids) == row.samples, f"{sequence.request_id}: {token_ids}, {row.samples=}"
-            if sequence.phase is Phase.RUNNING:
+            if sequence.phase is Phase.RUNNING and (error := grammars.broken_by(sequence, token_ids)) is not None:
+                self._fail(sequence, error)
+            elif sequence.phase is Phase.RUNNING:
                 if row.logprobs is not None:
                     sequence.prompt_logprobs.extend(row.logprobs.prompt)
                 tokens = self._take_tokens(row, token_ids)

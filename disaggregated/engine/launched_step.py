@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 
-from disaggregated.engine.api import PLACEHOLDER, PendingStep, ScheduledSequence, WantedLogprobs
+from disaggregated.engine.api import PLACEHOLDER, PendingStep, ScheduledSequence, TokenMask, WantedLogprobs
 from disaggregated.engine.scheduler_limits import Chunk
 from disaggregated.engine.sequence import Sequence
 
@@ -70,6 +72,7 @@ def scheduled(chunk: Chunk, *, before: LaunchedStep | None) -> ScheduledSequence
     waits = token_ids[-1] == PLACEHOLDER
     assert not waits or (before is not None and num_tokens == 1), f"{sequence.request_id}: {token_ids} are not known"
     samples = num_tokens == sequence.num_to_compute
+    assert not (samples and sequence.awaits_grammar), f"{sequence.request_id}: its grammar is not there yet"
     if samples and sequence.history is not None:
         sequence.history.follow(sequence.token_ids)
     return ScheduledSequence(
@@ -78,12 +81,20 @@ def scheduled(chunk: Chunk, *, before: LaunchedStep | None) -> ScheduledSequence
         first_position=first,
         block_table=sequence.block_table,
         sampling=sequence.sampling if samples else None,
-        forbidden_token_ids=sequence.forbidden_token_ids,
+        forbidden_token_ids=frozenset() if sequence.grammar else sequence.forbidden_token_ids,
         draft_token_ids=drafts,
         history=sequence.history,
+        masks=_masks(sequence, drafts) if samples else None,
         logprobs=_wanted_logprobs(sequence, num_tokens, samples=samples),
         previous_row=before.row_of(sequence) if waits and before is not None else None,
     )
+
+
+def _masks(sequence: Sequence, drafts: AnySequence[int]) -> Callable[[], AnySequence[TokenMask]] | None:
+    """Made when the forward pass has begun: a device computes meanwhile."""
+    if sequence.grammar is None:
+        return None
+    return functools.partial(sequence.grammar.masks, drafts, sequence.forbidden_token_ids)
 
 
 def _wanted_logprobs(sequence: Sequence, num_tokens: int, *, samples: bool) -> WantedLogprobs | None:

@@ -76,8 +76,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute anything. Not so when all who wait need blocks that are held for transfers."""
-        return bool(self._running or self._landed or (self._waiting and not self._head_is_refused))
+        """Whether a step would compute anything. Not so when all who wait need blocks that are held for transfers, or
+        grammars that are still compiled."""
+        has_row = len(self._running) < self.limits.max_rows
+        may_start = has_row and bool(self._landed or (self._waiting and not self._head_is_refused))
+        return may_start or any(sequence.num_computable for sequence in self._running)
 
     @property
     def may_preempt(self) -> bool:
@@ -217,7 +220,7 @@ class Scheduler:
 
     def _decode_chunks(self, now_s: float) -> list[Chunk]:
         """One token of everybody who has just one to compute, the best rank first: only worse ones are preempted."""
-        decoding = [s for s in self._running if s.num_to_compute == 1 and not s.is_complete]
+        decoding = [s for s in self._running if s.num_to_compute == s.num_computable == 1 and not s.is_complete]
         return [Chunk(sequence, 1) for sequence in decoding if self._make_room(sequence, now_s)]
 
     def _has_room(self, sequence: Sequence) -> bool:
@@ -249,7 +252,7 @@ class Scheduler:
         for sequence in [s for s in self._running if s.num_to_compute > 1]:
             budget = self._start_waiting(chunks, budget, now_s, before=sequence)
             if budget:
-                chunks.append(Chunk(sequence, min(budget, sequence.num_to_compute)))
+                chunks.append(Chunk(sequence, min(budget, sequence.num_computable)))
                 budget -= chunks[-1].num_tokens
         self._start_waiting(chunks, budget, now_s)
         return chunks
@@ -298,8 +301,9 @@ class Scheduler:
                 break
             if self._head_is_refused or not self._try_start(head, now_s):
                 break
-            chunks.append(Chunk(head, min(budget, head.num_to_compute)))
-            budget -= chunks[-1].num_tokens
+            if head.num_computable:
+                chunks.append(Chunk(head, min(budget, head.num_computable)))
+                budget -= chunks[-1].num_tokens
         return budget
 
     def _try_start(self, sequence: Sequence, now_s: float) -> bool:

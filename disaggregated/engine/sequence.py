@@ -23,6 +23,7 @@ from disaggregated.errors import DisaggregatedError
 from disaggregated.token_logprobs import TokenLogprob
 
 if TYPE_CHECKING:
+    from disaggregated.engine.grammar.follower import GrammarFollower
     from disaggregated.engine.speculation import Drafting
 
 PRIORITY_STEP_S: Final = 10.0
@@ -71,8 +72,10 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "awaits_grammar",
         "block_hashes",
         "drafting",
+        "grammar",
         "history",
         "holding",
         "is_published",
@@ -88,6 +91,7 @@ class Sequence:
         "rank",
         "request_id",
         "sampling",
+        "stop_token_ids",
         "story",
         "token_ids",
         "was_started",
@@ -121,6 +125,11 @@ class Sequence:
         self.num_findable_blocks = 0
         """Blocks of the table, from the first on, that have been offered to the prefix cache."""
         self.drafting: Drafting | None = None
+        self.grammar: GrammarFollower | None = None
+        """Knows every generated token that is known; None: any text, or it is still compiled."""
+        self.awaits_grammar = False
+        self.stop_token_ids = request.sampling.stop_token_ids
+        """What ends it: where a grammar decides on the end, every token that ends a text."""
         self.history = history_of(request.sampling, self.num_prompt_tokens)
         self.prompt_logprobs: list[TokenLogprob] = []
         """Of the prompt's second token and those after it, as far as they are known."""
@@ -132,6 +141,11 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_computable(self) -> int:
+        """What a step may compute: nothing is sampled while its grammar is not there."""
+        return self.num_to_compute - self.awaits_grammar
 
     @property
     def is_complete(self) -> bool:
@@ -183,7 +197,7 @@ class Sequence:
         """The token in this place, which was a placeholder, is known; says whether it is the last one."""
         assert self.token_ids[position] == PLACEHOLDER, f"{self.request_id} has a token at {position} already"
         self.token_ids[position] = token_id
-        if token_id in self.sampling.stop_token_ids:
+        if token_id in self.stop_token_ids:
             return FinishReason.STOP
         if position + 1 - self.num_prompt_tokens >= self.sampling.max_tokens or position + 1 >= self.num_tokens_max:
             return FinishReason.LENGTH
@@ -191,4 +205,9 @@ class Sequence:
 
     @property
     def forbidden_token_ids(self) -> frozenset[int]:
-        return self.sampling.stop_token_ids if self.num_generated < self.sampling.min_tokens else frozenset()
+        return self.stop_token_ids if self.num_generated < self.sampling.min_tokens else frozenset()
+
+    @property
+    def emitted(self) -> list[int]:
+        """Every token that was generated, here or by another server before."""
+        return self.token_ids[self.num_prompt_tokens - self.sampling.num_emitted :]

@@ -10,7 +10,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from disaggregated.engine.api import PLACEHOLDER, ScheduledSequence
+from disaggregated.engine.api import PLACEHOLDER, ScheduledSequence, TokenMask
 from disaggregated.engine.host_tier.copies import BlockCopy, Direction
 from tests.support.fake_runner import FakeModelRunner, Slot
 
@@ -36,7 +36,7 @@ class FakeDevice(FakeModelRunner):
 
     def launch(self, batch: Sequence[ScheduledSequence]) -> Launched:
         assert len(self._unfinished) < 2, "three steps are under way"
-        rows = [dataclasses.replace(row, block_table=tuple(row.block_table)) for row in batch]
+        rows = [dataclasses.replace(row, block_table=tuple(row.block_table), masks=_made(row)) for row in batch]
         step = Launched(self, rows, self._unfinished[-1] if self._unfinished else None)
         self.num_launched += 1
         self._unfinished.append(step)
@@ -113,3 +113,11 @@ class FakeHostMemory:
             else:
                 assert len(self._kept[slot]) == size, f"slot {slot} of the host tier was never written"
                 slots[here] = self._kept[slot]
+
+
+def _made(row: ScheduledSequence) -> Callable[[], Sequence[TokenMask | None]] | None:
+    """A real device is given the masks with its work, however late it does it."""
+    if row.masks is None:
+        return None
+    masks = row.masks()
+    return lambda: masks

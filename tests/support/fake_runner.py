@@ -10,7 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from disaggregated.engine.api import PLACEHOLDER, FinishReason, ScheduledSequence
+from disaggregated.engine.api import PLACEHOLDER, FinishReason, ScheduledSequence, TokenMask
+from disaggregated.engine.grammar.bitmask import allows
+from disaggregated.engine.grammar.follower import GrammarFollower
 from disaggregated.sampling_params import SamplingParams
 
 VOCAB_SIZE = 97
@@ -33,22 +35,37 @@ def kv_of(token_ids: Iterable[int]) -> list[Slot]:
     return found
 
 
-def _next_token(digest: int, sampling: SamplingParams, forbidden: frozenset[int]) -> int:
+def _next_token(digest: int, sampling: SamplingParams, forbidden: frozenset[int], mask: TokenMask | None = None) -> int:
     draw = random.Random(hash((digest, sampling.seed if sampling.temperature else 0)))
-    while (token_id := draw.randrange(VOCAB_SIZE)) in forbidden:
-        pass
-    return token_id
+    assert mask is None or any(allows(mask, token_id) for token_id in range(VOCAB_SIZE)), "no token may come"
+    while True:
+        token_id = draw.randrange(VOCAB_SIZE)
+        if token_id not in forbidden and (mask is None or allows(mask, token_id)):
+            return token_id
 
 
-def oracle(prompt: Sequence[int], sampling: SamplingParams, *, max_seq_len: int) -> tuple[list[int], FinishReason]:
+def oracle(
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    max_seq_len: int,
+    grammar: GrammarFollower | None = None,
+    stop_token_ids: frozenset[int] | None = None,
+) -> tuple[list[int], FinishReason]:
     """The tokens of a sequence that has the machine for itself and needs no cache."""
     token_ids: list[int] = []
     digest = kv_of(prompt)[-1][1]
+    stop_token_ids = sampling.stop_token_ids if stop_token_ids is None else stop_token_ids
     while True:
-        forbidden = sampling.stop_token_ids if len(token_ids) < sampling.min_tokens else frozenset[int]()
-        token_ids.append(_next_token(digest, sampling, forbidden))
+        forbidden = stop_token_ids if len(token_ids) < sampling.min_tokens else frozenset[int]()
+        if grammar is None:
+            token_ids.append(_next_token(digest, sampling, forbidden))
+        else:
+            (mask,) = grammar.masks((), forbidden)
+            token_ids.append(_next_token(digest, sampling, frozenset(), mask))
+            assert grammar.follow(token_ids[-1:])
         digest = _digest(digest, token_ids[-1])
-        if token_ids[-1] in sampling.stop_token_ids:
+        if token_ids[-1] in stop_token_ids:
             return token_ids, FinishReason.STOP
         if len(token_ids) == sampling.max_tokens or len(prompt) + len(token_ids) == max_seq_len:
             return token_ids, FinishReason.LENGTH
@@ -127,12 +144,14 @@ class FakeModelRunner:
             self.slots[self._slot(row.block_table, position)] = (token_id, digest)
         if row.sampling is None:
             return []
-        tokens = [_next_token(digest, row.sampling, row.forbidden_token_ids)]
+        masks = [None] * (1 + len(row.draft_token_ids)) if row.masks is None else row.masks()
+        tokens = [_next_token(digest, row.sampling, row.forbidden_token_ids, masks[0])]
         is_right = True
         for position, draft in enumerate(row.draft_token_ids, start=row.first_position + len(row.token_ids)):
             digest = _digest(digest, draft)
             self.slots[self._slot(row.block_table, position)] = (draft, digest)
             is_right = is_right and tokens[-1] == draft
             if is_right:
-                tokens.append(_next_token(digest, row.sampling, row.forbidden_token_ids))
+                mask = masks[len(tokens)]
+                tokens.append(_next_token(digest, row.sampling, row.forbidden_token_ids, mask))
         return tokens

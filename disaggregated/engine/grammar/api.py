@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from disaggregated.errors import InvalidRequest
+from disaggregated.engine.api import TokenMask
 from disaggregated.grammar import Grammar
 
 if TYPE_CHECKING:
     from disaggregated.engine.grammar.follower import GrammarFollower
 
-Mask = npt.NDArray[np.int32]
+Mask = TokenMask
 """(ceil(vocab_size / 32)); bit i % 32 of word i // 32 is token i."""
-
-
-class GrammarRefused(InvalidRequest):
-    """The library cannot compile this grammar; another one may."""
 
 
 class Matcher(Protocol):
@@ -75,8 +67,9 @@ class Libraries(Protocol):
 class Grammars(Protocol):
     """What an engine has grammars from."""
 
-    eos_token_ids: Collection[int]
-    """Tokens that end a text, where its grammar lets it end."""
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text, where its grammar lets it end."""
 
     def begin(self, grammar: Grammar) -> Future[GrammarFollower]:
         """A follower at the beginning of the text, when the grammar is compiled. Does not wait.

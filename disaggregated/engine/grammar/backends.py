@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from disaggregated.engine.grammar.api import Backend, CompiledGrammar, GrammarRefused
+from disaggregated.engine.grammar.api import Backend, CompiledGrammar
 from disaggregated.engine.grammar.vocabulary import Vocabulary
-from disaggregated.errors import ConfigError
+from disaggregated.errors import ConfigError, GrammarRefused
 from disaggregated.grammar import Grammar, GrammarKind
 
 _STRUCTURE: Final = frozenset({GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA, GrammarKind.EBNF})

@@ -17,8 +17,11 @@ def num_words(vocab_size: int) -> int:
 
 
 def full_mask(vocab_size: int) -> Mask:
-    """Every token is allowed."""
-    return np.full(num_words(vocab_size), -1, dtype=np.int32)
+    """Every token is allowed; the bits after the last one are 0."""
+    mask = np.full(num_words(vocab_size), -1, dtype=np.int32)
+    if left := vocab_size % WORD_BITS:
+        mask[-1] = (1 << left) - 1
+    return mask
 
 
 def allows(mask: Mask, token_id: int) -> bool:

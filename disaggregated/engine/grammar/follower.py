@@ -85,7 +85,9 @@ class GrammarFollower:
         if self._begins_at is None:
             forbid(mask, self._eos_token_ids)
         else:
+            last = mask[-1]
             self._matcher.fill(mask)
+            mask[-1] &= last
         if forbidden_token_ids:
             narrowed = mask.copy()
             forbid(narrowed, forbidden_token_ids)

@@ -10,9 +10,10 @@ from typing import Final
 import llguidance
 import numpy as np
 
-from disaggregated.engine.grammar.api import GrammarRefused, Mask
+from disaggregated.engine.grammar.api import Mask
 from disaggregated.engine.grammar.bitmask import num_words
 from disaggregated.engine.grammar.vocabulary import Vocabulary
+from disaggregated.errors import GrammarRefused
 from disaggregated.grammar import Grammar
 from disaggregated.grammar_text import to_llguidance
 

@@ -13,8 +13,9 @@ from typing import Any, Final
 import numpy as np
 import xgrammar
 
-from disaggregated.engine.grammar.api import GrammarRefused, Mask
+from disaggregated.engine.grammar.api import Mask
 from disaggregated.engine.grammar.vocabulary import Vocabulary
+from disaggregated.errors import GrammarRefused
 from disaggregated.grammar import Grammar, GrammarKind
 from disaggregated.grammar_text import ANY_OBJECT, SEPARATORS, choice_to_gbnf
 

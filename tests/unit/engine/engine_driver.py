@@ -18,6 +18,7 @@ from disaggregated.engine.speculation import Speculation
 from disaggregated.sampling_params import SamplingParams
 from tests.support.fake_copier import FakeBlockCopier
 from tests.support.fake_device import FakeDevice
+from tests.support.fake_grammar import END_ID, FakeGrammars, follower_of
 from tests.support.fake_runner import oracle
 
 
@@ -39,6 +40,7 @@ class EngineDriver:
         num_waiting_max: int = 100,
         vocab_size: int = 2**31,
         num_host_slots: int = 0,
+        grammars: FakeGrammars | None = None,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.runner = FakeDevice(
@@ -62,8 +64,10 @@ class EngineDriver:
             num_waiting_max=num_waiting_max,
             vocab_size=vocab_size,
             copier=self.copier,
+            grammar_source=grammars,
             clock=clock,
         )
+        self.grammars = grammars
         self.requests: dict[str, EngineRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.chunks: dict[str, list[ChunkComputed]] = {}
@@ -82,8 +86,10 @@ class EngineDriver:
         sampling = sampling or SamplingParams(max_tokens=max_tokens)
         self.engine.submit(self._request(request_id, prompt, kind, sampling, priority))
 
-    def reserve(self, request_id: str, prompt: Sequence[int], *, max_tokens: int = 4) -> Reservation:
-        sampling = SamplingParams(max_tokens=max_tokens)
+    def reserve(
+        self, request_id: str, prompt: Sequence[int], *, max_tokens: int = 4, sampling: SamplingParams | None = None
+    ) -> Reservation:
+        sampling = sampling or SamplingParams(max_tokens=max_tokens)
         return self.engine.reserve(self._request(request_id, prompt, RequestKind.FROM_REMOTE, sampling))
 
     def ask(self, request_id: str, prompt: Sequence[int], *, max_tokens: int, kind: RequestKind) -> None:
@@ -126,7 +132,13 @@ class EngineDriver:
     def alone(self, request_id: str) -> list[int]:
         """The tokens the request would get if it had the engine for itself."""
         request = self.requests[request_id]
-        return oracle(request.token_ids, request.sampling, max_seq_len=self.engine.max_seq_len)[0]
+        prompt, sampling, max_seq_len = request.token_ids, request.sampling, self.engine.max_seq_len
+        if sampling.grammar is None:
+            return oracle(prompt, sampling, max_seq_len=max_seq_len)[0]
+        follower = follower_of(sampling.grammar)
+        assert follower.follow(prompt[len(prompt) - sampling.num_emitted :])
+        ends = sampling.stop_token_ids | {END_ID}
+        return oracle(prompt, sampling, max_seq_len=max_seq_len, grammar=follower, stop_token_ids=ends)[0]
 
     @property
     def rows(self) -> list[tuple[str, int, int]]:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from disaggregated.engine.grammar.api import GrammarRefused, Mask, Matcher
+from disaggregated.engine.grammar.api import Mask, Matcher
 from disaggregated.engine.grammar.backends import Backends
 from disaggregated.engine.grammar.bitmask import allows, full_mask
 from disaggregated.engine.grammar.vocabulary import Vocabulary
-from disaggregated.errors import ModelUnavailable
+from disaggregated.errors import GrammarRefused, ModelUnavailable
 from disaggregated.grammar import Grammar, GrammarKind
 from tests.support.grammar_vocabulary import END_ID, VOCAB_SIZE, ids_of, make_vocabulary, text_of
 

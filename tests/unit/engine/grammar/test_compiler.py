@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 
 from disaggregated.engine.grammar import compiler as compiler_module
-from disaggregated.engine.grammar.api import GrammarRefused, Mask
+from disaggregated.engine.grammar.api import Mask
 from disaggregated.engine.grammar.compiler import GrammarCompiler
-from disaggregated.errors import QueueFull
+from disaggregated.errors import GrammarRefused, QueueFull
 from disaggregated.grammar import Grammar, GrammarKind
 
 PATIENCE_S = 10.0
