@@ -26,6 +26,8 @@ from disaggregated.model_files import ModelConfig, resolve
 
 MODEL: Final = "SmolLM2-135M-Instruct"
 TIMEOUT_S: Final = 1500
+DENSE: Final = "ours float32 dense"
+"""The same arithmetic on weights that stay float32, which shows what holding them in fewer bits brings."""
 OUR_PRECISIONS: Final[tuple[roofline.Arithmetic, ...]] = ("float32", "int8")
 SHARES: Final = {1: 0.65, 8: 0.5}
 """Of the roofline, which decode in float32 must reach."""
@@ -57,9 +59,10 @@ def measured(name: str, command: Sequence[str], threads: int) -> Measurement | N
 
 def systems(peers: Peers, model: Path, threads: int) -> Iterator[tuple[str, Sequence[str]]]:
     """Name and command of each; ours come first."""
+    ours = [sys.executable, "-m", "benchmarks.engines.ours", str(model), "--threads", str(threads), "--precision"]
     for precision in OUR_PRECISIONS:
-        ours = [sys.executable, "-m", "benchmarks.engines.ours", str(model), "--precision", precision]
-        yield f"ours {precision}", [*ours, "--threads", str(threads)]
+        yield f"ours {precision}", [*ours, precision]
+    yield DENSE, [*ours, "float32", "--dense"]
     tail = [str(model), str(threads)]
     yield "transformers", [sys.executable, "-m", "benchmarks.engines.transformers_eager", *tail]
     if peers.llama_cpp:
@@ -95,12 +98,19 @@ def rows(results: dict[str, Measurement], threads: int) -> Iterator[report.Row]:
     yield report.Row(what="limits of the machine", seen=str(limit))
     for name, system in results.items():
         yield report.Row(what=f"{name}: tok/s", seen=speeds(system))
+        yield from rows_of_weights(name, system)
     for precision in OUR_PRECISIONS:
         if ours := results.get(f"ours {precision}"):
             yield from share_rows(ours, precision, limit, model)
     for bar in BARS:
         if bar.ours in results and bar.theirs in results:
             yield bar.row(results)
+
+
+def rows_of_weights(name: str, system: Measurement) -> Iterator[report.Row]:
+    if system.weight_bytes:
+        forms = "; ".join(f"{count / 1e6:.0f} MB in {form}" for form, count in system.weight_bytes.items())
+        yield report.Row(what=f"{name}: weights that a decode step reads", seen=forms)
 
 
 def speeds(system: Measurement) -> str:
@@ -113,7 +123,10 @@ def share_rows(
     system: Measurement, precision: roofline.Arithmetic, limit: roofline.Roofline, model: ModelConfig
 ) -> Iterator[report.Row]:
     for batch_size in BATCH_SIZES:
-        share = least_time.decode_s(limit, model, batch_size, precision) / system.decode_s(batch_size)
+        least_s = least_time.decode_s(
+            limit, model, batch_size, precision, weight_bytes=sum(system.weight_bytes.values())
+        )
+        share = least_s / system.decode_s(batch_size)
         bar = SHARES.get(batch_size) if precision == "float32" else None
         yield report.Row(
             what=f"{system.system}: decode, batch {batch_size}, share of the roofline",
@@ -151,6 +164,8 @@ BARS: Final = (
     Bar("ours float32", "decode batch 1", "vLLM CPU", 1.7),
     *(Bar("ours float32", f"decode batch {n}", "vLLM CPU", 1.25) for n in (8, 32)),
     *(Bar("ours float32", f"decode batch {n}", "transformers", 1.5) for n in (8, 32)),
+    Bar("ours float32", "decode batch 1", DENSE, 2.0),
+    *(Bar("ours float32", f"decode batch {n}", DENSE, 1.0) for n in (8, 32)),
     *(Bar("ours float32", f"prefill {n}", "vLLM CPU", 1.1) for n in PREFILL_LENGTHS),
     Bar("ours int8", "decode batch 8", "vLLM CPU", 3.0),
     Bar("ours int8", "decode batch 1", "llama.cpp q8_0", 0.9),

@@ -6,14 +6,16 @@ from benchmarks.engines.measurement import CONTEXT_LEN
 from benchmarks.roofline import Arithmetic, Roofline
 from disaggregated.model_files import ModelConfig
 
-BYTES = {"float32": 4, "int8": 1}
-"""Of a weight, and of a number of the KV pool."""
+KV_BYTES = {"float32": 4, "int8": 1}
+"""Of a number of the KV pool."""
 
 
-def decode_s(roofline: Roofline, model: ModelConfig, batch_size: int, precision: Arithmetic) -> float:
-    """Every weight, and every sequence's keys and values, are read once."""
+def decode_s(
+    roofline: Roofline, model: ModelConfig, batch_size: int, precision: Arithmetic, *, weight_bytes: int
+) -> float:
+    """All weights, `weight_bytes` as they are held, and every sequence's keys and values are read once."""
     kv_numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim * CONTEXT_LEN * batch_size
-    num_bytes = BYTES[precision] * (num_matrix_weights(model) + kv_numbers)
+    num_bytes = weight_bytes + KV_BYTES[precision] * kv_numbers
     return max(
         num_bytes / roofline.bytes_per_s,
         _sums_s(roofline, model, batch_size, batch_size * CONTEXT_LEN, precision),

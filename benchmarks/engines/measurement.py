@@ -28,6 +28,8 @@ class Measurement:
     """Prompt length → seconds to the first token of one prompt."""
     decode: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     """Batch size → seconds a step, each sequence being `CONTEXT_LEN` tokens long at first."""
+    weight_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What a decode step reads of weights, by the form they are held in; empty where a system does not tell."""
 
     def tell(self) -> None:
         """To the parent process, which looks for the last such line on stdout."""

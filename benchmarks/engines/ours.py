@@ -1,11 +1,12 @@
 """Our engine in this process, as a server runs it: scheduler, paged pool, sampler and all.
 
-python -m benchmarks.engines.ours MODEL --precision int8 --threads 1
+python -m benchmarks.engines.ours MODEL --precision int8 --threads 1 [--dense]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ from benchmarks.engines.measurement import (
 from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
 from disaggregated.engine.engine import LLMEngine
-from disaggregated.engine.load import load_engine
+from disaggregated.engine.load import LoadedEngine, load_engine
 from disaggregated.sampling_params import SamplingParams
 
 REPEATS = 3
@@ -29,13 +30,17 @@ FILLING = b"\x3c"
 """Of the KV pool: a small number in every dtype, and memory that is really there: untouched pages all share one."""
 
 
-def make_engine(model: str, precision: str, threads: int) -> LLMEngine:
+def load(model: str, precision: str, threads: int) -> LoadedEngine:
     """The chunk of 512 tokens that a context server takes by default; room for 32 sequences and a long prompt."""
     kv_cache = KVCacheConfig(max_tokens=32 * (CONTEXT_LEN + DECODE_STEPS + 64), enable_block_reuse=False)
     config = ServerConfig(
         model=model, role="generation", dtype=precision, num_threads=threads, device="cpu", kv_cache_config=kv_cache
     )
-    return load_engine(config, allocate=lambda layout: bytearray(FILLING * layout.pool_bytes)).engine
+    return load_engine(config, allocate=lambda layout: bytearray(FILLING * layout.pool_bytes))
+
+
+def make_engine(model: str, precision: str, threads: int) -> LLMEngine:
+    return load(model, precision, threads).engine
 
 
 def requests(kind: RequestKind, count: int, length: int, max_tokens: int, first_seed: int) -> Iterator[EngineRequest]:
@@ -79,9 +84,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dense", action="store_true", help="keep float32 weights as they are")
     arguments = parser.parse_args()
-    engine = make_engine(arguments.model, arguments.precision, arguments.threads)
-    measured = Measurement(f"ours {arguments.precision}", arguments.threads)
+    os.environ["DISAGG_DENSE_WEIGHTS"] = "1" if arguments.dense else "0"
+    loaded = load(arguments.model, arguments.precision, arguments.threads)
+    engine, name = loaded.engine, f"ours {arguments.precision}{' dense' if arguments.dense else ''}"
+    measured = Measurement(name, arguments.threads, weight_bytes=dict(loaded.linear_bytes))
     prefill_seconds(engine, CONTEXT_LEN, 1)
     for length in PREFILL_LENGTHS:
         say(f"prefill {length}")

@@ -116,6 +116,19 @@ static void multiply_rows(const row_block *rows, int64_t panel, int64_t panels, 
     }
 }
 
+static void multiply_row(const linear_job *job, int64_t panel, int64_t panels)
+{
+    row_of_strips row = {
+        .x = job->x,
+        .head = (const uint8_t *)job->weight->panels + panel * STRIPS_OF_PANEL * job->strip_bytes,
+        .strip_bytes = job->strip_bytes,
+        .num_words = job->num_words,
+        .to = job->to + panel * PANEL,
+        .num_columns = job->weight->num_columns - panel * PANEL,
+    };
+    multiply_one_row(job->weight->kind, panels, &row);
+}
+
 /* One block of rows times one group of panels. */
 static void linear_unit(void *argument, int64_t unit, int member)
 {
@@ -131,8 +144,11 @@ static void linear_unit(void *argument, int64_t unit, int member)
     rows.widened = rows.sums + num_sums;
     while (panel < end_panel) {
         int64_t panels = end_row - first_row <= FEW_ROWS && panel + 2 <= end_panel ? 2 : 1;
-        for (int64_t word = 0; word < job->num_words; word += job->words_of_block)
-            multiply_rows(&rows, panel, panels, word);
+        if (is_narrow(job->weight->kind) && job->num_rows == 1)
+            multiply_row(job, panel, panels);
+        else
+            for (int64_t word = 0; word < job->num_words; word += job->words_of_block)
+                multiply_rows(&rows, panel, panels, word);
         panel += panels;
     }
 }

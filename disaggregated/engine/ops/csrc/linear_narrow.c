@@ -11,45 +11,57 @@
 
 typedef struct {
     uint16_t scale, minimum; /* float16 */
-    int8_t codes[GROUP];
+    int32_t codes[GROUP];
 } coded_group;
 
 typedef struct {
-    float smallest, largest;
+    float smallest, largest; /* NaN where one of the numbers is */
 } extent;
 
 static extent extent_of(const float *x)
 {
-    extent e = {x[0], x[0]};
-    for (int i = 1; i < GROUP; i++) {
-        e.smallest = x[i] < e.smallest ? x[i] : e.smallest;
-        e.largest = x[i] > e.largest ? x[i] : e.largest;
+    vec smallest = load(x), largest = smallest, spoiled = smallest - smallest;
+    for (int i = LANES; i < GROUP; i += LANES) {
+        vec part = load(x + i);
+        smallest = lesser(smallest, part);
+        largest = larger(largest, part);
+        spoiled = spoiled + (part - part); /* 0, but NaN for what is not finite. */
     }
-    return e;
+    extent e = {smallest[0], largest[0]};
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        e.smallest = smallest[lane] < e.smallest ? smallest[lane] : e.smallest;
+        e.largest = largest[lane] > e.largest ? largest[lane] : e.largest;
+        sum += spoiled[lane];
+    }
+    return (extent){e.smallest + sum, e.largest + sum};
 }
 
 /* Whether all numbers are code · scale + minimum, with codes of lowest … highest; then these are in `group`. */
 static bool holds(const float *x, float scale, float minimum, bool adds_minimum, int lowest, int highest,
                   coded_group *group)
 {
-    float inverse = scale == 0 ? 0 : 1.0f / scale;
-    uint32_t lost = 0;
-    for (int i = 0; i < GROUP; i++) {
-        float code = rintf((x[i] - minimum) * inverse);
-        code = code > (float)lowest ? code : (float)lowest;
-        code = code < (float)highest ? code : (float)highest;
+    const vec rounder = broadcast(12582912.0f), least = broadcast((float)lowest), most = broadcast((float)highest);
+    const vec inverse = broadcast(scale == 0 ? 0 : 1.0f / scale);
+    vec_int lost = {0};
+    for (int i = 0; i < GROUP; i += LANES) {
+        vec part = load(x + i);
+        vec code = rounded(rounder + rounded((part - minimum) * inverse)) - rounder;
+        code = lesser(most, larger(least, code));
         /* A scale that was too small to be a half left zeros of both signs. */
         if (scale == 0)
-            code = lowest < 0 && bits_of(x[i]) >> 31 ? -1 : 0;
-        lost |= bits_of(adds_minimum ? minimum + code * scale : code * scale) ^ bits_of(x[i]);
-        group->codes[i] = (int8_t)code;
+            code = lowest < 0 ? __builtin_convertvector((vec_int)part >> 31, vec) : (vec){0};
+        lost |= (vec_int)(adds_minimum ? minimum + code * scale : code * scale) ^ (vec_int)part;
+        vec_int whole = __builtin_convertvector(code, vec_int);
+        memcpy(group->codes + i, &whole, sizeof whole);
     }
     group->scale = float16_of(scale);
     group->minimum = float16_of(minimum);
-    return lost == 0;
+    int32_t any = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        any |= lost[lane];
+    return any == 0;
 }
-
-INLINE bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }
 
 /* The nearest half, as a float; 0 where it would be infinite. */
 static float as_half(float x)
@@ -75,7 +87,7 @@ static bool code_signed(const float *x, int lowest, int highest, coded_group *gr
 {
     extent e = extent_of(x);
     float extreme = -e.smallest > e.largest ? e.smallest : e.largest;
-    if (!is_finite(extreme))
+    if (extreme != extreme)
         return false;
     if (extreme == 0)
         return holds(x, 0, 0, false, lowest, highest, group);
@@ -93,7 +105,7 @@ static bool code_signed(const float *x, int lowest, int highest, coded_group *gr
 static bool code_above_minimum(const float *x, coded_group *group)
 {
     extent e = extent_of(x);
-    if (!is_finite(e.smallest) || !is_finite(e.largest))
+    if (e.smallest != e.smallest)
         return false;
     for (int steps = 15; steps > 0; steps--) {
         float scale = as_half((e.largest - e.smallest) / (float)steps);

@@ -17,15 +17,19 @@
 #define GROUP 32
 #define CODES_OF_WORD 8 /* nibbles in 32 bits: of successive words, the first one lowest */
 
-/* What comes first in a group, and how many bytes a word's codes or numbers take. */
+#define NARROW_KINDS(X) \
+    X(LINEAR_FLOAT16) X(LINEAR_BFLOAT16) X(LINEAR_BYTES) X(LINEAR_NIBBLES) X(LINEAR_NIBBLES_AND_MINIMUM)
+
 INLINE bool has_scales(int64_t kind) { return kind >= LINEAR_BYTES; }
 INLINE bool has_minima(int64_t kind) { return kind == LINEAR_NIBBLES_AND_MINIMUM; }
+INLINE bool has_nibbles(int64_t kind) { return kind >= LINEAR_NIBBLES; }
 INLINE bool is_narrow(int64_t kind) { return kind >= LINEAR_FLOAT16; }
 
+/* A group: a scale of each lane, a minimum of each lane, as far as the kind has them, then words of codes, or numbers. */
 INLINE int64_t group_head_bytes(int64_t kind) { return (has_scales(kind) + has_minima(kind)) * LANES * 2; }
 INLINE int64_t group_bytes(int64_t kind)
 {
-    int64_t half_bytes = kind == LINEAR_BYTES ? 2 : has_scales(kind) ? 1 : 4;
+    int64_t half_bytes = has_nibbles(kind) ? 1 : kind == LINEAR_BYTES ? 2 : 4; /* of a number */
     return group_head_bytes(kind) + GROUP * LANES * half_bytes / 2;
 }
 

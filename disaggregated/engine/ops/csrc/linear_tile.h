@@ -54,3 +54,14 @@ INLINE int64_t strip_bytes(int64_t kind, int64_t depth)
 INLINE int64_t num_panels(int64_t num_columns) { return (num_columns + PANEL - 1) / PANEL; }
 
 void multiply_tile(const strip_tile *tile);
+
+/* One row of x times narrow strips, over the whole depth; a tile needs so much less to be told of. */
+typedef struct {
+    const float *x;
+    const uint8_t *head; /* of the first strip */
+    int64_t strip_bytes, num_words;
+    float *to;
+    int64_t num_columns; /* how many from `to` on exist */
+} row_of_strips;
+
+void multiply_one_row(int64_t kind, int64_t panels, const row_of_strips *row);
