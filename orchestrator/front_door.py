@@ -16,6 +16,7 @@ from orchestrator.admission.make import make_gate
 from orchestrator.dispatch import Dispatcher
 from orchestrator.loop_lag import LoopLag
 from orchestrator.metrics import Metrics
+from orchestrator.parsers.formats import ReplyFormats
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
 from orchestrator.server import Role
@@ -81,6 +82,9 @@ class FrontDoor:
 
     def _serve_model(self, model: ServedModel) -> None:
         self._model = self.pools.model = model
+        self.reply_formats = ReplyFormats.choose(
+            self.config.tool_parser, self.config.reasoning_parser, model.tokenizer
+        )
         log.info("model_loaded", model=model.name)
 
     async def _load_model(self) -> None:

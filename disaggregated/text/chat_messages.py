@@ -1,16 +1,21 @@
-"""Messages as OpenAI's API has them, turned into what chat templates expect."""
+"""Messages as OpenAI's API has them, turned into what chat templates expect.
+
+Templates ask whether a message *has* tool calls or a name, so what a client sends as null or empty is taken out.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
 
+_TEXT_OF_PART: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies in which content is one string (or None) and the arguments of tool calls are objects.
+    """Copies in which content is one string (or None beside tool calls) and the arguments of tool calls are objects.
 
     Raises InvalidRequest naming the part that is not text: these models read nothing else.
     """
@@ -18,24 +23,32 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
 
 def _template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    copy = dict(message)
+    copy = {key: value for key, value in message.items() if value is not None}
     if isinstance(copy.get("content"), list):
         copy["content"] = _joined(copy["content"], f"{where}.content")
-    if isinstance(copy.get("tool_calls"), list):
-        copy["tool_calls"] = [_tool_call(call) for call in copy["tool_calls"]]
+    if isinstance(function_call := copy.pop("function_call", None), Mapping):
+        copy["tool_calls"] = [{"type": "function", "function": function_call}]
+    if calls := copy.pop("tool_calls", None):
+        copy["tool_calls"] = [_tool_call(call) for call in calls] if isinstance(calls, list) else calls
+    if "reasoning" in copy:
+        copy.setdefault("reasoning_content", copy.pop("reasoning"))
+    copy["role"] = _ROLES.get(copy.get("role", ""), copy.get("role"))
+    copy.setdefault("content", None if "tool_calls" in copy else "")
     return copy
+
+
+_ROLES: Final = {"developer": "system", "function": "tool"}
+"""Templates were written before the one existed, and after the other one was given up."""
 
 
 def _joined(parts: Sequence[Any], where: str) -> str:
     texts = []
     for index, part in enumerate(parts):
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get(_TEXT_OF_PART.get(str(kind), "")) if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
             raise InvalidRequest(f"content parts must be text, this one is {kind!r}", param=f"{where}[{index}]")
+        texts.append(text)
     return "\n".join(texts)
 
 
@@ -47,7 +60,7 @@ def _tool_call(call: Any) -> Any:
     if not isinstance(arguments, str):
         return call
     try:
-        parsed = json.loads(arguments)
+        parsed = json.loads(arguments or "{}")
     except ValueError:
         return call
     return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call

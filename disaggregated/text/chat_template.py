@@ -6,19 +6,24 @@ filters and functions. They come from the internet, so they run in jinja2's immu
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+import sys
+import time
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.parser import Parser
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.text.chat_messages import template_messages
+from disaggregated.text.tools_as_text import tools_as_text
 
 
 class ChatTemplate:
@@ -26,13 +31,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises ModelUnavailable if `source` is not a template at all."""
-        self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            variables = meta.find_undeclared_variables(environment.parse(source))
+            self._knows_tools = "tools" in variables or "tool_calls" in source
         except jinja2.TemplateSyntaxError as error:
-            raise ModelUnavailable(
-                f"the model's chat template is damaged: line {error.lineno}: {error.message}"
-            ) from error
+            raise ModelUnavailable(f"the chat template is damaged: line {error.lineno}: {error.message}") from error
 
     def render(
         self,
@@ -41,27 +48,56 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
     ) -> str:
         """The prompt. `template_kwargs` are the client's own, such as `enable_thinking`.
 
-        Raises InvalidRequest(param="messages") if the template refuses the messages or stumbles over their shape.
+        Tools that the template knows nothing of are told in the system message.
+
+        Raises InvalidRequest(param="messages") if the template refuses the messages or stumbles over their shape, or
+        takes longer than `timeout_s`: for templates of strangers, and on a thread.
         """
+        shown = template_messages(messages)
+        if not self._knows_tools:
+            shown, tools = tools_as_text(shown, tools), None
         variables = {
-            **self._special_tokens,
+            **self.special_tokens,
             **(template_kwargs or {}),
-            "messages": template_messages(messages),
+            "messages": shown,
             "tools": list(tools) if tools else None,
             "documents": (template_kwargs or {}).get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(variables)
+            with _deadline(timeout_s):
+                return self._template.render(variables)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses this: {error.message}", param="messages") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequest(
                 f"the chat template cannot render these messages: {error}", param="messages"
             ) from error
+
+
+@contextlib.contextmanager
+def _deadline(timeout_s: float | None) -> Iterator[None]:
+    """A template becomes Python code, whose every line is a moment at which it can be stopped."""
+    if timeout_s is None:
+        yield
+        return
+    end_s = time.monotonic() + timeout_s
+
+    def trace(frame: types.FrameType, event: str, argument: object) -> Any:
+        if time.monotonic() > end_s:
+            raise jinja2.TemplateError(f"it takes longer than {timeout_s:g} s")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

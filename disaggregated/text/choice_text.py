@@ -11,9 +11,21 @@ from disaggregated.text.tokenizer import Tokenizer
 class ChoiceText:
     """Detokenizes, drops the stopping token, and ends at the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
-        self._detokenizer = tokenizer.detokenizer(prompt_ids)
-        self._stops = StopStrings(stop) if stop else None
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str],
+        *,
+        shown: frozenset[int] = frozenset(),
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
+        """`shown`: special tokens that are text all the same. `include_stop`: the text ends with what stopped it, if
+        that is text."""
+        self._detokenizer = tokenizer.detokenizer(prompt_ids, skip_special_tokens=skip_special_tokens, shown=shown)
+        self._stops = StopStrings(stop, includes=include_stop) if stop else None
+        self._include_stop = include_stop
         self.finish_reason = ""
 
     @property
@@ -23,7 +35,7 @@ class ChoiceText:
 
     def push(self, token_ids: Sequence[int], finish_reason: str) -> str:
         """The text that these ids complete. Afterwards `finish_reason` is set if it ends here, for whichever reason."""
-        shown = token_ids[:-1] if finish_reason == "stop" else token_ids
+        shown = token_ids[:-1] if finish_reason == "stop" and not self._include_stop else token_ids
         text = self._detokenizer.push(shown)
         if finish_reason:
             text += self._detokenizer.flush()

@@ -36,6 +36,22 @@ def _byte_of_character() -> dict[str, int]:
 _BYTES: Final = _byte_of_character()
 
 
+def byte_level_spelling(piece: str) -> bytes:
+    try:
+        return bytes(_BYTES[character] for character in piece)
+    except KeyError:  # Added tokens are spelled as they are.
+        return piece.encode()
+
+
+def sentencepiece_spelling(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        try:
+            return bytes([int(piece[3:5], 16)])
+        except ValueError:
+            pass
+    return piece.replace("▁", " ").encode()
+
+
 class ByteLevelDetokenizer:
     """Tokens are bytes in GPT-2's alphabet (Llama 3, Qwen, SmolLM).
 
@@ -63,11 +79,7 @@ class ByteLevelDetokenizer:
         return found
 
     def _spelled(self, token_id: int) -> bytes:
-        text = self._piece(token_id) or ""
-        try:
-            return bytes(_BYTES[character] for character in text)
-        except KeyError:  # Added tokens are spelled as they are.
-            return text.encode()
+        return byte_level_spelling(self._piece(token_id) or "")
 
 
 class SentencePieceDetokenizer:

@@ -23,10 +23,12 @@ class StopStrings:
     the longest stop string.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, includes: bool = False) -> None:
+        """`includes`: the reply ends with the stop string, not before it."""
         if any(not stop for stop in stops):
             raise InvalidRequest("a stop string must not be empty", param="stop")
         self._stops = tuple(dict.fromkeys(stops))
+        self._includes = includes
         self._held = ""
         self.matched: str | None = None
         """The stop string that ended the reply."""
@@ -40,8 +42,8 @@ class StopStrings:
         if found := self._first_complete(pending):
             start, self.matched = found
             self._held = ""
-            return Scanned(pending[:start], True)
-        keep = self._num_undecided(pending)
+            return Scanned(pending[: start + len(self.matched)] if self._includes else pending[:start], True)
+        keep = num_undecided(pending, self._stops)
         self._held = pending[len(pending) - keep :]
         return Scanned(pending[: len(pending) - keep], False)
 
@@ -57,9 +59,10 @@ class StopStrings:
         _, start, stop = min(found)
         return start, stop
 
-    def _num_undecided(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
-        return max(_overlap(text, stop) for stop in self._stops)
+
+def num_undecided(text: str, markers: Sequence[str]) -> int:
+    """Length of the longest end of `text` with which one of `markers` begins."""
+    return max(_overlap(text, marker) for marker in markers)
 
 
 def _overlap(text: str, stop: str) -> int:

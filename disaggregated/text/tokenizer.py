@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,13 @@ from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.model_files import read_eos_token_ids
 from disaggregated.model_files.checkpoint import read_json
 from disaggregated.text.chat_template import ChatTemplate
-from disaggregated.text.detokenizer import ByteLevelDetokenizer, Detokenizer, SentencePieceDetokenizer
+from disaggregated.text.detokenizer import (
+    ByteLevelDetokenizer,
+    Detokenizer,
+    SentencePieceDetokenizer,
+    byte_level_spelling,
+    sentencepiece_spelling,
+)
 
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SPACES: Final = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -39,12 +46,12 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
+        self._added_ids = {token.content: index for index, token in added.items()}
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
         self._byte_level = decoder is not None and decoder["type"] == "ByteLevel"
         self._steps = [] if self._byte_level else _sentencepiece_steps(decoder)
-        self._byte_cache: dict[int, bytes] = {}
-        self._byte_cache_with_special: dict[int, bytes] = {}
+        self._byte_caches: dict[frozenset[int] | None, dict[int, bytes]] = {}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -87,9 +94,21 @@ class Tokenizer:
         """Each token as the vocabulary spells it: "Ġfox" for " fox" where tokens are bytes."""
         return [self._backend.id_to_token(token_id) or "" for token_id in ids]
 
+    def spelled(self, token_id: int) -> bytes:
+        """What a token stands for, special ones as they are written; nothing for an id that no token has."""
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        return byte_level_spelling(piece) if self._byte_level else sentencepiece_spelling(piece)
+
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
+
+    @property
+    def chat_template_source(self) -> str:
+        """ "" where there is none."""
+        return "" if self._chat_template is None else self._chat_template.source
 
     def render_chat(
         self,
@@ -106,11 +125,32 @@ class Tokenizer:
             messages, tools=tools, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
         )
 
-    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
-        """For one reply to `prompt_ids`; the prompt's own text is not repeated."""
-        piece = self._printed_piece if skip_special_tokens else self._backend.id_to_token
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """Those of `texts` that are special tokens, which replies are shown without."""
+        return frozenset(self._added_ids[text] for text in texts if text in self._added_ids) & self._special_ids
+
+    def added_token_id(self, text: str) -> int | None:
+        """Of a text that is one token wherever it stands."""
+        return self._added_ids.get(text)
+
+    def chat_template_of(self, source: str) -> ChatTemplate:
+        """Another template for this model. Raises ModelUnavailable if `source` is not a template."""
+        return ChatTemplate(source, self._chat_template.special_tokens if self._chat_template else {})
+
+    def detokenizer(
+        self,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> Detokenizer:
+        """For one reply to `prompt_ids`; the prompt's own text is not repeated. `shown` are special tokens that are not
+        skipped: the same few for all replies."""
+        piece = self._backend.id_to_token
+        if skip_special_tokens:
+            piece = functools.partial(self._printed_piece, self._special_ids - shown if shown else self._special_ids)
         if self._byte_level:
-            cache = self._byte_cache if skip_special_tokens else self._byte_cache_with_special
+            cache = self._byte_caches.setdefault(shown if skip_special_tokens else None, {})
             return ByteLevelDetokenizer(piece, cache, prompt_ids)
         return SentencePieceDetokenizer(
             piece,
@@ -119,8 +159,8 @@ class Tokenizer:
             prompt_ids=prompt_ids,
         )
 
-    def _printed_piece(self, token_id: int) -> str | None:
-        return None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+    def _printed_piece(self, skipped: frozenset[int], token_id: int) -> str | None:
+        return None if token_id in skipped else self._backend.id_to_token(token_id)
 
 
 def _sentencepiece_steps(decoder: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
@@ -13,7 +13,6 @@ from orchestrator.served_model import ServedModel
 INLINE_CHARACTERS_MAX: Final = 2000
 """Up to here tokenizing takes a millisecond at most (SmolLM2's tokenizer: 0.9), and a thread would add half of that."""
 PROMPTS_MAX: Final = 128
-ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 
 async def completion_prompts(fields: Fields, model: ServedModel) -> list[Sequence[int]]:
@@ -45,6 +44,14 @@ def _as_many(prompt: object) -> list[Any]:
     return [prompt] if type(prompt[0]) is int else prompt
 
 
+def prompt_texts(fields: Fields, model: ServedModel, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """The prompts as text: what the client wrote, or what its token ids say."""
+    written = _as_many(fields.get("prompt"))
+    return [
+        one if isinstance(one, str) else model.tokenizer.decode(ids) for one, ids in zip(written, prompts, strict=True)
+    ]
+
+
 async def _ids_of(prompt: object, model: ServedModel, name: str, add_special_tokens: bool) -> Sequence[int]:
     if isinstance(prompt, str):
         ids: Sequence[int] = await encode(prompt, model, add_special_tokens=add_special_tokens, param=name)
@@ -72,47 +79,3 @@ async def encode(text: str, model: ServedModel, *, add_special_tokens: bool, par
     if len(text) <= INLINE_CHARACTERS_MAX:
         return model.tokenizer.encode(text, add_special_tokens, param=param)
     return await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens, param=param)
-
-
-async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
-    """
-    Raises:
-        InvalidRequest: names the message that is wrong, or says what the model's template has against it.
-    """
-    messages = checked_messages(fields.get("messages"))
-    text = model.tokenizer.render_chat(
-        messages,
-        add_generation_prompt=fields.flag("add_generation_prompt", default=True),
-        template_kwargs=fields.mapping("chat_template_kwargs"),
-    )
-    ids = await encode(text, model, add_special_tokens=False, param="messages")
-    if not ids:
-        raise InvalidRequest("messages: the chat template made an empty prompt of them", param="messages")
-    return ids
-
-
-def checked_messages(messages: object) -> list[Mapping[str, Any]]:
-    if messages is None:
-        raise InvalidRequest("messages is missing", param="messages")
-    if not isinstance(messages, list):
-        raise wrong_type("messages", "an array of messages", messages)
-    if not messages:
-        raise InvalidRequest("messages is empty", param="messages")
-    return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _checked_message(message: object, name: str) -> Mapping[str, Any]:
-    if not isinstance(message, dict):
-        raise wrong_type(name, "an object", message)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise InvalidRequest(
-            f"{name}.role must be one of {', '.join(sorted(ROLES))}; is {role!r}", param=f"{name}.role"
-        )
-    content = message.get("content")
-    if content is None and role != "assistant":
-        raise InvalidRequest(f"{name}.content is missing", param=f"{name}.content")
-    if content is not None and not isinstance(content, (str, list)):
-        raise wrong_type(f"{name}.content", "a string or an array of parts", content)
-    # Templates were written before this role existed; to them it is the system's.
-    return {**message, "role": "system"} if role == "developer" else message

@@ -12,10 +12,11 @@ from typing import Final, TypeVar
 from aiohttp import web
 
 from disaggregated.errors import InvalidRequest
+from orchestrator.api.chat import chat_prompt
 from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, wrong_type
 from orchestrator.api.jobs import known_model
-from orchestrator.api.prompts import chat_prompt, checked_token_ids, encode
+from orchestrator.api.prompts import checked_token_ids, encode
 from orchestrator.front_door import FrontDoor
 from orchestrator.served_model import ServedModel
 

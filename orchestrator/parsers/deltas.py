@@ -44,6 +44,9 @@ Delta = Content | Reasoning | CallStart | CallArguments
 class ReplyParser(Protocol):
     """For one reply. What could still become a marker is held back until it is decided."""
 
+    has_enough: bool = False
+    """The client wants no more of the reply: it may end here."""
+
     def push(self, text: str) -> list[Delta]:
         """What this text completes. `text` is never empty."""
 

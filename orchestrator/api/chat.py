@@ -1,0 +1,173 @@
+"""A chat, made ready to be generated: its prompt, and what takes its replies apart."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import orjson
+
+from disaggregated.errors import InvalidRequest, ModelUnavailable
+from disaggregated.grammar import Grammar
+from orchestrator.api.fields import Fields, wrong_type
+from orchestrator.api.messages import checked_messages, num_characters
+from orchestrator.api.prompts import INLINE_CHARACTERS_MAX
+from orchestrator.api.tools import ToolUse, read_tools
+from orchestrator.parsers.choose import ReplyPlan, Wanted, plan_reply
+from orchestrator.parsers.formats import TEXT_ONLY, ReplyFormats
+from orchestrator.served_model import ServedModel
+
+TEMPLATE_CHARACTERS_MAX: Final = 64 << 10
+TEMPLATE_TIMEOUT_S: Final = 1.0
+"""For the rendering of a template that came with a request."""
+_TAIL_CHARACTERS: Final = 64
+"""Of a prompt's text, in which reasoning may be opened."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    token_ids: list[int]
+    plan: ReplyPlan
+    calls_functions: bool
+    """The client speaks the API before tools."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Rendering:
+    """Everything that goes into the prompt."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any]
+    add_generation_prompt: bool
+    template: str | None
+
+    @classmethod
+    def read(cls, fields: Fields, tools: ToolUse | None, *, allows_template: bool) -> _Rendering:
+        return cls(
+            messages=checked_messages(fields.get("messages")),
+            tools=tools.tools if tools else (),
+            variables=_template_variables(fields),
+            add_generation_prompt=_adds_generation_prompt(fields),
+            template=_read_template(fields, allows_template=allows_template),
+        )
+
+    @property
+    def is_short(self) -> bool:
+        if self.template is not None:
+            return False
+        return num_characters(self.messages, INLINE_CHARACTERS_MAX) <= INLINE_CHARACTERS_MAX and (
+            not self.tools or len(orjson.dumps(self.tools)) <= INLINE_CHARACTERS_MAX
+        )
+
+    def run(self, model: ServedModel) -> tuple[list[int], str]:
+        """The prompt's ids and the end of its text."""
+        if self.template is None:
+            text = model.tokenizer.render_chat(
+                self.messages,
+                tools=self.tools,
+                add_generation_prompt=self.add_generation_prompt,
+                template_kwargs=self.variables,
+            )
+        else:
+            text = self._rendered_by_client(self.template, model)
+        ids = model.tokenizer.encode(text, add_special_tokens=False, param="messages")
+        if not ids:
+            raise InvalidRequest("messages: the chat template made an empty prompt of them", param="messages")
+        return ids, text[-_TAIL_CHARACTERS:]
+
+    def _rendered_by_client(self, source: str, model: ServedModel) -> str:
+        try:
+            template = model.tokenizer.chat_template_of(source)
+        except ModelUnavailable as error:
+            raise InvalidRequest(f"chat_template: {error}", param="chat_template") from error
+        return template.render(
+            self.messages,
+            tools=self.tools,
+            add_generation_prompt=self.add_generation_prompt,
+            template_kwargs=self.variables,
+            timeout_s=TEMPLATE_TIMEOUT_S,
+        )
+
+
+async def read_chat(
+    fields: Fields, model: ServedModel, formats: ReplyFormats, *, grammar: Grammar | None, allows_template: bool
+) -> Chat:
+    """`grammar`: that the client asks for, besides its tools. Long chats are rendered and tokenized on a thread.
+
+    Raises:
+        InvalidRequest: names the message or the tool that is wrong, or says what the model's template has against it.
+    """
+    tools = read_tools(fields)
+    wanted = _wanted(fields, tools, grammar)
+    rendering = _Rendering.read(fields, tools, allows_template=allows_template)
+    ids, tail = rendering.run(model) if rendering.is_short else await asyncio.to_thread(rendering.run, model)
+    return Chat(
+        token_ids=ids,
+        plan=plan_reply(wanted, formats, tail if rendering.add_generation_prompt else ""),
+        calls_functions=tools is not None and tools.is_legacy,
+    )
+
+
+async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
+    """The ids alone, of a chat that is not generated. Raises InvalidRequest as `read_chat` does."""
+    return (await read_chat(fields, model, TEXT_ONLY, grammar=None, allows_template=False)).token_ids
+
+
+def _wanted(fields: Fields, tools: ToolUse | None, grammar: Grammar | None) -> Wanted:
+    return Wanted(
+        schemas=tools.schemas if tools else None,
+        must_call=tools is not None and tools.mode == "required",
+        name=tools.name if tools else "",
+        is_parallel=tools is None or tools.is_parallel,
+        separates_reasoning=fields.flag("separate_reasoning", default=True),
+        shows_reasoning=fields.flag("include_reasoning", default=True),
+        grammar=grammar,
+    )
+
+
+def _adds_generation_prompt(fields: Fields) -> bool:
+    return fields.flag("add_generation_prompt", default=True)
+
+
+def _template_variables(fields: Fields) -> dict[str, Any]:
+    """What clients have to say of reasoning, in the variables' names that templates have for it."""
+    variables: dict[str, Any] = {}
+    thinks = _wants_thinking(fields)
+    if thinks is not None:
+        variables |= {"enable_thinking": thinks, "thinking": thinks}
+    effort = fields.get("reasoning_effort")
+    if isinstance(effort, str) and effort != "none":
+        variables["reasoning_effort"] = effort
+    return variables | dict(fields.mapping("chat_template_kwargs") or {})
+
+
+def _wants_thinking(fields: Fields) -> bool | None:
+    """Each family of clients has its own way; None: the model decides."""
+    enable, thinking = fields.get("enable_thinking"), fields.get("thinking")
+    if isinstance(enable, bool):
+        return enable
+    if isinstance(thinking, dict) and thinking.get("type") in ("enabled", "disabled"):
+        return bool(thinking["type"] == "enabled")
+    return False if fields.get("reasoning_effort") == "none" else None
+
+
+def _read_template(fields: Fields, *, allows_template: bool) -> str | None:
+    template = fields.get("chat_template")
+    if template is None:
+        return None
+    if not allows_template:
+        raise InvalidRequest(
+            "chat_template: templates of requests are not run here (allow_request_chat_template is false)",
+            param="chat_template",
+        )
+    if not isinstance(template, str):
+        raise wrong_type("chat_template", "a string", template)
+    if len(template) > TEMPLATE_CHARACTERS_MAX:
+        raise InvalidRequest(
+            f"chat_template has {len(template)} characters, the limit is {TEMPLATE_CHARACTERS_MAX}",
+            param="chat_template",
+        )
+    return template

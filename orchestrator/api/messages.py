@@ -1,0 +1,86 @@
+"""Checks the messages of a chat, so that a template finds only what templates know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from disaggregated.errors import InvalidRequest
+from orchestrator.api.fields import wrong_type
+
+ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_MAY_SAY_NOTHING: Final = frozenset({"assistant", "tool", "function"})
+"""Who calls a tool says nothing besides, and a tool may have nothing to tell."""
+
+
+def checked_messages(messages: object) -> list[Mapping[str, Any]]:
+    """
+    Raises:
+        InvalidRequest: names the message, and in it the field, that is wrong.
+    """
+    if messages is None:
+        raise InvalidRequest("messages is missing", param="messages")
+    if not isinstance(messages, list):
+        raise wrong_type("messages", "an array of messages", messages)
+    if not messages:
+        raise InvalidRequest("messages is empty", param="messages")
+    return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def num_characters(messages: Iterable[Mapping[str, Any]], enough: int) -> int:
+    """Roughly, and no further than `enough`: whether this is worth a thread."""
+    count = 0
+    for message in messages:
+        content = message.get("content") or ""
+        parts = [content] if isinstance(content, str) else [_text_of(part) for part in content]
+        count += 20 + sum(map(len, parts)) + len(str(message.get("tool_calls") or ""))
+        if count > enough:
+            break
+    return count
+
+
+def _text_of(part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else ""
+
+
+def _checked_message(message: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(message, dict):
+        raise wrong_type(name, "an object", message)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequest(
+            f"{name}.role must be one of {', '.join(sorted(ROLES))}; is {role!r}", param=f"{name}.role"
+        )
+    content = message.get("content")
+    if content is None and role not in _MAY_SAY_NOTHING:
+        raise InvalidRequest(f"{name}.content is missing", param=f"{name}.content")
+    if content is not None and not isinstance(content, (str, list)):
+        raise wrong_type(f"{name}.content", "a string or an array of parts", content)
+    for field in ("tool_call_id", "name", "reasoning_content", "reasoning", "refusal"):
+        if not isinstance(message.get(field), str | None):
+            raise wrong_type(f"{name}.{field}", "a string", message[field])
+    _check_calls(message, name)
+    return message
+
+
+def _check_calls(message: Mapping[str, Any], name: str) -> None:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | None):
+        raise wrong_type(f"{name}.tool_calls", "an array of calls", calls)
+    for index, call in enumerate(calls or ()):
+        where = f"{name}.tool_calls[{index}]"
+        if not isinstance(call, dict):
+            raise wrong_type(where, "an object", call)
+        _check_function(call.get("function"), f"{where}.function")
+    if message.get("function_call") is not None:
+        _check_function(message["function_call"], f"{name}.function_call")
+
+
+def _check_function(function: object, where: str) -> None:
+    if not isinstance(function, dict):
+        raise wrong_type(where, "an object", function)
+    if not isinstance(function.get("name"), str):
+        raise wrong_type(f"{where}.name", "a string", function.get("name"))
+    if not isinstance(function.get("arguments"), str | dict | None):
+        raise wrong_type(f"{where}.arguments", "a string of JSON", function["arguments"])

@@ -1,0 +1,164 @@
+"""`tools` and `tool_choice` of a chat: which functions the model may call, and whether it must.
+
+The API before tools (`functions`, `function_call`) means the same thing with one call at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+from disaggregated.errors import InvalidRequest
+from orchestrator.api.fields import Fields, wrong_type
+
+TOOLS_MAX: Final = 512
+_NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+_CHOICES: Final[Mapping[str, Literal["none", "auto", "required"]]] = {
+    "none": "none", "auto": "auto", "required": "required", "any": "required"
+}  # fmt: skip
+"""Mistral's clients say "any"."""
+
+NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    tools: Sequence[Mapping[str, Any]]
+    """As templates know them: {"type": "function", "function": {"name", "description", "parameters"}}."""
+    schemas: Mapping[str, Mapping[str, Any]]
+    """Of those that may be called: name and JSON schema of the arguments."""
+    mode: Literal["auto", "required"]
+    name: str = ""
+    """With "required": the only one that may be called, and exactly once; "": any."""
+    is_parallel: bool = True
+    """Several calls in one reply are welcome."""
+    is_legacy: bool = False
+
+
+def read_tools(fields: Fields) -> ToolUse | None:
+    """None: the model is not told of any tool, and its reply is text.
+
+    Raises:
+        InvalidRequest: names the tool or the choice that is wrong.
+    """
+    is_parallel = fields.flag("parallel_tool_calls", default=True)
+    tools, choice = fields.get("tools"), fields.get("tool_choice")
+    functions, function_call = fields.get("functions"), fields.get("function_call")
+    if functions is not None and functions != []:
+        if tools:
+            raise InvalidRequest("functions is the older name of tools: give only one of them", param="functions")
+        wrapped = _wrapped_functions(functions)
+        return _tool_use(_checked(wrapped, "functions"), function_call, "function_call", False, is_legacy=True)
+    return _tool_use(_checked(tools, "tools"), choice, "tool_choice", is_parallel, is_legacy=False)
+
+
+def refuse_tools(fields: Fields) -> None:
+    """Raises InvalidRequest where a text completion asks for calls, which only a chat can be told of."""
+    for name in ("tools", "functions"):
+        if fields.get(name):
+            raise InvalidRequest(f"{name}: only /v1/chat/completions takes them", param=name)
+
+
+def _wrapped_functions(functions: object) -> object:
+    if not isinstance(functions, list):
+        raise wrong_type("functions", "an array of functions", functions)
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _checked(tools: object, param: str) -> list[Mapping[str, Any]]:
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise wrong_type(param, "an array of tools", tools)
+    if len(tools) > TOOLS_MAX:
+        raise InvalidRequest(f"{param} has {len(tools)} tools, the limit is {TOOLS_MAX}", param=param)
+    checked = [_checked_tool(tool, f"{param}[{index}]") for index, tool in enumerate(tools)]
+    names: set[str] = set()
+    for index, tool in enumerate(checked):
+        name = tool["function"]["name"]
+        if name in names:
+            raise InvalidRequest(f"{param}[{index}] is the second one called {name!r}", param=f"{param}[{index}]")
+        names.add(name)
+    return checked
+
+
+def _checked_tool(tool: object, where: str) -> Mapping[str, Any]:
+    """In the form that templates know; the Responses API writes the function's fields into the tool itself."""
+    if not isinstance(tool, dict):
+        raise wrong_type(where, "an object", tool)
+    if tool.get("type", "function") != "function":
+        raise InvalidRequest(
+            f"{where}.type must be 'function', is {tool['type']!r}: no other tools are run here", param=f"{where}.type"
+        )
+    function = tool.get("function", tool if "name" in tool else None)
+    if not isinstance(function, dict):
+        raise wrong_type(f"{where}.function", "an object", function)
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{where}.function.name must be 1 to 128 letters, digits, or _ . : / -; is {_shown(name)}",
+            param=f"{where}.function.name",
+        )
+    description, parameters = function.get("description"), function.get("parameters")
+    if not isinstance(description, str | None):
+        raise wrong_type(f"{where}.function.description", "a string", description)
+    if not isinstance(parameters, dict | None):
+        raise wrong_type(f"{where}.function.parameters", "a JSON schema (an object)", parameters)
+    shown = {"name": name, "description": description or "", "parameters": parameters or NO_PARAMETERS}
+    return {"type": "function", "function": shown}
+
+
+def _tool_use(
+    tools: Sequence[Mapping[str, Any]], choice: object, param: str, is_parallel: bool, *, is_legacy: bool
+) -> ToolUse | None:
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    mode, names = _read_choice(choice, param, is_legacy=is_legacy)
+    if not tools and mode in ("required", "named"):
+        raise InvalidRequest(f"{param} asks for a call, but there are no tools to call", param=param)
+    if missing := [name for name in names if name not in schemas]:
+        raise InvalidRequest(f"{param} names {_shown(missing[0])}, which is not among the tools", param=param)
+    if not tools or mode == "none":
+        return None
+    return ToolUse(
+        tools=tools,
+        schemas={name: schemas[name] for name in names} if names else schemas,
+        mode="auto" if mode == "auto" else "required",
+        name=names[0] if mode == "named" else "",
+        is_parallel=is_parallel,
+        is_legacy=is_legacy,
+    )
+
+
+def _read_choice(choice: object, param: str, *, is_legacy: bool) -> tuple[str, list[str]]:
+    """ "none", "auto", "required" or "named", and the tools that it names."""
+    if choice is None:
+        return "auto", []
+    if isinstance(choice, str) and choice in _CHOICES:
+        return _CHOICES[choice], []
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        mode, tools = (allowed.get("mode"), allowed.get("tools")) if isinstance(allowed, dict) else (None, None)
+        if mode in ("auto", "required") and isinstance(tools, list):
+            return mode, [_chosen_name(tool, param) for tool in tools]
+        raise InvalidRequest(f"{param}.allowed_tools must have a mode (auto or required) and tools", param=param)
+    if isinstance(choice, dict):
+        return "named", [_chosen_name({"function": choice} if is_legacy else choice, param)]
+    known = "none, auto, required or an object that names a function"
+    raise InvalidRequest(f"{param} must be {known}, is {_shown(choice)}", param=param)
+
+
+def _chosen_name(choice: object, param: str) -> str:
+    function = choice.get("function", choice) if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise InvalidRequest(f"{param} must name a function: {_EXAMPLE}", param=param)
+    return name
+
+
+_EXAMPLE: Final = '{"type": "function", "function": {"name": "…"}}'
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]

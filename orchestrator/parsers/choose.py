@@ -1,0 +1,97 @@
+"""What takes the replies to one request apart, and what grammar they have to follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from disaggregated.grammar import Grammar, GrammarKind
+from orchestrator.parsers.deltas import ReplyParser
+from orchestrator.parsers.forced_calls import NamedCall, arguments_schema, calls_schema
+from orchestrator.parsers.formats import ReplyFormats
+from orchestrator.parsers.json_calls import JsonCalls, JsonLayout, Schemas
+from orchestrator.parsers.one_call import OneCall
+from orchestrator.parsers.reasoning import ReasoningParser, ReasoningTags
+
+MakeParser = Callable[[], ReplyParser]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Of one request."""
+
+    schemas: Schemas | None = None
+    """The tools that may be called; None: there are none."""
+    must_call: bool = False
+    name: str = ""
+    """With `must_call`: the one tool that has to be called."""
+    is_parallel: bool = True
+    separates_reasoning: bool = True
+    shows_reasoning: bool = True
+    grammar: Grammar | None = None
+    """That the client asks for itself, and that a forced call takes the place of."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyPlan:
+    make_parser: MakeParser | None = None
+    """None: all text is content."""
+    grammar: Grammar | None = None
+    may_end_anywhere: bool = False
+    """A parser may have had enough after any token."""
+    shown: frozenset[int] = frozenset()
+    """Special tokens whose text the parser has to see."""
+
+
+def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str) -> ReplyPlan:
+    """`prompt_tail` is the end of the prompt's text: a template may open or close the reasoning there."""
+    grammar = _grammar(wanted)
+    begins_within = formats.reasoning is not None and formats.reasoning.opens(prompt_tail)
+    if grammar is not None and begins_within:
+        # Where the end of the reasoning is no single token nothing tells the grammar when to begin: then at once.
+        grammar = dataclasses.replace(grammar, starts_after=formats.reasoning_end)
+        begins_within = bool(formats.reasoning_end)
+    make = _with_reasoning(wanted, formats.reasoning, begins_within, _call_parser(wanted, formats))
+    return ReplyPlan(
+        make_parser=make,
+        grammar=grammar,
+        may_end_anywhere=make is not None and not wanted.is_parallel,
+        shown=frozenset() if make is None else formats.shown,
+    )
+
+
+def _with_reasoning(
+    wanted: Wanted, tags: ReasoningTags | None, begins_within: bool, make_calls: MakeParser | None
+) -> MakeParser | None:
+    if tags is None or not (wanted.separates_reasoning or wanted.must_call):
+        return make_calls
+
+    def make() -> ReplyParser:
+        then = None if make_calls is None else make_calls()
+        return ReasoningParser(tags, begins_within=begins_within, then=then, is_shown=wanted.shows_reasoning)
+
+    return make
+
+
+def _grammar(wanted: Wanted) -> Grammar | None:
+    if wanted.schemas is None or not wanted.must_call:
+        return wanted.grammar
+    if wanted.name:
+        return Grammar(GrammarKind.JSON_SCHEMA, arguments_schema(wanted.schemas[wanted.name]))
+    return Grammar(GrammarKind.JSON_SCHEMA, calls_schema(wanted.schemas, is_parallel=wanted.is_parallel))
+
+
+def _call_parser(wanted: Wanted, formats: ReplyFormats) -> MakeParser | None:
+    schemas, tools = wanted.schemas, formats.tools
+    if schemas is None:
+        return None
+    if wanted.must_call:
+        new_id = formats.new_call_id
+        if wanted.name:
+            return lambda: NamedCall(wanted.name, new_id)
+        return lambda: JsonCalls(JsonLayout(), schemas, new_id, is_forced=True)
+    if tools is None:
+        return None
+    if wanted.is_parallel:
+        return lambda: tools.make(schemas, tools.new_id)
+    return lambda: OneCall(tools.make(schemas, tools.new_id))

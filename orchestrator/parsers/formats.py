@@ -1,0 +1,130 @@
+"""Which way of calling tools, and of reasoning, a model has: by configured names, or by what its chat template shows.
+
+A template shows the model how its earlier calls looked, so it has the markers in it that a reply will have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from disaggregated.config.parser_names import AUTO, NONE
+from disaggregated.text import Tokenizer
+from orchestrator.parsers.call_ids import NewCallId, mistral_call_id, openai_call_id
+from orchestrator.parsers.deltas import ReplyParser
+from orchestrator.parsers.json_calls import JsonCalls, JsonLayout, Schemas
+from orchestrator.parsers.marked_calls import DEEPSEEK, KIMI, MarkedCalls, MistralCalls
+from orchestrator.parsers.pythonic_calls import PythonicCalls
+from orchestrator.parsers.reasoning import REASONING, ReasoningTags
+from orchestrator.parsers.tagged_calls import BEGIN, END, GlmCalls, QwenCoderCalls
+
+_HERMES: Final = JsonLayout((BEGIN,), (END,))
+_MISTRAL: Final = JsonLayout(("[TOOL_CALLS]",))
+_LLAMA: Final = JsonLayout()
+_LLAMA_4: Final = JsonLayout(("<|python_start|>",), ("<|python_end|>",))
+_LFM: Final = JsonLayout(("<|tool_call_start|>",), ("<|tool_call_end|>",))
+_GRANITE: Final = JsonLayout(("<|tool_call|>", "<tool_call>"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToolFormat:
+    make: Callable[[Schemas, NewCallId], ReplyParser]
+    markers: tuple[str, ...] = ()
+    """Where a model's vocabulary has them as special tokens, they are shown to the parser all the same."""
+    new_id: NewCallId = openai_call_id
+
+
+def _json(layout: JsonLayout) -> ToolFormat:
+    return ToolFormat(lambda schemas, new_id: JsonCalls(layout, schemas, new_id), (*layout.begin, *layout.end))
+
+
+def _pythonic(layout: JsonLayout) -> ToolFormat:
+    return ToolFormat(lambda schemas, new_id: PythonicCalls(layout, schemas, new_id), (*layout.begin, *layout.end))
+
+
+TOOL_FORMATS: Final[Mapping[str, ToolFormat]] = {
+    "hermes": _json(_HERMES),
+    "llama3_json": _json(_LLAMA),
+    "granite": _json(_GRANITE),
+    "mistral": ToolFormat(
+        lambda schemas, new_id: MistralCalls(_MISTRAL, schemas, new_id),
+        ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+        mistral_call_id,
+    ),
+    "deepseek_v3": ToolFormat(lambda _, new_id: MarkedCalls(DEEPSEEK, new_id), DEEPSEEK.markers),
+    "kimi_k2": ToolFormat(lambda _, new_id: MarkedCalls(KIMI, new_id), KIMI.markers),
+    "pythonic": _pythonic(JsonLayout()),
+    "llama4_pythonic": _pythonic(_LLAMA_4),
+    "lfm2": _pythonic(_LFM),
+    "qwen3_coder": ToolFormat(QwenCoderCalls, (BEGIN, END)),
+    "glm45": ToolFormat(GlmCalls, (BEGIN, END, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")),
+}
+"""By the names that `tool_parser` takes."""
+
+_SHOWN_IN_TEMPLATES: Final = (
+    ("<function=", "qwen3_coder"),
+    ("<arg_key>", "glm45"),
+    ("<|tool_calls_section_begin|>", "kimi_k2"),
+    ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<|tool_call_start|>", "lfm2"),
+    ("<|python_start|>", "llama4_pythonic"),
+    ("<tool_call>", "hermes"),
+    ("<|python_tag|>", "llama3_json"),
+    ('"parameters": dictionary of argument name', "llama3_json"),
+    ("<|tool_call|>", "granite"),
+    ("[func_name1(", "pythonic"),
+)
+"""In this order, since some have the marker of another one too."""
+
+_TAGS_IN_TEMPLATES: Final = (
+    ("</think>", "qwen3"),
+    ("[/THINK]", "mistral"),
+    ("</seed:think>", "seed_oss"),
+    ("<|END_THINKING|>", "command_a"),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplyFormats:
+    """Of one served model."""
+
+    tools: ToolFormat | None
+    """None: tool calls stay text."""
+    reasoning: ReasoningTags | None
+    shown: frozenset[int] = frozenset()
+    """Special tokens whose text the parsers have to see."""
+    reasoning_end: tuple[int, ...] = ()
+    """The token that ends reasoning, where it is one token: what a grammar may wait for."""
+
+    @property
+    def new_call_id(self) -> NewCallId:
+        return self.tools.new_id if self.tools else openai_call_id
+
+    @classmethod
+    def choose(cls, tool_parser: str, reasoning_parser: str, tokenizer: Tokenizer) -> ReplyFormats:
+        """By names from the configuration, "auto" and "none" among them. A model without a sign of its own way is told
+        to call as Hermes does."""
+        template = tokenizer.chat_template_source
+        tool_name = _detected(tool_parser, template, _SHOWN_IN_TEMPLATES) or "hermes"
+        reasoning_name = _detected(reasoning_parser, template, _TAGS_IN_TEMPLATES)
+        tools = None if tool_name == NONE else TOOL_FORMATS[tool_name]
+        reasoning = None if reasoning_name in ("", NONE) else REASONING[reasoning_name]
+        markers = [*(tools.markers if tools else ()), *((reasoning.begin, reasoning.end) if reasoning else ())]
+        end_id = tokenizer.added_token_id(reasoning.end) if reasoning else None
+        return cls(
+            tools=tools,
+            reasoning=reasoning,
+            shown=tokenizer.special_ids_of(markers),
+            reasoning_end=() if end_id is None else (end_id,),
+        )
+
+
+TEXT_ONLY: Final = ReplyFormats(tools=None, reasoning=None)
+
+
+def _detected(name: str, template: str, signs: tuple[tuple[str, str], ...]) -> str:
+    if name != AUTO:
+        return name
+    return next((found for sign, found in signs if sign in template), "")
