@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError
+from disaggregated.request_life import Phase
 from orchestrator.routing.scorecard import Scorecard
 from orchestrator.server import Server
 from orchestrator.story import AttemptStory, RequestStory
@@ -76,6 +77,12 @@ class Metrics:
         self._tpot = histogram("disagg_tpot_seconds", "Mean gap between tokens of a sequence.", _SHORT_SECONDS)
         self._gap = histogram("disagg_longest_gap_seconds", "Longest gap between two tokens of a sequence.")
         self._e2e = histogram("disagg_e2e_seconds", "Arrival to last token.")
+        self._objectives = counter(
+            "disagg_slo_requests_total",
+            "Requests whose client named an objective, by whether it was met; refused ones missed it.",
+            "objective",
+            "outcome",
+        )
         self._queue = histogram("disagg_queue_seconds", "Waiting for servers, in the orchestrator.")
         self._prefill_queue = histogram("disagg_prefill_queue_seconds", "Waiting for the first chunk, on its server.")
         self._prefill = histogram("disagg_prefill_seconds", "Computing the prompt.")
@@ -146,9 +153,23 @@ class Metrics:
         if story.finish_reason:
             self._responses.inc()
             self._e2e.observe(ended_s - story.arrived_s)
+        self._observe_objectives(story, ended_s)
         self._observe_first_token(story)
         self._observe_attempts(story)
         self._log(story, outcome, ended_s)
+
+    def _observe_objectives(self, story: RequestStory, ended_s: float) -> None:
+        if story.life.phase is Phase.CANCELLED:
+            return
+        wanted, has_ended = story.objectives, bool(story.finish_reason)
+        for name, limit_s, took_s in (
+            ("timeout", wanted.timeout_s, ended_s - story.arrived_s if has_ended else None),
+            ("ttft", wanted.ttft_s, story.ttft_s),
+            ("tpot", wanted.tpot_s, (story.tpot_s or 0.0) if has_ended else None),
+        ):
+            if limit_s is not None:
+                is_met = took_s is not None and took_s <= limit_s
+                self._objectives.labels(name, "met" if is_met else "missed").inc()
 
     def _observe_first_token(self, story: RequestStory) -> None:
         if story.ttft_s is None:
@@ -251,6 +272,12 @@ class _LiveNumbers(Collector):
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "disagg_queue_depth", "Sequences that wait for servers.", value=len(self._dispatcher.queue)
+        )
+        yield GaugeMetricFamily(
+            "disagg_queue_tokens", "That they are expected to take.", value=self._dispatcher.queue.num_tokens
+        )
+        yield GaugeMetricFamily(
+            "disagg_queue_tenants", "To whom they belong.", value=self._dispatcher.queue.num_tenants
         )
         yield GaugeMetricFamily(
             "disagg_requests_active", "Sequences that wait or run.", value=self._dispatcher.stories.num_running

@@ -10,18 +10,21 @@ from aiohttp import web
 from disaggregated import __version__
 from disaggregated.errors import DisaggregatedError, InvalidRequest, NoServerAvailable
 from disaggregated.v1 import control_pb2
+from orchestrator.admission.make import caller_of
 from orchestrator.api.error_body import error_response, json_response, plain_error_response
 from orchestrator.api.fields import Fields
 from orchestrator.front_door import FrontDoor
 from orchestrator.metrics import CONTENT_TYPE
 from orchestrator.server import Role, Server
 
-LEDGER_TIMEOUT_S: Final = 10.0
+LEDGER_TIMEOUT_S: Final = 15.0
+"""A server whose engine is in a long step says so after ten."""
 _INSTANCES_MAX: Final = 10_000
 
 
 async def models(door: FrontDoor, http: web.Request) -> web.Response:
     model = door.served_model()
+    may_use = caller_of(http).may_use(model.name, *model.aliases)
     entry = {
         "id": model.name,
         "object": "model",
@@ -29,7 +32,7 @@ async def models(door: FrontDoor, http: web.Request) -> web.Response:
         "owned_by": "disaggregated",
         "max_model_len": door.num_tokens_max(model),
     }
-    return json_response({"object": "list", "data": [entry]})
+    return json_response({"object": "list", "data": [entry] if may_use else []})
 
 
 async def health(door: FrontDoor, http: web.Request) -> web.Response:
