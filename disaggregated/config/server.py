@@ -131,5 +131,7 @@ class ServerConfig:
     """Otherwise, on a device that works on its own, a step is launched before the tokens of the last one are known."""
     scheduler_config: SchedulerConfig = SchedulerConfig()
     speculative_config: SpeculativeConfig = SpeculativeConfig()
+    guided_decoding_backend: str = "auto"
+    """"xgrammar" or "llguidance" for grammars; "auto": the better one of those that are installed."""
     kv_cache_config: KVCacheConfig = KVCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()

@@ -100,6 +100,12 @@ _HONOURED: Final = (
         "max_num_tokens", AT_LEAST_1, "Tokens computed in one step; a longer prompt is prefilled in chunks of it."
     ),
     honoured("max_seq_len", AT_LEAST_1, "Prompt and generated tokens together; left out: the model's own limit."),
+    honoured(
+        "guided_decoding_backend",
+        choice("auto", "xgrammar", "llguidance", spellings={"guidance": "llguidance"}),
+        "Library that follows grammars, for structured output. auto is xgrammar for JSON and EBNF, if it is installed, "
+        "and llguidance for the rest; a named one is loaded when the server starts, auto when the first grammar comes.",
+    ),
     honoured("num_threads", AT_LEAST_1, "CPU threads of the engine; left out: the launcher deals the cores out."),
     honoured("cpu_affinity", CORES, "Cores the server is pinned to; left out: the launcher deals the cores out."),
     honoured("kv_cache_config.enable_block_reuse", BOOLEAN, "Keep finished blocks for prompts that begin the same."),
@@ -216,7 +222,6 @@ _NOT_BUILT: Final = (
     not_built("quant_config.exclude_modules", ANYTHING, _QUANTISED_LINEARS, harmless=([],)),
     not_built("sparse_attention_config", ANYTHING, "attention is dense"),
     not_built("kv_connector_config", ANYTHING, "KV is not kept outside the servers"),
-    not_built("guided_decoding_backend", TEXT, "output is not constrained by a grammar"),
     not_built("gather_generation_logits", BOOLEAN, "logits are not returned", harmless=(False,)),
     not_built("env_overrides", ANYTHING, "set the environment of the command itself", harmless=({},)),
     not_built("max_beam_width", AT_LEAST_1, "there is no beam search", harmless=(1,)),

@@ -24,6 +24,7 @@ from disaggregated.engine.fingerprint import (
     tokenizer_digest,
     weights_digest,
 )
+from disaggregated.engine.grammar.configured import grammar_compiler
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.host_tier.device_memory import StreamBlockCopier
 from disaggregated.engine.host_tier.memory import MemoryBlockCopier
@@ -132,6 +133,7 @@ def load_engine(
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
             speculation=speculation,
             overlap=_overlaps(config, runner, speculation),
+            grammar_source=grammar_compiler(config, files, model_config),
             copier=_copier(kv_cache, size.num_host_slots, device),
             event_buffer_max_size=config.kv_cache_config.event_buffer_max_size,
         ),
