@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import click
 
+API_KEY_VARIABLE: Final = "DISAGG_API_KEY"
+"""Of an operator, where the deployment has API keys."""
 _STATUS_TIMEOUT_S = 5.0
 _WORD_MAX = 40
 """Characters. Whatever is longer is a sentence, to the width of which the other rows are not stretched."""
@@ -75,7 +78,10 @@ def _call(url: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) 
     if "://" not in url:
         url = f"http://{url}"
     payload = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=payload, headers={"content-type": "application/json"})
+    headers = {"content-type": "application/json"}
+    if key := os.environ.get(API_KEY_VARIABLE):
+        headers["authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data=payload, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return answer.status, _parsed(answer.read())

@@ -25,6 +25,7 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.config.one_line import EXIT_INTERRUPTED
 from disaggregated.security import membership
 from disaggregated.security.secret import ClusterSecret
+from orchestrator.admission.http_tls import front_door_tls
 from orchestrator.app import DOOR, make_app, make_runner
 from orchestrator.launch_plan import LaunchLimits
 from orchestrator.launcher import Launcher
@@ -110,7 +111,7 @@ async def _answer(
     runner = make_runner(app, shutdown_timeout_s=CONNECTIONS_TIMEOUT_S)
     try:
         await runner.setup()
-        await web.SockSite(runner, listener).start()
+        await web.SockSite(runner, listener, ssl_context=front_door_tls(config.door)).start()
         _freeze_start_up_objects()
         sys.stdout.write(f"READY orchestrator {address_of(listener)} model={config.model or 'of its servers'}\n")
         sys.stdout.flush()

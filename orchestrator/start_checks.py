@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
@@ -15,6 +16,8 @@ from disaggregated.config.load import check_can_start
 from disaggregated.errors import ConfigError
 from disaggregated.security import secret, tls
 from kvtransfer.negotiate import DEFAULT, Preference
+from orchestrator.admission.api_keys import read_keys
+from orchestrator.admission.http_tls import front_door_tls
 
 _BACKEND: Final = "cache_transceiver_config.backend"
 
@@ -22,13 +25,16 @@ _BACKEND: Final = "cache_transceiver_config.backend"
 def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Sentences about what will be another way than the file says, and may be so.
 
-    Raises ConfigError, which names the key, for what cannot work: keys that are not built, a secret or a certificate
-    that cannot be used, a transport that is not here, two sections that can never meet.
+    Raises ConfigError, which names the key, for what cannot work: keys that are not built, a secret, a certificate
+    or a file of API keys that cannot be used, a transport that is not here, two sections that can never meet.
     """
     check_can_start(config)
     security = config.security
     secret.find(environ, file=security.cluster_secret_file, key=security.internal_request_auth_key)
     tls.load(security.tls)
+    front_door_tls(config.door)
+    if config.door.api_keys_file:
+        read_keys(Path(config.door.api_keys_file))
     preferences = {pool.server.role: _preference(pool) for pool in _started_here(config)}
     _check_they_meet(preferences)
     reasons = {each.backend: reason for each in preferences.values() if (reason := each.check())}

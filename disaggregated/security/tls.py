@@ -93,15 +93,7 @@ def _read(key: str, path: str) -> bytes | None:
 def _check(files: TlsFiles) -> None:
     """gRPC tells only at the first connection, and only in its own log, what is wrong with a certificate."""
     if files.cert_file:
-        _check_private(files.key_file)
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                files.cert_file, files.key_file, password=_no_password
-            )
-        except (ssl.SSLError, ValueError) as error:
-            raise ConfigError(
-                f"tls_cert_file: {files.cert_file} with tls_key_file {files.key_file}: {_said(error)}"
-            ) from error
+        server_context(files.cert_file, files.key_file)
     if files.ca_file:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(files.ca_file)
@@ -109,9 +101,31 @@ def _check(files: TlsFiles) -> None:
             raise ConfigError(f"tls_ca_file: {files.ca_file}: {_said(error)}") from error
 
 
-def _check_private(path: str) -> None:
-    if os.stat(path).st_mode & stat.S_IRWXO:
-        raise ConfigError(f"tls_key_file: {path}: others than its owner may use it; chmod 600 {path}")
+def server_context(
+    cert_file: str, key_file: str, *, cert_name: str = "tls_cert_file", key_name: str = "tls_key_file"
+) -> ssl.SSLContext:
+    """Of a server with this certificate. Raises ConfigError that names the configured key and the file."""
+    _check_private(key_file, key_name)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert_file, key_file, password=_no_password)
+    except OSError as error:
+        if not isinstance(error, ssl.SSLError):
+            raise ConfigError(f"{cert_name}: {cert_file}: {error.strerror}") from error
+        raise ConfigError(f"{cert_name}: {cert_file} with {key_name} {key_file}: {_said(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{cert_name}: {cert_file} with {key_name} {key_file}: {error}") from error
+    return context
+
+
+def _check_private(path: str, name: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise ConfigError(f"{name}: {path}: {error.strerror}") from error
+    if mode & stat.S_IRWXO:
+        raise ConfigError(f"{name}: {path}: others than its owner may use it; chmod 600 {path}")
 
 
 def _no_password() -> str:

@@ -16,6 +16,7 @@ from aiohttp import web
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.sampling_params import SamplingParams
+from orchestrator.admission.http_tls import front_door_tls
 from orchestrator.app import DOOR, make_app, make_runner
 from orchestrator.front_door import FrontDoor
 from orchestrator.scaler import Scaler
@@ -93,8 +94,10 @@ async def front_door(
         listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer_bytes is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
-        await web.SockSite(runner, listener).start()
-        door = Door(f"http://127.0.0.1:{runner.addresses[0][1]}", http, cluster, app[DOOR], model)
+        tls = front_door_tls(settings.door)
+        await web.SockSite(runner, listener, ssl_context=tls).start()
+        scheme = "https" if tls else "http"
+        door = Door(f"{scheme}://127.0.0.1:{runner.addresses[0][1]}", http, cluster, app[DOOR], model)
         try:
             if is_awaited:
                 await until(lambda: app[DOOR].why_not_serving() is None)
