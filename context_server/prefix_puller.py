@@ -50,9 +50,12 @@ class _Hint:
 
     plan: PullPlan
 
-    def __init__(self, owner: str, token_ids: Sequence[int], wire: control_pb2.PrefixHint, quote: Quote) -> None:
+    def __init__(
+        self, owner: str, token_ids: Sequence[int], wire: control_pb2.PrefixHint, quote: Quote, *, salt: str
+    ) -> None:
         self.owner = owner
         self.wire = wire
+        self._salt = salt
         self._token_ids = token_ids
         self._quote = quote
         # The last token is computed here in any case: its logits choose the next one.
@@ -68,7 +71,8 @@ class _Hint:
         """Of the blocks that are offered; made when first wanted."""
         if not self._hashes:
             block_size = self._quote.block_size
-            self._hashes = list(block_hashes(self._token_ids[: self._num_offered * block_size], block_size))
+            tokens = self._token_ids[: self._num_offered * block_size]
+            self._hashes = list(block_hashes(tokens, block_size, salt=self._salt))
         return self._hashes
 
     def ticket(self, our_id: str) -> _Ticket:
@@ -121,11 +125,11 @@ class PrefixPuller:
         return self._destination.statistics()
 
     async def bring(
-        self, owner: str, token_ids: Sequence[int], hint: control_pb2.PrefixHint
+        self, owner: str, token_ids: Sequence[int], hint: control_pb2.PrefixHint, *, salt: str = ""
     ) -> control_pb2.PrefixReuse:
         """Have the beginning of a prompt here, if it is worth it. Tells what became of it; raises nothing of ours.
 
-        owner: a name for the engine's ledger, and for the transfer; used once.
+        owner: a name for the engine's ledger, and for the transfer; used once. salt: of the request's blocks.
         """
         begin_s = time.monotonic()
         reuse = control_pb2.PrefixReuse()
@@ -133,7 +137,7 @@ class PrefixPuller:
         if quote is None:
             reuse.verdict = Verdict.RESTING
         else:
-            reuse.verdict = await self._follow(_Hint(owner, token_ids, hint, quote), reuse)
+            reuse.verdict = await self._follow(_Hint(owner, token_ids, hint, quote, salt=salt), reuse)
         reuse.spent_s = time.monotonic() - begin_s
         log.debug("prefix_hint_followed", owner=owner, verdict=reuse.verdict, tokens=reuse.num_tokens)
         return reuse

@@ -154,7 +154,9 @@ class ContextRole(control_pb2_grpc.ContextServicer):
             self._open(prefill, request)
             if self._puller is not None and request.HasField("reuse_from"):
                 owner = f"{engine_id}p"
-                prefill.reuse = await self._puller.bring(owner, request.token_ids, request.reuse_from)
+                prefill.reuse = await self._puller.bring(
+                    owner, request.token_ids, request.reuse_from, salt=request.cache_salt
+                )
             self._submit(prefill, request)
             async for progress in prefill.progress():
                 yield progress
@@ -179,6 +181,7 @@ class ContextRole(control_pb2_grpc.ContextServicer):
                 token_ids=request.token_ids,
                 sampling=SamplingParams.from_proto(request.sampling),
                 priority=request.priority,
+                cache_salt=checked_name(request.cache_salt, "cache_salt"),
             )
         )
 

@@ -51,7 +51,7 @@ class Attempt:
         self._on_room = on_room
         self._token_ids = run.token_ids
         self._sampling = run.sampling
-        self._order = TokenOrder(len(self._token_ids))
+        self._order = TokenOrder(len(self._token_ids), self._sampling)
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._held_back: set[Server] = set()
         self._landing_timer: asyncio.TimerHandle | None = None

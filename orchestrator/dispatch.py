@@ -151,8 +151,10 @@ class Dispatcher:
         if not block_size or not is_wanted:
             return ()
         if len(request.token_ids) <= HASHED_AT_ONCE_MAX:
-            return list(block_hashes(request.token_ids, block_size))
-        return await asyncio.to_thread(lambda: list(block_hashes(request.token_ids, block_size)))
+            return list(block_hashes(request.token_ids, block_size, salt=request.cache_salt))
+        return await asyncio.to_thread(
+            lambda: list(block_hashes(request.token_ids, block_size, salt=request.cache_salt))
+        )
 
     async def _until_over(self, run: RequestRun) -> None:
         while True:

@@ -47,6 +47,8 @@ class TokenRequest:
     deadline_s: float
     priority: int = 0
     """A lower one is served earlier."""
+    cache_salt: str = ""
+    """Its prompt is found in caches only by requests with the same one."""
     session: str = ""
     """Of the conversation it belongs to, for routers that keep one where it is; "": nobody says."""
     context_session: str = ""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from disaggregated import token_logprobs
 from disaggregated.errors import ServerLost
+from disaggregated.sampling_params import SamplingParams
 from disaggregated.token_logprobs import TokenLogprob, Told
 from disaggregated.v1 import control_pb2
 
@@ -50,9 +51,14 @@ def _all_of(message: control_pb2.Logprobs | None) -> Sequence[TokenLogprob]:
 class TokenOrder:
     """Invariant: everything before `position` has been given out; everything held lies after it."""
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, position: int, asked: SamplingParams | None = None) -> None:
+        """`asked`: says which logprobs have to come; None: none have to."""
         self.position = position
         """Of the token that is due next."""
+        self._num_prompt_told = 0 if asked is None or asked.prompt_logprobs is None else position - 1
+        """Tokens of the prompt whose logprobs come with the first token."""
+        self._first = position
+        self._tells = asked is not None and asked.logprobs is not None
         self._early: Arrival | None = None
 
     def arrive(self, arrival: Arrival) -> Arrival | None:
@@ -61,8 +67,7 @@ class TokenOrder:
         Raises:
             ServerLost: the sender skips or repeats a token; nothing it says can be trusted any more.
         """
-        if arrival.logprobs is not None:
-            _check_logprobs(arrival)
+        self._check_told(arrival)
         if self._early is not None and arrival.first_position > self.position:
             arrival = _joined(self._early, arrival)
             self._early = None
@@ -77,6 +82,12 @@ class TokenOrder:
             self._early = None
         self.position += len(arrival.token_ids)
         return arrival
+
+    def _check_told(self, arrival: Arrival) -> None:
+        if self._tells or arrival.logprobs is not None:
+            _check_count(arrival.logprobs, len(arrival.token_ids), "tokens")
+        if arrival.first_position == self._first and (self._num_prompt_told or arrival.prompt_logprobs is not None):
+            _check_count(arrival.prompt_logprobs, self._num_prompt_told, "tokens of the prompt")
 
 
 def _joined(earlier: Arrival, later: Arrival) -> Arrival:
@@ -103,10 +114,10 @@ def _joined_logprobs(
     return both
 
 
-def _check_logprobs(arrival: Arrival) -> None:
-    num_told = len(_all_of(arrival.logprobs))
-    if num_told != len(arrival.token_ids):
-        raise ServerLost(f"logprobs of {num_told} tokens came with {len(arrival.token_ids)} tokens")
+def _check_count(message: control_pb2.Logprobs | None, num_wanted: int, what: str) -> None:
+    num_told = len(_all_of(message))
+    if num_told != num_wanted:
+        raise ServerLost(f"logprobs of {num_told} tokens came with {num_wanted} {what}")
 
 
 def _broken(due: int, came: int) -> ServerLost:

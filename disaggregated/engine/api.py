@@ -41,6 +41,8 @@ class EngineRequest:
     sampling: SamplingParams
     priority: int = 0
     """Lower goes first."""
+    cache_salt: str = ""
+    """Its blocks are found only by requests with the same one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

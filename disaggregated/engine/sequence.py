@@ -74,6 +74,7 @@ class Sequence:
         "arrival",
         "awaits_grammar",
         "block_hashes",
+        "cache_salt",
         "drafting",
         "grammar",
         "history",
@@ -122,6 +123,7 @@ class Sequence:
         """Found in the prefix cache at its first start."""
         self.holding: Holding | None = None
         self.block_hashes: list[BlockHash] = []
+        self.cache_salt = request.cache_salt
         self.num_findable_blocks = 0
         """Blocks of the table, from the first on, that have been offered to the prefix cache."""
         self.drafting: Drafting | None = None
@@ -185,7 +187,7 @@ class Sequence:
         if known < num_blocks:
             parent = self.block_hashes[-1] if known else None
             tokens = self.token_ids[known * block_size : num_blocks * block_size]
-            self.block_hashes.extend(block_hashes(tokens, block_size, parent=parent))
+            self.block_hashes.extend(block_hashes(tokens, block_size, salt=self.cache_salt, parent=parent))
         return self.block_hashes[:num_blocks]
 
     def append(self, token_id: int) -> FinishReason | None:

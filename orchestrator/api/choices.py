@@ -12,9 +12,11 @@ from typing import Final
 
 from disaggregated.text import ChoiceText
 from disaggregated.token_logprobs import Told
+from orchestrator.api.beside import Beside
 from orchestrator.api.shapes import Reply, Shape
 from orchestrator.api.sse import EventStream
 from orchestrator.parsers import CallStart, Content, Delta, ReplyParser, joined
+from orchestrator.request_run import TokenSink
 
 KEPT_MAX: Final = 64
 """Bits of text kept apart before they are joined: a slow client costs a few bytes a token, and a long answer is not
@@ -24,11 +26,12 @@ copied once a token."""
 class ParsedText:
     """The text of one sequence after its parser."""
 
-    def __init__(self, text: ChoiceText, parser: ReplyParser | None) -> None:
+    def __init__(self, text: ChoiceText, parser: ReplyParser | None, echoed: str = "") -> None:
+        """`echoed`: the prompt, where the reply begins with it."""
         self._text = text
         self._parser = parser
         self._has_called = False
-        self._kept_text: list[str] = []
+        self._kept_text: list[str] = [echoed] if echoed else []
         """Without a parser; joined when it is taken."""
         self._kept: list[Delta] = []
         self.finish_reason = ""
@@ -38,14 +41,19 @@ class ParsedText:
         text = self._text.push(token_ids, finish_reason)
         reason = self._text.finish_reason
         if self._parser is None:
-            if text:
-                self._kept_text.append(text)
-            if len(self._kept_text) > KEPT_MAX:
-                self._kept_text = ["".join(self._kept_text)]
+            self._keep_text(text)
         else:
             self._parse(self._parser, text, is_last=bool(reason))
+            if self._parser.has_enough:
+                reason = "stop"
         self.finish_reason = "tool_calls" if self._has_called and reason == "stop" else reason
         return not reason
+
+    def _keep_text(self, text: str) -> None:
+        if text:
+            self._kept_text.append(text)
+        if len(self._kept_text) > KEPT_MAX:
+            self._kept_text = ["".join(self._kept_text)]
 
     def _parse(self, parser: ReplyParser, text: str, *, is_last: bool) -> None:
         deltas = parser.push(text) if text else []
@@ -76,30 +84,44 @@ class ParsedText:
 class CollectedChoice:
     """One choice of an answer that is not streamed."""
 
-    def __init__(self, text: ChoiceText, parser: ReplyParser | None, *, shows_token_ids: bool) -> None:
-        self._text = ParsedText(text, parser)
-        self._token_ids: list[int] | None = [] if shows_token_ids else None
+    def __init__(
+        self, text: ChoiceText, parser: ReplyParser | None = None, beside: Beside | None = None, *, echoed: str = ""
+    ) -> None:
+        self._text = ParsedText(text, parser, echoed)
+        self._beside = beside
 
     def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
-        if self._token_ids is not None:
-            self._token_ids.extend(token_ids)
+        if self._beside is not None:
+            self._beside.push(token_ids, told)
         return self._text.push(token_ids, finish_reason)
 
     def reply(self) -> Reply:
         """Called once, at the end."""
-        return Reply(self._text.take_deltas(), self._text.finish_reason, self._token_ids)
+        beside = None if self._beside is None else self._beside.take()
+        return Reply(self._text.take_deltas(), self._text.finish_reason, beside)
+
+    @property
+    def mean_logprob(self) -> float:
+        return 0.0 if self._beside is None else self._beside.mean_logprob
 
 
 class StreamedChoice:
     """One choice of a stream. What its client is too slow for is kept here, joined into one event."""
 
     def __init__(
-        self, index: int, text: ChoiceText, parser: ReplyParser | None, shape: Shape, *, shows_token_ids: bool
+        self,
+        index: int,
+        shape: Shape,
+        text: ChoiceText,
+        parser: ReplyParser | None = None,
+        beside: Beside | None = None,
+        *,
+        echoed: str = "",
     ) -> None:
         self._index = index
-        self._text = ParsedText(text, parser)
+        self._text = ParsedText(text, parser, echoed)
         self._shape = shape
-        self._kept_ids: list[int] | None = [] if shows_token_ids else None
+        self._beside = beside
         self._is_opened = False
         self._is_finished = False
         self.stream: EventStream
@@ -107,8 +129,8 @@ class StreamedChoice:
 
     def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         wants_more = self._text.push(token_ids, finish_reason)
-        if self._kept_ids is not None:
-            self._kept_ids.extend(token_ids)
+        if self._beside is not None:
+            self._beside.push(token_ids, told)
         if self.stream.takes_more:
             self.flush()
         else:
@@ -129,18 +151,19 @@ class StreamedChoice:
             self.stream.send(event)
 
     def _said(self) -> bytes:
+        beside = None if self._beside is None else self._beside.take()
         text = self._text.take_text()
         if text is not None:
-            if not (text or self._kept_ids):
-                return b""
-            return self._shape.text(self._index, text, self._taken_ids())
+            return self._shape.text(self._index, text, beside) if text or beside else b""
         deltas = self._text.take_deltas()
-        if not (deltas or self._kept_ids):
-            return b""
-        return self._shape.deltas(self._index, deltas, self._taken_ids())
+        return self._shape.deltas(self._index, deltas, beside) if deltas or beside else b""
 
-    def _taken_ids(self) -> list[int] | None:
-        ids = self._kept_ids
-        if ids is not None:
-            self._kept_ids = []
-        return ids
+
+class PromptOnly:
+    """Implements `TokenSink` for who wants to hear of the prompt alone: the token that comes with it is not shown."""
+
+    def __init__(self, sink: TokenSink) -> None:
+        self._sink = sink
+
+    def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
+        return self._sink.push((), "length", told and Told((), told.prompt))

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
-from orchestrator.api.choices import CollectedChoice, StreamedChoice
+from orchestrator.api.choices import CollectedChoice, PromptOnly, StreamedChoice
 from orchestrator.api.jobs import Job, chat_job, completion_job
+from orchestrator.api.reply_fields import ReplyFields
 from orchestrator.api.shapes import Usage
+from orchestrator.api.siblings import likeliest, run_many
 from orchestrator.api.sse import EventStream
 from orchestrator.front_door import FrontDoor
 from orchestrator.request_run import TokenSink
@@ -33,18 +35,23 @@ async def answer(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResp
 
 async def _collect(door: FrontDoor, job: Job) -> web.Response:
     choices = [
-        CollectedChoice(job.text_of(request), job.parser(), shows_token_ids=job.fields.return_token_ids)
-        for request in job.requests
+        CollectedChoice(job.text_of(request), job.parser(), job.beside_of(request), echoed=job.echoed_to(index))
+        for index, request in enumerate(job.requests)
     ]
-    stories = await _run_all(door, job, choices)
-    body = job.shape.whole([choice.reply() for choice in choices], _usage(stories))
+    usage = await _run_all(door, job, choices)
+    body = job.shape.whole([choice.reply() for choice in likeliest(choices, job.fields.reply)], usage)
     return web.Response(body=body, content_type="application/json", headers=job.headers)
 
 
 async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
     choices = [
         StreamedChoice(
-            index, job.text_of(request), job.parser(), job.shape, shows_token_ids=job.fields.return_token_ids
+            index,
+            job.shape,
+            job.text_of(request),
+            job.parser(),
+            job.beside_of(request),
+            echoed=job.echoed_to(index),
         )
         for index, request in enumerate(job.requests)
     ]
@@ -85,7 +92,7 @@ async def _last_events(
 ) -> Sequence[bytes]:
     """Run the job to its end; what its client is told after the last token."""
     try:
-        usage = _usage(await _run_all(door, job, choices))
+        usage = await _run_all(door, job, choices)
         return [job.shape.usage(usage)] if job.fields.include_usage else []
     except DisaggregatedError as error:
         if not stream.is_open:
@@ -96,23 +103,24 @@ async def _last_events(
         stream.stop_pump()
 
 
-async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> list[RequestStory]:
+async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> Usage:
     """Every sequence of the job. One that fails ends the others: an answer is whole or it is an error."""
+    reply = job.fields.reply
+    if reply.drops_tokens:
+        sinks = [PromptOnly(sink) for sink in sinks]
+    run = door.dispatcher.run
     if len(sinks) == 1:
-        return [await door.dispatcher.run(job.requests[0], sinks[0])]
-    try:
-        async with asyncio.TaskGroup() as group:
-            runs = [
-                group.create_task(door.dispatcher.run(request, sink))
-                for request, sink in zip(job.requests, sinks, strict=True)
-            ]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from failures
-    return [run.result() for run in runs]
+        stories = [await run(job.requests[0], sinks[0])]
+    else:
+        stories = await run_many(run, list(zip(job.requests, sinks, strict=True)), num_each=reply.best_of)
+    return _usage(stories, reply)
 
 
-def _usage(stories: Sequence[RequestStory]) -> Usage:
+def _usage(stories: Sequence[RequestStory], reply: ReplyFields) -> Usage:
+    """A prompt counts once, however many replies it has."""
     total = Usage(0, 0, 0)
-    for story in stories:
-        total += Usage(story.num_prompt_tokens, story.num_cached_tokens, story.num_tokens)
+    for index, story in enumerate(stories):
+        num_tokens = 0 if reply.drops_tokens else story.num_tokens
+        counts = index % reply.best_of == 0
+        total += Usage(story.num_prompt_tokens * counts, story.num_cached_tokens * counts, num_tokens)
     return total

@@ -13,11 +13,13 @@ from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
 from disaggregated.text import ChoiceText
 from orchestrator.admission.gate import Visit
 from orchestrator.admission.make import caller_of
+from orchestrator.api.beside import Beside, beside_of
 from orchestrator.api.chat import read_chat
 from orchestrator.api.fields import Fields
-from orchestrator.api.generation_fields import TOKENS_MAX, GenerationFields, read_generation_fields
-from orchestrator.api.prompts import completion_prompts
+from orchestrator.api.generation_fields import GenerationFields, read_generation_fields
+from orchestrator.api.prompts import completion_prompts, prompt_texts
 from orchestrator.api.request_ids import request_id_of
+from orchestrator.api.sampling_fields import TOKENS_MAX
 from orchestrator.api.sessions import Sessions, sessions_of
 from orchestrator.api.shapes import ChatShape, CompletionShape, Shape
 from orchestrator.api.tools import refuse_tools
@@ -29,25 +31,45 @@ from orchestrator.served_model import ServedModel
 
 COMPLETION_TOKENS_DEFAULT: Final = 16
 """OpenAI's, for text completions; a chat may fill what its prompt leaves."""
+SEQUENCES_MAX: Final = 512
+"""Of one HTTP request."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One HTTP request, checked and tokenized; one sequence for each of its prompts."""
+    """One HTTP request, checked and tokenized."""
 
     model: ServedModel
     fields: GenerationFields
     shape: Shape
     requests: Sequence[TokenRequest]
+    """The sequences of the first prompt, as many as are generated for each, then those of the next."""
     headers: dict[str, str]
     plan: ReplyPlan
+    echoed: Sequence[str] = ()
+    """The prompts' texts, where replies begin with them."""
 
     def parser(self) -> ReplyParser | None:
         """For one reply."""
         return None if self.plan.make_parser is None else self.plan.make_parser()
 
     def text_of(self, request: TokenRequest) -> ChoiceText:
-        return ChoiceText(self.model.tokenizer, request.token_ids, self.fields.stop, shown=self.plan.shown)
+        reply = self.fields.reply
+        return ChoiceText(
+            self.model.tokenizer,
+            request.token_ids,
+            self.fields.stop,
+            shown=self.plan.shown,
+            skip_special_tokens=reply.skip_special_tokens,
+            include_stop=reply.include_stop,
+        )
+
+    def beside_of(self, request: TokenRequest) -> Beside | None:
+        return beside_of(self.fields.reply, self.model.tokenizer, request.token_ids)
+
+    def echoed_to(self, index: int) -> str:
+        """What the reply to `requests[index]` begins with."""
+        return self.echoed[index // self.fields.reply.best_of] if self.echoed else ""
 
 
 async def chat_job(door: FrontDoor, http: web.Request) -> Job:
@@ -87,13 +109,16 @@ async def completion_job(door: FrontDoor, http: web.Request) -> Job:
     Raises:
         InvalidRequest: names the field and the limit.
     """
-    draft = await Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT)
+    draft = await Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT, is_chat=False)
     refuse_tools(draft.body)
     prompts = await completion_prompts(draft.body, draft.model)
     shape = CompletionShape(
         f"cmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
     )
-    return draft.job(shape, prompts, "prompt", ReplyPlan(grammar=draft.fields.sampling.grammar))
+    job = draft.job(shape, prompts, "prompt", ReplyPlan(grammar=draft.fields.sampling.grammar))
+    if not draft.fields.reply.echo:
+        return job
+    return dataclasses.replace(job, echoed=prompt_texts(draft.body, draft.model, prompts))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +135,25 @@ class Draft:
     sessions: Sessions
 
     @classmethod
-    async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int) -> Draft:
+    async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int, is_chat: bool = True) -> Draft:
         arrived_s = door.clock()
         body = Fields.parse(await http.read())
-        return cls.of(door, http, body, arrived_s=arrived_s, max_tokens_default=max_tokens_default)
+        return cls.of(door, http, body, arrived_s=arrived_s, max_tokens_default=max_tokens_default, is_chat=is_chat)
 
     @classmethod
     def of(
-        cls, door: FrontDoor, http: web.Request, body: Fields, *, arrived_s: float, max_tokens_default: int
+        cls,
+        door: FrontDoor,
+        http: web.Request,
+        body: Fields,
+        *,
+        arrived_s: float,
+        max_tokens_default: int,
+        is_chat: bool = True,
     ) -> Draft:
         """Of a body that is there already."""
         model = known_model(door, body)
-        fields = read_generation_fields(body, model, max_tokens_default=max_tokens_default)
+        fields = read_generation_fields(body, model, max_tokens_default=max_tokens_default, is_chat=is_chat)
         return cls(
             door=door,
             request_id=request_id_of(http),
@@ -141,17 +173,29 @@ class Draft:
             model=self.model,
             fields=self.fields,
             shape=shape,
-            requests=[
-                self._request(
-                    prompt, self.request_id if len(prompts) == 1 else f"{self.request_id}.{index}", param, plan
-                )
-                for index, prompt in enumerate(prompts)
-            ],
+            requests=self._requests(prompts, param, plan),
             headers=headers,
             plan=plan,
         )
 
+    def _requests(self, prompts: Sequence[Sequence[int]], param: str, plan: ReplyPlan) -> Sequence[TokenRequest]:
+        """As many for each prompt as the client wants to choose from; they differ in their seeds."""
+        num_each = self.fields.reply.best_of
+        if len(prompts) * num_each > SEQUENCES_MAX:
+            raise InvalidRequest(
+                f"n is {num_each} for {len(prompts)} prompts, the limit is {SEQUENCES_MAX} replies in all", param="n"
+            )
+        if len(prompts) == num_each == 1:
+            return [self._request(prompts[0], self.request_id, param, plan)]
+        return [
+            _with_seed(self._request(prompt, f"{self.request_id}.{i * num_each + number}", param, plan), number)
+            for i, prompt in enumerate(prompts)
+            for number in range(num_each)
+        ]
+
     def _request(self, prompt: Sequence[int], request_id: str, param: str, plan: ReplyPlan) -> TokenRequest:
+        if self.fields.truncate_prompt_tokens is not None:
+            prompt = prompt[-self.fields.truncate_prompt_tokens :]
         wanted = self.fields.sampling.max_tokens
         _check_length(prompt, self.door.config.door.prompt_tokens_max, param)
         room = _room(prompt, self.door.num_tokens_max(self.model), param)
@@ -163,11 +207,17 @@ class Draft:
             arrived_s=self.arrived_s,
             deadline_s=self.arrived_s + self.visit.timeout_s(self.door.config.request_timeout_s),
             priority=self.fields.priority,
+            cache_salt=self.fields.cache_salt,
             ticket=self.visit.ticket(num_tokens),
             session=self.sessions.generation,
             context_session=self.sessions.context,
             may_end_anywhere=plan.may_end_anywhere or bool(self.fields.stop),
         )
+
+
+def _with_seed(request: TokenRequest, number: int) -> TokenRequest:
+    seed = (request.sampling.seed + number) % 2**64
+    return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
 
 
 def known_model(door: FrontDoor, body: Fields, *, is_optional: bool = False) -> ServedModel:

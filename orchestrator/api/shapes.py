@@ -6,7 +6,7 @@ A shape makes the pieces of one answer once. Where the text has a parser, `delta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -45,8 +45,8 @@ class Reply:
     deltas: Sequence[Delta]
     """Joined, in the model's order."""
     finish_reason: str
-    token_ids: Sequence[int] | None
-    """None where the client did not ask for them."""
+    beside: Mapping[str, Any] | None
+    """Further fields of the choice, where the client asked for some."""
 
     @property
     def content(self) -> str:
@@ -62,10 +62,10 @@ class Shape(Protocol):
     def opening(self, index: int) -> bytes:
         """The event before the first text of choice `index`; may be empty."""
 
-    def text(self, index: int, text: str, token_ids: Sequence[int] | None) -> bytes:
-        """An event with more text of a reply that has no parser; all of it is content."""
+    def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
+        """An event with more text of a reply that has no parser; all of it is content. `beside`: as in `Reply`."""
 
-    def deltas(self, index: int, deltas: Sequence[Delta], token_ids: Sequence[int] | None) -> bytes:
+    def deltas(self, index: int, deltas: Sequence[Delta], beside: Mapping[str, Any] | None) -> bytes:
         """An event with more of a reply that has a parser. `deltas` is joined and may be empty."""
 
     def finish(self, index: int, finish_reason: str) -> bytes: ...
@@ -93,11 +93,17 @@ class _Shape:
     def failed(self, error: DisaggregatedError) -> bytes:
         return b"data: " + orjson.dumps(error_fields(error)) + b"\n\n"
 
-    def _event(self, index: int, content: bytes, finish_reason: bytes, token_ids: Sequence[int] | None) -> bytes:
-        ids = b"" if token_ids is None else b',"token_ids":' + orjson.dumps(list(token_ids))
-        return b'%b{"index":%d,%b,"logprobs":null,"finish_reason":%b%b}%b' % (
-            self._head, index, content, finish_reason, ids, self._tail,
+    def _event(self, index: int, content: bytes, finish_reason: bytes, beside: Mapping[str, Any] | None) -> bytes:
+        logprobs, more = (b"null", b"") if beside is None else _fields_beside(beside)
+        return b'%b{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}%b' % (
+            self._head, index, content, logprobs, finish_reason, more, self._tail,
         )  # fmt: skip
+
+
+def _fields_beside(beside: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """The logprobs, and all other fields with a comma before them."""
+    others = {name: value for name, value in beside.items() if name != "logprobs"}
+    return orjson.dumps(beside.get("logprobs")), b"," + orjson.dumps(others)[1:-1] if others else b""
 
 
 class ChatShape(_Shape):
@@ -112,17 +118,17 @@ class ChatShape(_Shape):
     def opening(self, index: int) -> bytes:
         return self._event(index, b'"delta":{"role":"assistant","content":""}', b"null", None)
 
-    def text(self, index: int, text: str, token_ids: Sequence[int] | None) -> bytes:
-        return self._event(index, b'"delta":{"content":%b}' % orjson.dumps(text), b"null", token_ids)
+    def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
+        return self._event(index, b'"delta":{"content":%b}' % orjson.dumps(text), b"null", beside)
 
-    def deltas(self, index: int, deltas: Sequence[Delta], token_ids: Sequence[int] | None) -> bytes:
+    def deltas(self, index: int, deltas: Sequence[Delta], beside: Mapping[str, Any] | None) -> bytes:
         fields: dict[str, Any] = {}
         for name, kind in (("reasoning_content", Reasoning), ("content", Content)):
             if text := "".join(delta.text for delta in deltas if type(delta) is kind):
                 fields[name] = text
         if calls := _call_deltas(deltas):
             fields |= {"function_call": calls[0]["function"]} if self._calls_functions else {"tool_calls": calls}
-        return self._event(index, b'"delta":%b' % orjson.dumps(fields), b"null", token_ids)
+        return self._event(index, b'"delta":%b' % orjson.dumps(fields), b"null", beside)
 
     def finish(self, index: int, finish_reason: str) -> bytes:
         return self._event(index, b'"delta":{}', b'"%b"' % self._reason(finish_reason).encode(), None)
@@ -138,7 +144,7 @@ class ChatShape(_Shape):
                         "message": self._message(reply),
                         "logprobs": None,
                         "finish_reason": self._reason(reply.finish_reason),
-                        **({} if reply.token_ids is None else {"token_ids": reply.token_ids}),
+                        **(reply.beside or {}),
                     }
                     for index, reply in enumerate(replies)
                 ],
@@ -190,11 +196,11 @@ class CompletionShape(_Shape):
     def opening(self, index: int) -> bytes:
         return b""
 
-    def text(self, index: int, text: str, token_ids: Sequence[int] | None) -> bytes:
-        return self._event(index, b'"text":%b' % orjson.dumps(text), b"null", token_ids)
+    def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
+        return self._event(index, b'"text":%b' % orjson.dumps(text), b"null", beside)
 
-    def deltas(self, index: int, deltas: Sequence[Delta], token_ids: Sequence[int] | None) -> bytes:
-        return self.text(index, content_of(deltas), token_ids)
+    def deltas(self, index: int, deltas: Sequence[Delta], beside: Mapping[str, Any] | None) -> bytes:
+        return self.text(index, content_of(deltas), beside)
 
     def finish(self, index: int, finish_reason: str) -> bytes:
         return self._event(index, b'"text":""', b'"%b"' % finish_reason.encode(), None)
@@ -209,7 +215,7 @@ class CompletionShape(_Shape):
                         "text": reply.content,
                         "logprobs": None,
                         "finish_reason": reply.finish_reason,
-                        **({} if reply.token_ids is None else {"token_ids": reply.token_ids}),
+                        **(reply.beside or {}),
                     }
                     for index, reply in enumerate(replies)
                 ],

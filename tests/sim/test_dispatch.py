@@ -24,7 +24,7 @@ from orchestrator.server import Standing
 from orchestrator.server_pools import ServerPools
 from orchestrator.story import RequestStory
 from tests.support.fake_cluster import LEASE_S, FakeCluster, FakeServer, Pipe, Temper
-from tests.support.token_hash import oracle
+from tests.support.token_hash import oracle, told_of
 from tests.support.virtual_time import run_in_virtual_time
 
 
@@ -42,7 +42,7 @@ class Client:
         assert not self.reason, "tokens after the end"
         if self.logprobs is not None and token_ids:
             assert told is not None, "tokens without logprobs"
-            assert [one.top_token_ids for one in told.tokens] == [(token,) * self.logprobs for token in token_ids]
+            assert list(told.tokens) == [told_of(token, self.logprobs) for token in token_ids]
         self.tokens += token_ids
         assert self.tokens == self.expected[: len(self.tokens)], "a token differs from the undisturbed run"
         self.reason = finish_reason

@@ -19,7 +19,7 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
 from tests.support.fake_prefix_cache import FakePrefixCache
-from tests.support.token_hash import finish_reason_of, logprobs_of, next_token
+from tests.support.token_hash import finish_reason_of, logprobs_of, next_token, prompt_logprobs_of
 
 LEASE_S = 5.0
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=400)
@@ -167,7 +167,7 @@ class FakeServer:
             reason = finish_reason_of(first, 1, sampling)
             outcome = control_pb2.PrefillOutcome(
                 first_token=first, finish_reason=reason, queue_s=began_s - arrived_s, compute_s=self.now_s() - began_s,
-                logprobs=logprobs_of([first], sampling),
+                logprobs=logprobs_of([first], sampling), prompt_logprobs=prompt_logprobs_of(tokens, sampling),
             )  # fmt: skip
             pipe.queue.put_nowait(
                 control_pb2.PrefillProgress(
@@ -274,9 +274,10 @@ class FakeServer:
             del self.decoding[key], self.admitted[key]
             self.cache.computed(row.sequence[:-1])
         times, row.times = row.times, None
+        told = prompt_logprobs_of(row.sequence[:first], row.sampling) if first == row.num_prompt else None
         return control_pb2.StreamDelta(
             stream_key=row.stream_key, first_position=first, token_ids=row.sequence[first:], finish_reason=reason,
-            times=times, logprobs=logprobs_of(row.sequence[first:], row.sampling),
+            times=times, logprobs=logprobs_of(row.sequence[first:], row.sampling), prompt_logprobs=told,
         )  # fmt: skip
 
     def tell(self, link: Pipe, *deltas: control_pb2.StreamDelta) -> None:

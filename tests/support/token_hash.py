@@ -29,14 +29,25 @@ def finish_reason_of(token: int, num_generated: int, sampling: SamplingParams) -
 
 def logprobs_of(tokens: Sequence[int], sampling: SamplingParams) -> control_pb2.Logprobs | None:
     """Numbers that say which token they are of."""
-    if sampling.logprobs is None:
+    return _told_of(tokens, sampling.logprobs)
+
+
+def prompt_logprobs_of(prompt: Sequence[int], sampling: SamplingParams) -> control_pb2.Logprobs | None:
+    return _told_of(prompt[1:], sampling.prompt_logprobs)
+
+
+def _told_of(tokens: Sequence[int], num_top: int | None) -> control_pb2.Logprobs | None:
+    if num_top is None:
         return None
-    return token_logprobs.to_proto(
-        [
-            TokenLogprob(-token / 64, token, (token,) * sampling.logprobs, (-0.5,) * sampling.logprobs)
-            for token in tokens
-        ]
-    )
+    return token_logprobs.to_proto([told_of(token, num_top) for token in tokens])
+
+
+def told_of(token: int, num_top: int) -> TokenLogprob:
+    """The token is the first of its `num_top` likeliest, or stands behind all of them; sixteenths travel unchanged."""
+    first = token + token % 2
+    ids = tuple((first + index) % VOCAB_SIZE for index in range(num_top))
+    rank = ids.index(token) + 1 if token in ids else num_top + 1
+    return TokenLogprob(-token / 16 - rank, rank, ids, tuple(-token / 16 - 1.0 - index for index in range(num_top)))
 
 
 def oracle(prompt: Sequence[int], sampling: SamplingParams) -> tuple[list[int], str]:

@@ -206,7 +206,7 @@ async def test_an_error_after_the_first_token_is_the_last_event() -> None:
 async def test_metrics_count_what_happened() -> None:
     async with front_door() as door:
         await door.post(TEXT, body())
-        await door.post(TEXT, body(n=5))
+        await door.post(TEXT, body(n=500))
         async with door.http.get(door.url + "/metrics") as answer:
             lines = dict(line.rsplit(" ", 1) for line in (await answer.text()).splitlines() if not line.startswith("#"))
         assert lines['disagg_requests_total{outcome="finished"}'] == "1.0"

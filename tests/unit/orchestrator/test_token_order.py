@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from disaggregated.errors import ServerLost
+from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
 from orchestrator.token_order import Arrival, TokenOrder, arrival_of
 
@@ -79,23 +80,30 @@ def told_by(*logprobs: float) -> control_pb2.Logprobs:
 
 
 def test_logprobs_stay_with_their_tokens_when_two_servers_tell_them() -> None:
-    order = TokenOrder(10)
+    order = TokenOrder(10, SamplingParams(max_tokens=9, logprobs=1, prompt_logprobs=1))
     assert order.arrive(Arrival(11, [2, 3], "", told_by(-2.0, -3.0))) is None
     assert order.arrive(Arrival(13, [4], "length", told_by(-4.0))) is None
-    due = order.arrive(Arrival(10, [1], "", told_by(-1.0), told_by(-8.0, -9.0)))
+    due = order.arrive(Arrival(10, [1], "", told_by(-1.0), told_by(*range(-9, 0))))
     assert due is not None
     told = due.told()
     assert told is not None
     assert [(token, one.logprob) for token, one in zip(due.token_ids, told.tokens, strict=True)] == [
         (1, -1.0), (2, -2.0), (3, -3.0), (4, -4.0),
     ]  # fmt: skip
-    assert [one.logprob for one in told.prompt] == [-8.0, -9.0]
+    assert [one.logprob for one in told.prompt] == list(range(-9, 0))
     assert all(one.top_token_ids == (7,) and one.top_logprobs == (one.logprob,) for one in told.tokens)
 
 
 def test_tokens_that_come_without_all_of_their_logprobs_condemn_their_sender() -> None:
     with pytest.raises(ServerLost, match="logprobs of 1 tokens came with 2 tokens"):
         TokenOrder(10).arrive(Arrival(10, [1, 2], "", told_by(-1.0)))
+    asked = TokenOrder(3, SamplingParams(max_tokens=9, logprobs=0, prompt_logprobs=0))
+    with pytest.raises(ServerLost, match=r"logprobs of 0 tokens came with 1 tokens$"):
+        asked.arrive(Arrival(3, [1], "", None, told_by(-1.0, -2.0)))
+    with pytest.raises(ServerLost, match="logprobs of 1 tokens came with 2 tokens of the prompt"):
+        asked.arrive(Arrival(3, [1], "", told_by(-0.5), told_by(-1.0)))
+    assert asked.arrive(Arrival(3, [1], "", told_by(-0.5), told_by(-1.0, -2.0))) is not None
+    assert asked.arrive(Arrival(4, [], "stop")) is not None
 
 
 def test_where_nothing_was_asked_for_nothing_is_told() -> None:
