@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -9,7 +10,12 @@ import orjson
 
 from disaggregated.errors import InvalidRequest
 
-SHOWN_MAX: Final = 80
+NESTING_MAX: Final = 128
+"""Objects and arrays in each other, in one body."""
+_ORJSON_NESTING_MAX: Final = 254
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class Fields:
@@ -24,7 +30,7 @@ class Fields:
     def parse(cls, body: bytes) -> Fields:
         """
         Raises:
-            InvalidRequest: not JSON, or not an object.
+            InvalidRequest: not JSON, not an object, or nested deeper than anything that reads it later may recurse.
         """
         try:
             values = orjson.loads(body)
@@ -32,6 +38,8 @@ class Fields:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise InvalidRequest(f"the body must be a JSON object, is {json_type(values)}")
+        if body.count(b"{") + body.count(b"[") > NESTING_MAX and _is_nested_deeper(values, NESTING_MAX):
+            raise InvalidRequest(f"the body is nested deeper than {NESTING_MAX} levels")
         return cls(values)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -81,6 +89,18 @@ class Fields:
         return Fields(self.mapping(name) or {}, prefix=f"{self._prefix}{name}.")
 
 
+def _is_nested_deeper(values: Any, limit: int) -> bool:
+    """orjson refuses to write what is nested deeper than its own limit, and finds out faster than a loop here could:
+    so the value is put at the depth where that limit is ours."""
+    for _ in range(_ORJSON_NESTING_MAX - limit):
+        values = [values]
+    try:
+        orjson.dumps(values)
+    except orjson.JSONEncodeError:
+        return True
+    return False
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if value < low:
         raise InvalidRequest(f"{name} must be at least {low}, is {value}", param=name)
@@ -93,9 +113,8 @@ def wrong_type(name: str, wanted: str, value: object) -> InvalidRequest:
 
 
 def shown(value: object) -> str:
-    """What a client wrote, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
+    """What a client wrote, short enough for a message, however long or deep it is."""
+    return _SHORT.repr(value)
 
 
 def json_type(value: object) -> str:

@@ -73,6 +73,7 @@ async def front_door(
     *,
     num_context: int = 1,
     num_generation: int = 1,
+    num_tokens_max: int = 1024,
     temper: Temper = FAST,
     scaler: Scaler | None = None,
     is_awaited: bool = True,
@@ -87,7 +88,7 @@ async def front_door(
         settings = DeploymentConfig(
             context=_pool(cluster, "context"), generation=_pool(cluster, "generation"), **config
         )
-        model = byte_model()
+        model = byte_model(num_tokens_max=num_tokens_max)
         app = make_app(settings, ServerPools(settings, on_crash=crashes.append), model=model, scaler=scaler)
         runner = make_runner(app)
         await runner.setup()

@@ -29,7 +29,7 @@ CASES: list[Case] = [
     ({"input": [{"role": "user", "content": [{"type": ["text"]}]}]}, "input[0].content[0]", "must be text"),
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text", "is missing"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "is not supported here"),
-    ({"input": [{"type": {"a": "b" * 999}}]}, "input[0].type", "…"),
+    ({"input": [{"type": {"a": "b" * 999}}]}, "input[0].type", "bbb...bbb"),
     ({"input": [{**CALL, "name": None}]}, "input[0].name", "input[0].name is missing"),
     ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments", "must be a string, is an object"),
     (

@@ -1,0 +1,106 @@
+"""Bodies that are nearly right, over all endpoints: every answer is 2xx, or a 4xx that names the field."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import gc
+import io
+import itertools
+from collections.abc import Iterator
+from typing import Any, Final
+
+import orjson
+import pytest
+
+from disaggregated.errors import InvalidRequest
+from orchestrator.api.fields import NESTING_MAX, Fields
+from tests.support.front_door import Door, front_door
+from tests.support.fuzz_bodies import GOOD, Probe, probes
+from tests.support.loop_cpu import LoopCpu
+
+CONCURRENCY: Final = 8
+BATCH: Final = 500
+GRAMMARS: Final = frozenset({"response_format", "guided_choice", "guided_regex"})
+BLOCKED_MAX_S: Final = 0.05
+
+
+@pytest.mark.parametrize(("seed", "count"), [(1, 1000), pytest.param(2, 20_000, marks=pytest.mark.soak)])
+@pytest.mark.timeout(3600)
+async def test_every_answer_is_good_or_names_the_field(seed: int, count: int) -> None:
+    answers: collections.Counter[int] = collections.Counter()
+    wrong: list[tuple[Probe, int, bytes]] = []
+    drawn = probes(seed, count)
+    longest_s = 0.0
+
+    async def ask(door: Door, waiting: Iterator[Probe]) -> None:
+        for probe in waiting:
+            async with door.http.post(door.url + probe.path, data=io.BytesIO(probe.body)) as answer:
+                body = await answer.read()
+                answers[answer.status] += 1
+                if not is_sound(answer.status, answer.content_type, body):
+                    wrong.append((probe, answer.status, body))
+
+    async with front_door(num_tokens_max=96, num_generation=2) as door:
+        while batch := list(itertools.islice(drawn, BATCH)):  # Drawn beforehand: that takes time too.
+            waiting = iter(batch)
+            with frozen_garbage(), LoopCpu() as loop_cpu:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(CONCURRENCY):
+                        group.create_task(ask(door, waiting))
+            longest_s = max(longest_s, loop_cpu.longest_s)
+        await door.wait_idle()
+    assert not wrong, f"{len(wrong)} of {count}: {[(p.path, p.body[:300], s, b[:300]) for p, s, b in wrong[:4]]}"
+    assert answers[200] > count / 20, answers
+    assert answers[400] > count / 5, answers
+    assert longest_s < BLOCKED_MAX_S
+
+
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """As the orchestrator does it when it has started: a collection does not look at everything that is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def is_sound(status: int, content_type: str, body: bytes) -> bool:
+    if status == 200:
+        return b'"internal_error"' not in body
+    if not 400 <= status < 500 or content_type != "application/json":
+        return False
+    error: dict[str, Any] = orjson.loads(body)["error"]
+    names_nothing = error["message"].startswith("the body ")
+    return set(error) >= {"message", "type", "param", "code"} and (names_nothing or bool(error["param"]))
+
+
+async def test_the_bodies_that_are_mutated_are_good() -> None:
+    async with front_door(num_tokens_max=1024) as door:
+        for path, body in GOOD:
+            if not GRAMMARS.isdisjoint(body):
+                continue
+            async with door.http.post(door.url + path, json=body) as answer:
+                assert answer.status == 200, (path, body, await answer.text())
+
+
+def test_the_same_seed_draws_the_same_bodies() -> None:
+    assert list(probes(5, 50)) == list(probes(5, 50))
+    assert list(probes(5, 50)) != list(probes(6, 50))
+
+
+@pytest.mark.parametrize("opener", ["[", '{"a":'])
+def test_bodies_are_nested_up_to_the_limit_and_no_deeper(opener: str) -> None:
+    closer = "]" if opener == "[" else "}"
+
+    def nested(depth: int) -> bytes:
+        return ('{"x":' + opener * (depth - 1) + "0" + closer * (depth - 1) + "}").encode()
+
+    Fields.parse(nested(NESTING_MAX))
+    with pytest.raises(InvalidRequest, match="nested deeper than 128 levels"):
+        Fields.parse(nested(NESTING_MAX + 1))
+
+
+def test_a_long_body_may_have_more_brackets_than_levels() -> None:
+    assert len(Fields.parse(b'{"x":[' + b"[]," * 5000 + b"[]]}").values["x"]) == 5001
