@@ -21,8 +21,8 @@ from benchmarks.engines.ours import make_engine, requests
 from disaggregated.engine.api import EngineRequest, RequestKind, ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.engine.ops.native import NativeOps
-from disaggregated.engine.runner import step_tensors
 from disaggregated.engine.speculation import Speculation
+from disaggregated.engine.step_layout import step_tensors
 from disaggregated.sampling_params import SamplingParams
 
 MODEL: Final = "smollm2-135m-instruct"

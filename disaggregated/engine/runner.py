@@ -1,7 +1,6 @@
 """One forward pass of a batch of scheduled sequences, from their token ids to the next token of each.
 
-The host builds the step's layout in numpy, which goes to the device as one array, and waits for it once: when the
-sampled tokens come back.
+The host lays the step out (`step_layout.py`) and waits for the device once: when the sampled tokens come back.
 
 Legend as in `ops/api.py`.
 """
@@ -10,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from disaggregated.engine.api import ScheduledSequence
@@ -19,9 +16,9 @@ from disaggregated.engine.kv_cache import KVCache
 from disaggregated.engine.layer_progress import LayerProgress
 from disaggregated.engine.logprobs import StepLogprobs, step_logprobs
 from disaggregated.engine.models.decoder import Model
-from disaggregated.engine.ops.api import AttentionBatch
 from disaggregated.engine.sample_row import sample_rows
 from disaggregated.engine.sampler import sample
+from disaggregated.engine.step_layout import step_tensors
 
 
 class TorchModelRunner:
@@ -76,49 +73,11 @@ class TorchModelRunner:
         hidden = self._model.forward(token_ids, attention, self._kv_cache.layers, progress)
         if told is not None:
             told.measure_prompts(hidden, self._model.logits)
-        if not len(last_tokens):
+        if not last_tokens.numel():
             return None
-        if len(last_tokens) < len(token_ids):  # A step of nothing but decoding samples after each of its tokens.
+        if last_tokens.numel() < token_ids.numel():  # A step of nothing but decoding samples after each of its tokens.
             hidden = hidden.index_select(0, last_tokens)
         return self._model.logits(hidden)
-
-
-def step_tensors(
-    batch: Sequence[ScheduledSequence], block_size: int, device: torch.device
-) -> tuple[torch.Tensor, AttentionBatch, torch.Tensor]:
-    """Token ids (T), where they lie, and the indices in T of the positions that are sampled after, row by row.
-
-    These are each sampling row's last token and its drafts.
-    """
-    num_drafts = np.array([len(sequence.draft_token_ids) for sequence in batch], dtype=np.int64)
-    lengths = np.array([len(sequence.token_ids) for sequence in batch], dtype=np.int64) + num_drafts
-    first_positions = np.array([sequence.first_position for sequence in batch], dtype=np.int64)
-    tables = _block_tables(batch)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    row_of_token = np.repeat(np.arange(len(batch)), lengths)
-    positions = np.arange(ends[-1]) - starts[row_of_token] + first_positions[row_of_token]
-    slots = tables[row_of_token, positions // block_size] * block_size + positions % block_size
-    token_ids = np.fromiter(
-        (token for row in batch for tokens in (row.token_ids, row.draft_token_ids) for token in tokens),
-        np.int64,
-        ends[-1],
-    )
-    num_sampled = np.array([sequence.sampling is not None for sequence in batch]) * (1 + num_drafts)
-    offsets = np.arange(num_sampled.sum()) - np.repeat(np.cumsum(num_sampled) - num_sampled, num_sampled)
-    sampled_positions = np.repeat(ends - num_sampled, num_sampled) + offsets
-    long = _to_device([token_ids, positions, slots, sampled_positions], device, np.int64)
-    ints = _to_device([np.append(starts, ends[-1]), first_positions, tables.ravel()], device, np.int32)
-    attention = AttentionBatch(
-        query_start=ints[0],
-        first_position=ints[1],
-        block_tables=ints[2].view(tables.shape),
-        positions=long[1],
-        slots=long[2],
-        max_context_len=int((first_positions + lengths).max()),
-        rows=tuple(zip(first_positions.tolist(), lengths.tolist(), strict=True)),
-    )
-    return long[0], attention, long[3]
 
 
 def accepted(draft_token_ids: Sequence[int], sampled: Iterator[int]) -> list[int]:
@@ -132,18 +91,3 @@ def accepted(draft_token_ids: Sequence[int], sampled: Iterator[int]) -> list[int
     while num_accepted < len(draft_token_ids) and draft_token_ids[num_accepted] == tokens[num_accepted]:
         num_accepted += 1
     return tokens[: num_accepted + 1]
-
-
-def _block_tables(batch: Sequence[ScheduledSequence]) -> npt.NDArray[np.int64]:
-    tables = np.zeros((len(batch), max(len(sequence.block_table) for sequence in batch)), dtype=np.int64)
-    for row, sequence in enumerate(batch):
-        tables[row, : len(sequence.block_table)] = sequence.block_table
-    return tables
-
-
-def _to_device(
-    arrays: Sequence[npt.NDArray[np.int64]], device: torch.device, dtype: type[np.signedinteger]
-) -> Sequence[torch.Tensor]:
-    """One copy for all of them."""
-    joined = torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False)).to(device, non_blocking=True)
-    return torch.split(joined, [array.size for array in arrays])

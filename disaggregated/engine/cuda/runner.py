@@ -23,8 +23,9 @@ from disaggregated.engine.logit_edits import edits_of
 from disaggregated.engine.logprobs import StepLogprobs, step_logprobs
 from disaggregated.engine.models.decoder import Model
 from disaggregated.engine.ops.api import AttentionBatch
-from disaggregated.engine.runner import TorchModelRunner, accepted, step_tensors
+from disaggregated.engine.runner import TorchModelRunner, accepted
 from disaggregated.engine.sample_row import sample_rows
+from disaggregated.engine.step_layout import step_tensors
 from disaggregated.engine.upload import to_device
 
 Sample = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]

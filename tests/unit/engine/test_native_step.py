@@ -15,7 +15,8 @@ from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import LayerPool, Ops, StepProgram
 from disaggregated.engine.ops.native_isa import runnable_isas
 from disaggregated.engine.ops.native_step import NativeStepProgram
-from disaggregated.engine.runner import TorchModelRunner, step_tensors
+from disaggregated.engine.runner import TorchModelRunner
+from disaggregated.engine.step_layout import step_tensors
 from tests.unit.engine.attention_cases import Row, attention_batch
 from tests.unit.engine.runners import Driven, make_runner, random_blocks, random_prompt
 from tests.unit.engine.tiny_models import FAMILIES, VOCAB_SIZE, write_model

@@ -10,7 +10,8 @@ import torch
 
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.kv_cache import KVCache
-from disaggregated.engine.runner import TorchModelRunner, step_tensors
+from disaggregated.engine.runner import TorchModelRunner
+from disaggregated.engine.step_layout import step_tensors
 from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
 from tests.unit.engine.runners import GREEDY, Driven, make_runner, random_blocks, random_prompt
