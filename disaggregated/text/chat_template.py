@@ -12,8 +12,8 @@ import json
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, Final, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -100,8 +100,25 @@ def _deadline(timeout_s: float | None) -> Iterator[None]:
         sys.settrace(before)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Nor can a template ask for numbers or texts that fill the memory, while it is compiled or while it runs."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or not all(isinstance(side, int | float) for side in (left, right)):
+            sizes = [len(side) if isinstance(side, Sized) else abs(side) for side in (left, right)]
+            if operator == "**" or sizes[0] * sizes[1] > _REPEATED_MAX:
+                raise jinja2.TemplateRuntimeError(f"{operator} is not for that much")
+        return super().call_binop(context, operator, left, right)
+
+
+_REPEATED_MAX: Final = 100_000
+"""Characters that one multiplication of a text may make."""
+
+
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlock, jinja2.ext.loopcontrols],

@@ -77,6 +77,7 @@ class JsonCalls(GrammarParser):
             character = yield from skip(source, SPACE + ",;]")
         if self._layout.end and self._num_calls > first:
             yield from take_one_of(source, self._layout.end)
+            yield from skip(source)
         return self._num_calls > first
 
     def _call(self, source: Source) -> Steps[bool]:

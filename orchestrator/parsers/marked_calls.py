@@ -119,4 +119,5 @@ class MistralCalls(JsonCalls):
         yield CallStart(index, call_id or self._new_id(), name.strip())
         yield from skip(source)
         yield from json_value(source, lambda text: CallArguments(index, text))
+        yield from skip(source)
         return True

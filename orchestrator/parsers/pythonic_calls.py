@@ -75,6 +75,7 @@ class PythonicCalls(GrammarParser):
             yield from skip(source)
             if self._layout.end:
                 yield from take_one_of(source, self._layout.end)
+                yield from skip(source)
         return self._num_calls > first
 
 
