@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -71,7 +72,8 @@ class ServerPools:
         self._owner = TaskOwner(self.on_crash)
         self._described = asyncio.Event()
         self._link_numbers = itertools.count(1)
-        self._orchestrator_id = f"orchestrator-{config.node_id}-{os.getpid()}"
+        # In containers two orchestrators may have one number and one pid, and would take each other's streams away.
+        self._orchestrator_id = f"orchestrator-{config.node_id}-{os.getpid()}-{secrets.token_hex(4)}"
         self._is_open = False
         for role, pool in ((Role.CONTEXT, config.context), (Role.GENERATION, config.generation)):
             for url in pool.urls:
@@ -160,8 +162,9 @@ class ServerPools:
         self._tasks[server] = self._owner.start(self._keep(server), name=f"keep {server.role} {server.address}")
 
     async def _keep(self, server: Server) -> None:
+        """A task group whose child fails as it is cancelled forgets that it was: so the end is looked for as well."""
         backoff_s = BACKOFF_S_MIN
-        while True:
+        while self._is_open and self._servers.get((server.role, server.address)) is server:
             was_ready = await self._live_and_die(server)
             backoff_s = BACKOFF_S_MIN if was_ready else min(2 * backoff_s, BACKOFF_S_MAX)
             await asyncio.sleep(backoff_s)
