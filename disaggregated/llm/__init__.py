@@ -7,7 +7,7 @@ choice where one process is enough. Importing this takes no torch; making an `LL
 """
 
 from disaggregated.llm.llm import LLM
-from disaggregated.llm.outputs import CompletionOutput, RequestOutput
+from disaggregated.llm.outputs import CompletionOutput, Logprob, RequestOutput
 from disaggregated.llm.sampling import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]

@@ -50,10 +50,9 @@ class RequestMaker:
         return requests
 
     def _add(self, prompt: Prompt, sampling: SamplingParams, requests: Requests) -> None:
-        eos_token_ids = self._tokenizer.eos_token_ids
         each_sampling = sampling.for_engine(
             self._sampling_defaults,
-            eos_token_ids=eos_token_ids,
+            tokenizer=self._tokenizer,
             vocab_size=self._vocab_size,
             room=self._num_tokens_max - len(prompt.token_ids),
         )
@@ -72,8 +71,14 @@ class RequestMaker:
                 token_ids=prompt.token_ids,
                 sampling=engine_sampling,
             )
-            text = ChoiceText(self._tokenizer, prompt.token_ids, sampling.stop_strings)
-            requests.sequences.append(Sequence(request, output, completion, text, eos_token_ids=eos_token_ids))
+            text = ChoiceText(
+                self._tokenizer,
+                prompt.token_ids,
+                sampling.stop_strings,
+                skip_special_tokens=sampling.skip_special_tokens,
+                include_stop=sampling.include_stop_str_in_output,
+            )
+            requests.sequences.append(Sequence(request, output, completion, text, self._tokenizer))
 
 
 def _one_each(params: SamplingParams | SequenceOf[SamplingParams], num_prompts: int) -> SequenceOf[SamplingParams]:

@@ -8,20 +8,18 @@ from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.sampling_params import (
-    BAD_WORD_TOKENS_MAX,
     BIAS_MAX,
     PENALTY_MAX,
     SamplingParams,
     over_model_defaults,
 )
-from disaggregated.text import Tokenizer
+from disaggregated.text import Tokenizer, bad_word_ids
 from orchestrator.api.fields import Fields, wrong_type
 from orchestrator.served_model import ServedModel
 
 STOP_STRINGS_MAX: Final = 16
 STOP_TOKEN_IDS_MAX: Final = 64
 LOGIT_BIASES_MAX: Final = 1024
-BAD_WORDS_MAX: Final = 256
 TOKENS_MAX: Final = 2**31 - 1
 TOP_K_MAX: Final = 2**31 - 1
 REPETITION_PENALTY_MIN: Final = 0.01
@@ -138,25 +136,8 @@ def _checked_bias(key: str, value: Any) -> float:
 
 
 def _read_bad_words(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each word as the tokenizer cuts it, at the beginning of a text and after a space."""
     value = fields.get("bad_words")
     words = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise wrong_type("bad_words", "an array of strings", value)
-    if len(words) > BAD_WORDS_MAX:
-        raise InvalidRequest(f"bad_words has {len(words)} strings, the limit is {BAD_WORDS_MAX}", param="bad_words")
-    return tuple(dict.fromkeys(ids for word in words for ids in _spellings(word, tokenizer)))
-
-
-def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    if not word.strip():
-        raise InvalidRequest("a bad word must not be empty", param="bad_words")
-    if len(word) > 16 * BAD_WORD_TOKENS_MAX:
-        raise InvalidRequest(f"a bad word has {len(word)} characters, too many", param="bad_words")
-    spellings = [
-        tuple(tokenizer.encode(text, add_special_tokens=False, param="bad_words"))
-        for text in (word, " " + word.lstrip())
-    ]
-    if (longest := max(map(len, spellings))) > BAD_WORD_TOKENS_MAX:
-        raise InvalidRequest(f"a bad word has {longest} tokens, the limit is {BAD_WORD_TOKENS_MAX}", param="bad_words")
-    return [ids for ids in spellings if ids]
+    return bad_word_ids(words, tokenizer)

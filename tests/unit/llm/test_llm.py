@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import subprocess
@@ -39,12 +40,16 @@ def llm() -> Iterator[LLM]:
         yield llm
 
 
+@pytest.fixture(scope="module")
+def reference() -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM.from_pretrained(resolve(MODEL).path, dtype=torch.float32).eval()
+
+
 def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_greedy_tokens_are_those_of_transformers(llm: LLM) -> None:
-    reference = transformers.LlamaForCausalLM.from_pretrained(resolve(MODEL).path, dtype=torch.float32).eval()
+def test_greedy_tokens_are_those_of_transformers(llm: LLM, reference: transformers.LlamaForCausalLM) -> None:
     [output] = llm.generate(PROMPTS[0], GREEDY)
     prompt = torch.tensor([output.prompt_token_ids])
     with torch.inference_mode():
@@ -53,6 +58,57 @@ def test_greedy_tokens_are_those_of_transformers(llm: LLM) -> None:
     assert output.outputs[0].text == llm.tokenizer.decode(output.outputs[0].token_ids)
     assert output.prompt == PROMPTS[0]
     assert output.outputs[0].finish_reason == "length"
+
+
+def test_penalties_and_bad_words_are_those_of_transformers(llm: LLM, reference: transformers.LlamaForCausalLM) -> None:
+    sampling = SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, repetition_penalty=1.2, bad_words=["Paris", "the city"]
+    )
+    [output] = llm.generate("Paris is the capital of France. The capital of France is", sampling)
+    prompt = torch.tensor([output.prompt_token_ids])
+    words = [llm.tokenizer.encode(word, False) for word in ("Paris", " Paris", "the city", " the city")]
+    with torch.inference_mode():
+        expected = reference.generate(
+            prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, repetition_penalty=1.2,
+            bad_words_ids=words,
+        )  # fmt: skip
+    assert output.outputs[0].token_ids == expected[0, prompt.shape[1] :].tolist()
+    assert "Paris" not in output.outputs[0].text
+
+
+def test_logprobs_are_those_of_transformers(llm: LLM, reference: transformers.LlamaForCausalLM) -> None:
+    sampling = dataclasses.replace(SEEDED, logprobs=3, prompt_logprobs=0)
+    [output] = llm.generate(PROMPTS[3], sampling)
+    completion = output.outputs[0]
+    sequence = [*output.prompt_token_ids, *completion.token_ids]
+    with torch.inference_mode():
+        expected = reference(torch.tensor([sequence])).logits[0].double().log_softmax(-1)
+    assert completion.logprobs is not None
+    for position, (token_id, told) in enumerate(
+        zip(completion.token_ids, completion.logprobs, strict=True), start=len(output.prompt_token_ids) - 1
+    ):
+        assert set(told) == {token_id, *expected[position].topk(3).indices.tolist()}
+        for other, one in told.items():
+            assert one.logprob == pytest.approx(float(expected[position, other]), abs=1e-4)
+            assert one.rank == int((expected[position] >= expected[position, other]).sum())
+            assert one.decoded_token == llm.tokenizer.decode([other])
+    assert completion.cumulative_logprob == pytest.approx(
+        sum(told[token_id].logprob for token_id, told in zip(completion.token_ids, completion.logprobs, strict=True))
+    )
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for position, (token_id, of_prompt) in enumerate(
+        zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    ):
+        assert of_prompt is not None
+        assert of_prompt[token_id].logprob == pytest.approx(float(expected[position, token_id]), abs=1e-4)
+
+
+def test_what_was_told_in_a_stream_stays_as_it_was(llm: LLM) -> None:
+    sampling = dataclasses.replace(GREEDY, logprobs=0)
+    seen = [output.outputs[0].logprobs or [] for output in llm.stream(PROMPTS[0], sampling)]
+    assert [len(each) for each in seen] == list(range(1, 11))
+    assert seen[-1] == llm.generate(PROMPTS[0], sampling)[0].outputs[0].logprobs
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED])

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.llm import SamplingParams
+from tests.support.byte_model import byte_tokenizer
 
 NO_DEFAULTS: dict[str, float] = {}
 
 
 def for_engine(params: SamplingParams, **changes: Any) -> Any:
-    arguments = {"eos_token_ids": (2,), "vocab_size": 100, "room": 50, **changes}
+    arguments = {"tokenizer": byte_tokenizer(), "vocab_size": 100, "room": 50, **changes}
     return params.for_engine(arguments.pop("defaults", NO_DEFAULTS), **arguments)
 
 
@@ -42,6 +43,16 @@ def for_engine(params: SamplingParams, **changes: Any) -> Any:
         ("stop_token_ids", "12", "stop_token_ids must be a list of token ids, is '12'"),
         ("stop_token_ids", [1, -1], "stop_token_ids must be a list of token ids"),
         ("ignore_eos", 1, "ignore_eos must be True or False, is 1"),
+        ("skip_special_tokens", None, "skip_special_tokens must be True or False, is None"),
+        ("presence_penalty", 2.5, "presence_penalty must be between -2 and 2, is 2.5"),
+        ("frequency_penalty", None, "frequency_penalty must be a number, is None"),
+        ("repetition_penalty", 0, "repetition_penalty must be between 0.01 and 100, is 0"),
+        ("logprobs", 21, "logprobs must be between 0 and 20, is 21"),
+        ("prompt_logprobs", True, "prompt_logprobs must be an integer, is True"),
+        ("bad_words", ["a", ""], "bad_words must be without an empty string"),
+        ("allowed_token_ids", [-1], "allowed_token_ids must be a list of token ids"),
+        ("logit_bias", {"5": 1.0}, "logit_bias must be a list of token ids"),
+        ("logit_bias", {5: 101.0}, "logit_bias must be between -100 and 100, is 101.0"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_name(name: str, value: Any, says: str) -> None:
@@ -52,8 +63,8 @@ def test_a_wrong_value_is_refused_by_its_name(name: str, value: Any, says: str) 
 
 
 def test_an_unknown_parameter_is_named() -> None:
-    with pytest.raises(TypeError, match="presence_penalty"):
-        SamplingParams(presence_penalty=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="use_beam_search"):
+        SamplingParams(use_beam_search=True)  # type: ignore[call-arg]
 
 
 def test_sequences_that_would_all_be_the_same_are_not_generated() -> None:
@@ -97,7 +108,7 @@ def test_without_a_seed_each_call_has_another() -> None:
 
 
 def test_the_model_s_end_of_text_stops_unless_it_is_ignored() -> None:
-    assert for_engine(SamplingParams(stop_token_ids=[7]))[0].stop_token_ids == {2, 7}
+    assert for_engine(SamplingParams(stop_token_ids=[7]))[0].stop_token_ids == {256, 7}
     assert for_engine(SamplingParams(stop_token_ids=[7], ignore_eos=True))[0].stop_token_ids == {7}
 
 
@@ -110,3 +121,31 @@ def test_one_stop_string_need_not_be_a_list() -> None:
     assert SamplingParams(stop="end").stop_strings == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
     assert SamplingParams().stop_strings == ()
+
+
+def test_everything_that_is_asked_of_the_logits_reaches_the_engine() -> None:
+    [said] = for_engine(
+        SamplingParams(
+            presence_penalty=0.5,
+            frequency_penalty=-1.0,
+            repetition_penalty=1.25,
+            logit_bias={9: -2.0, 3: 100},
+            allowed_token_ids=[3, 9],
+            bad_words=["ab", " c"],
+            logprobs=0,
+            prompt_logprobs=4,
+        )
+    )
+    assert (said.presence_penalty, said.frequency_penalty, said.repetition_penalty) == (0.5, -1.0, 1.25)
+    assert said.logit_bias == ((3, 100), (9, -2.0))
+    assert said.allowed_token_ids == {3, 9}
+    assert (said.logprobs, said.prompt_logprobs) == (0, 4)
+    encode = byte_tokenizer().encode
+    assert said.bad_words == tuple(tuple(encode(word)) for word in ("ab", " ab", " c"))
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "logit_bias"])
+def test_a_token_that_the_model_does_not_have_is_refused_where_it_is_named(name: str) -> None:
+    value: Any = {100: 1.0} if name == "logit_bias" else [100]
+    with pytest.raises(InvalidRequest, match=f"{name}: 100 is not between 0 and 99"):
+        for_engine(SamplingParams(**{name: value}))
