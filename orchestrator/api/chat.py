@@ -119,8 +119,9 @@ async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
 def _wanted(fields: Fields, tools: ToolUse | None, grammar: Grammar | None) -> Wanted:
     return Wanted(
         schemas=tools.schemas if tools else None,
-        must_call=tools is not None and tools.mode == "required",
+        must_call=tools is not None and tools.must_call,
         name=tools.name if tools else "",
+        is_strict=tools is not None and tools.is_strict,
         is_parallel=tools is None or tools.is_parallel,
         separates_reasoning=fields.flag("separate_reasoning", default=True),
         shows_reasoning=fields.flag("include_reasoning", default=True),

@@ -12,6 +12,9 @@ ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "f
 _MAY_SAY_NOTHING: Final = frozenset({"assistant", "tool", "function"})
 """Who calls a tool says nothing besides, and a tool may have nothing to tell."""
 
+_CALL_CHARACTERS: Final = 500
+"""Assumed of a call whose arguments are an object, and no text yet."""
+
 
 def checked_messages(messages: object) -> list[Mapping[str, Any]]:
     """
@@ -33,10 +36,15 @@ def num_characters(messages: Iterable[Mapping[str, Any]], enough: int) -> int:
     for message in messages:
         content = message.get("content") or ""
         parts = [content] if isinstance(content, str) else [_text_of(part) for part in content]
-        count += 20 + sum(map(len, parts)) + len(str(message.get("tool_calls") or ""))
+        count += 20 + sum(map(len, parts)) + sum(map(_num_of_call, message.get("tool_calls") or ()))
         if count > enough:
             break
     return count
+
+
+def _num_of_call(call: Mapping[str, Any]) -> int:
+    arguments = call["function"].get("arguments")
+    return len(arguments) if isinstance(arguments, str) else _CALL_CHARACTERS
 
 
 def _text_of(part: object) -> str:

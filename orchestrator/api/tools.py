@@ -10,8 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
+import orjson
+
 from disaggregated.errors import InvalidRequest
-from orchestrator.api.fields import Fields, wrong_type
+from orchestrator.api.fields import Fields, shown, wrong_type
+from orchestrator.api.json_schema import DEPTH_MAX, is_deeper, schema_text
 
 TOOLS_MAX: Final = 512
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -29,9 +32,11 @@ class ToolUse:
     """As templates know them: {"type": "function", "function": {"name", "description", "parameters"}}."""
     schemas: Mapping[str, Mapping[str, Any]]
     """Of those that may be called: name and JSON schema of the arguments."""
-    mode: Literal["auto", "required"]
+    must_call: bool = False
     name: str = ""
-    """With "required": the only one that may be called, and exactly once; "": any."""
+    """With `must_call`: the only one that may be called, and exactly once; "": any."""
+    is_strict: bool = False
+    """What of a schema cannot be enforced is an error, and not only a wish."""
     is_parallel: bool = True
     """Several calls in one reply are welcome."""
     is_legacy: bool = False
@@ -67,7 +72,23 @@ def _wrapped_functions(functions: object) -> object:
     return [{"type": "function", "function": function} for function in functions]
 
 
-def _checked(tools: object, param: str) -> list[Mapping[str, Any]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tool:
+    told: Mapping[str, Any]
+    """As the template gets it."""
+    is_strict: bool
+
+    @property
+    def name(self) -> str:
+        return str(self.told["function"]["name"])
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        schema: Mapping[str, Any] = self.told["function"]["parameters"]
+        return schema
+
+
+def _checked(tools: object, param: str) -> list[_Tool]:
     if tools is None:
         return []
     if not isinstance(tools, list):
@@ -77,58 +98,73 @@ def _checked(tools: object, param: str) -> list[Mapping[str, Any]]:
     checked = [_checked_tool(tool, f"{param}[{index}]") for index, tool in enumerate(tools)]
     names: set[str] = set()
     for index, tool in enumerate(checked):
-        name = tool["function"]["name"]
-        if name in names:
-            raise InvalidRequest(f"{param}[{index}] is the second one called {name!r}", param=f"{param}[{index}]")
-        names.add(name)
+        if tool.name in names:
+            raise InvalidRequest(f"{param}[{index}] is the second one called {tool.name!r}", param=f"{param}[{index}]")
+        names.add(tool.name)
     return checked
 
 
-def _checked_tool(tool: object, where: str) -> Mapping[str, Any]:
-    """In the form that templates know; the Responses API writes the function's fields into the tool itself."""
+def _checked_tool(tool: object, where: str) -> _Tool:
+    """The Responses API writes the function's fields into the tool itself."""
     if not isinstance(tool, dict):
         raise wrong_type(where, "an object", tool)
     if tool.get("type", "function") != "function":
         raise InvalidRequest(
-            f"{where}.type must be 'function', is {tool['type']!r}: no other tools are run here", param=f"{where}.type"
+            f"{where}.type must be 'function', is {shown(tool['type'])}: no other tools are run here",
+            param=f"{where}.type",
         )
     function = tool.get("function", tool if "name" in tool else None)
+    where = f"{where}.function"
     if not isinstance(function, dict):
-        raise wrong_type(f"{where}.function", "an object", function)
+        raise wrong_type(where, "an object", function)
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"{where}.function.name must be 1 to 128 letters, digits, or _ . : / -; is {_shown(name)}",
-            param=f"{where}.function.name",
+            f"{where}.name must be 1 to 128 letters, digits, or _ . : / -; is {shown(name)}", param=f"{where}.name"
         )
-    description, parameters = function.get("description"), function.get("parameters")
+    description, parameters, strict = (function.get(field) for field in ("description", "parameters", "strict"))
     if not isinstance(description, str | None):
-        raise wrong_type(f"{where}.function.description", "a string", description)
+        raise wrong_type(f"{where}.description", "a string", description)
     if not isinstance(parameters, dict | None):
-        raise wrong_type(f"{where}.function.parameters", "a JSON schema (an object)", parameters)
-    shown = {"name": name, "description": description or "", "parameters": parameters or NO_PARAMETERS}
-    return {"type": "function", "function": shown}
+        raise wrong_type(f"{where}.parameters", "a JSON schema (an object)", parameters)
+    if not isinstance(strict, bool | None):
+        raise wrong_type(f"{where}.strict", "true or false", strict)
+    if parameters and is_deeper(parameters, DEPTH_MAX):
+        raise InvalidRequest(
+            f"{where}.parameters is nested deeper than {DEPTH_MAX} levels", param=f"{where}.parameters"
+        )
+    told = {"name": name, "description": description or "", "parameters": parameters or NO_PARAMETERS}
+    return _Tool({"type": "function", "function": told}, bool(strict))
 
 
 def _tool_use(
-    tools: Sequence[Mapping[str, Any]], choice: object, param: str, is_parallel: bool, *, is_legacy: bool
+    tools: Sequence[_Tool], choice: object, param: str, is_parallel: bool, *, is_legacy: bool
 ) -> ToolUse | None:
-    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    by_name = {tool.name: tool for tool in tools}
     mode, names = _read_choice(choice, param, is_legacy=is_legacy)
     if not tools and mode in ("required", "named"):
         raise InvalidRequest(f"{param} asks for a call, but there are no tools to call", param=param)
-    if missing := [name for name in names if name not in schemas]:
-        raise InvalidRequest(f"{param} names {_shown(missing[0])}, which is not among the tools", param=param)
+    if missing := [name for name in names if name not in by_name]:
+        raise InvalidRequest(f"{param} names {shown(missing[0])}, which is not among the tools", param=param)
     if not tools or mode == "none":
         return None
+    callable_tools = [by_name[name] for name in names] if names else tools
+    must_call = mode != "auto"
     return ToolUse(
-        tools=tools,
-        schemas={name: schemas[name] for name in names} if names else schemas,
-        mode="auto" if mode == "auto" else "required",
+        tools=[tool.told for tool in tools],
+        schemas={tool.name: _closed(tool) if must_call else tool.schema for tool in callable_tools},
+        must_call=must_call,
         name=names[0] if mode == "named" else "",
+        is_strict=all(tool.is_strict for tool in callable_tools),
         is_parallel=is_parallel,
         is_legacy=is_legacy,
     )
+
+
+def _closed(tool: _Tool) -> Mapping[str, Any]:
+    """For a grammar, which is a little stricter than the schema."""
+    closed: Mapping[str, Any] = orjson.loads(schema_text(tool.schema, f"{tool.name}.parameters"))
+    return closed
 
 
 def _read_choice(choice: object, param: str, *, is_legacy: bool) -> tuple[str, list[str]]:
@@ -146,7 +182,7 @@ def _read_choice(choice: object, param: str, *, is_legacy: bool) -> tuple[str, l
     if isinstance(choice, dict):
         return "named", [_chosen_name({"function": choice} if is_legacy else choice, param)]
     known = "none, auto, required or an object that names a function"
-    raise InvalidRequest(f"{param} must be {known}, is {_shown(choice)}", param=param)
+    raise InvalidRequest(f"{param} must be {known}, is {shown(choice)}", param=param)
 
 
 def _chosen_name(choice: object, param: str) -> str:
@@ -158,7 +194,3 @@ def _chosen_name(choice: object, param: str) -> str:
 
 
 _EXAMPLE: Final = '{"type": "function", "function": {"name": "…"}}'
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:80]

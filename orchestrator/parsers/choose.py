@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import orjson
+
 from disaggregated.grammar import Grammar, GrammarKind
 from orchestrator.parsers.deltas import ReplyParser
 from orchestrator.parsers.forced_calls import NamedCall, arguments_schema, calls_schema
@@ -25,6 +27,8 @@ class Wanted:
     must_call: bool = False
     name: str = ""
     """With `must_call`: the one tool that has to be called."""
+    is_strict: bool = False
+    """With `must_call`: keywords of the schemas that a grammar cannot enforce are refused."""
     is_parallel: bool = True
     separates_reasoning: bool = True
     shows_reasoning: bool = True
@@ -77,8 +81,12 @@ def _grammar(wanted: Wanted) -> Grammar | None:
     if wanted.schemas is None or not wanted.must_call:
         return wanted.grammar
     if wanted.name:
-        return Grammar(GrammarKind.JSON_SCHEMA, arguments_schema(wanted.schemas[wanted.name]))
-    return Grammar(GrammarKind.JSON_SCHEMA, calls_schema(wanted.schemas, is_parallel=wanted.is_parallel))
+        schema = arguments_schema(wanted.schemas[wanted.name])
+    else:
+        schema = calls_schema(wanted.schemas, is_parallel=wanted.is_parallel)
+    if not wanted.is_strict:
+        schema["x-guidance"] = {"lenient": True}
+    return Grammar(GrammarKind.JSON_SCHEMA, orjson.dumps(schema).decode())
 
 
 def _call_parser(wanted: Wanted, formats: ReplyFormats) -> MakeParser | None:

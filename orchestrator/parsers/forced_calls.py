@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 from orchestrator.parsers.call_ids import NewCallId
 from orchestrator.parsers.deltas import CallArguments, CallStart, Delta, ReplyParser
 from orchestrator.parsers.json_calls import Schemas
@@ -32,12 +30,12 @@ class NamedCall(ReplyParser):
         return []
 
 
-def arguments_schema(schema: Mapping[str, Any]) -> str:
+def arguments_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Of the reply that `NamedCall` reads."""
-    return orjson.dumps(_as_object(schema)).decode()
+    return dict(_as_object(schema))
 
 
-def calls_schema(schemas: Schemas, *, is_parallel: bool) -> str:
+def calls_schema(schemas: Schemas, *, is_parallel: bool) -> dict[str, Any]:
     """Of a reply that is a list of calls. Each tool's schema keeps its own `$ref`s: they are moved along with it."""
     moved = {f"tool_{index}": _moved(schema, f"#/$defs/tool_{index}") for index, schema in enumerate(schemas.values())}
     calls = [
@@ -51,7 +49,7 @@ def calls_schema(schemas: Schemas, *, is_parallel: bool) -> str:
     ]
     items = calls[0] if len(calls) == 1 else {"anyOf": calls}
     limit = {} if is_parallel else {"maxItems": 1}
-    return orjson.dumps({"type": "array", "minItems": 1, **limit, "items": items, "$defs": moved}).decode()
+    return {"type": "array", "minItems": 1, **limit, "items": items, "$defs": moved}
 
 
 def _as_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:

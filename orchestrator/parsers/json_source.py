@@ -93,21 +93,24 @@ def json_string(source: Source) -> Steps[str | None]:
     """A string; None if something else stands here, or the reply ends within."""
     if (yield from wait(source)) != '"':
         return None
-    text = yield from json_text(source)
-    try:
-        value = json.loads(text, strict=False)
-    except ValueError:
-        return None
-    return value if isinstance(value, str) else None
+    return _string_of((yield from json_text(source)))
 
 
 def unquoted(text: str) -> str:
     """Arguments are an object, but some models write it as JSON within a JSON string; and nothing means none."""
     text = text.strip(SPACE)
-    if text.startswith('"'):
-        try:
-            inner = json.loads(text, strict=False)
-        except ValueError:
-            return text
+    if text.startswith('"') and (inner := _string_of(text)) is not None:
         text = inner.strip(SPACE)
     return text if text not in ("", "null") else "{}"
+
+
+def _string_of(text: str) -> str | None:
+    """What a JSON string says; None if it is none, or no Unicode."""
+    try:
+        value: object = json.loads(text, strict=False)
+        if not isinstance(value, str):
+            return None
+        value.encode()
+    except ValueError:
+        return None
+    return value

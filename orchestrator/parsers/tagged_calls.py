@@ -143,6 +143,6 @@ def _value(text: str) -> str:
     text = {"True": "true", "False": "false", "None": "null"}.get(text.strip(), text)
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
     return text.strip()

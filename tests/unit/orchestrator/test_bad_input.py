@@ -32,6 +32,10 @@ def text(**fields: Any) -> dict[str, Any]:
     return {"model": "fake", "prompt": "x", **fields}
 
 
+def deep(num_levels: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": deep(num_levels - 1)}} if num_levels else {}
+
+
 Case = tuple[str, Any, int, str | None, str]
 """Path, body; status, param and a part of the message of the answer."""
 
@@ -152,6 +156,13 @@ CASES: list[Case] = [
         400,
         "tools[0].function.parameters",
         "must be a JSON schema (an object), is a string",
+    ),
+    (
+        CHAT,
+        chat(tools=[{"type": "function", "function": {"name": "a", "parameters": deep(60)}}]),
+        400,
+        "tools[0].function.parameters",
+        "nested deeper than 48 levels",
     ),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice", "there are no tools to call"),
     (CHAT, chat(tools=[WEATHER], tool_choice="maybe"), 400, "tool_choice", "must be none, auto, required or"),

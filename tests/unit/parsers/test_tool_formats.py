@@ -151,6 +151,12 @@ def test_of_a_call_that_is_cut_short_all_that_came_is_told(name: str, text: str,
     assert content_of(deltas) == ""
 
 
+def test_text_that_is_no_unicode_stays_as_the_model_spelled_it() -> None:
+    assert read("hermes", text := r'<tool_call>{"name": "\ud800"}</tool_call>') == [Content(text)]
+    (call,) = calls_of(read("hermes", r'<tool_call>{"name": "time", "arguments": "\ud800"}</tool_call>'))
+    assert call.arguments == r'"\ud800"'
+
+
 def test_a_bracket_that_was_forgotten_does_not_swallow_what_follows() -> None:
     deltas = read("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"</tool_call> Done.')
     assert deltas == [CallStart(0, "id", "weather"), CallArguments(0, '{"city": "Oslo"'), Content("Done.")]
