@@ -32,7 +32,7 @@ MESSAGE_BYTES_MAX: Final = 64 << 20
 """Of one message either way. The largest is a prompt: five bytes a token id at most, so 13 million tokens."""
 
 ERROR_KEY: Final = "disagg-error-bin"
-_ERROR_TEXT_MAX: Final = 1000
+ERROR_TEXT_MAX: Final = 1000
 _DETAILS_MAX: Final = 200
 """Characters. gRPC begins to refuse trailers at 8 KiB, and one character takes up to 5 bytes in ours, 12 in its own."""
 
@@ -188,7 +188,7 @@ def kind_of(error: DisaggregatedError) -> str:
 
 async def abort_with(call: grpc.aio.ServicerContext[Any, Any], error: DisaggregatedError) -> None:
     """End a call so that its caller gets `error`. Never returns."""
-    text = str(error)[:_ERROR_TEXT_MAX]
+    text = str(error)[:ERROR_TEXT_MAX]
     fields = {"kind": kind_of(error), "message": text, "param": getattr(error, "param", None)}
     metadata = ((ERROR_KEY, json.dumps(fields, ensure_ascii=False).encode()),)
     await call.abort(status_code(error), text[:_DETAILS_MAX], metadata)
@@ -296,7 +296,7 @@ def rebuild(kind: str, message: str, param: str | None = None) -> DisaggregatedE
 
 def to_stream_error(error: DisaggregatedError) -> control_pb2.StreamError:
     """An error that ends one request of a Generate stream, and not the stream."""
-    return control_pb2.StreamError(kind=kind_of(error), message=str(error)[:_ERROR_TEXT_MAX], retryable=error.retryable)
+    return control_pb2.StreamError(kind=kind_of(error), message=str(error)[:ERROR_TEXT_MAX], retryable=error.retryable)
 
 
 def from_stream_error(message: control_pb2.StreamError) -> DisaggregatedError:

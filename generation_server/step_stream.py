@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from disaggregated.step_batches import packed
 from disaggregated.v1 import control_pb2
 
 
@@ -68,7 +69,7 @@ class StepStream:
             if self._waiting:
                 deltas, self._waiting = self._waiting, {}
                 last_sent, self._last_sent = self._last_sent, {}
-                yield control_pb2.StepBatch(step=self._step, deltas=deltas.values())
+                yield packed(self._step, deltas.values())
                 for sent in last_sent.values():
                     sent()
             if self._ended and not self._waiting:

@@ -8,7 +8,6 @@ run decides whether there is another one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Final
 
@@ -16,6 +15,7 @@ from disaggregated import rpc
 from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost, TransferError, TransferTimeout
 from disaggregated.request_life import Phase
 from disaggregated.v1 import control_pb2
+from orchestrator.generation_link import GenerationLink
 from orchestrator.request_run import RequestRun
 from orchestrator.routing.placement import Placement
 from orchestrator.server import Server, Share
@@ -57,6 +57,13 @@ class Attempt:
         self._landing_timer: asyncio.TimerHandle | None = None
         self._has_landed = False
         self._is_over_there = False
+        self._has_outcome = False
+        self._is_in_flow = False
+        """It decodes, and has not ended: what comes next is the next token."""
+        self._link: GenerationLink | None = None
+        self._stream_key = 0
+        """Of our place on the link; 0: none was taken."""
+        self._stop_prefill: Callable[[], None] = lambda: None
         self.story = AttemptStory(
             context_instance=placement.context.instance_id if placement.context else "",
             generation_instance=placement.generation.instance_id if placement.generation else "",
@@ -97,43 +104,34 @@ class Attempt:
         self.story.began_s = now_s = self._clock()
         self._run.story.attempts.append(self.story)
         self._run.life.advance(Phase.PREFILLING, now_s=now_s)
-        with contextlib.ExitStack() as link:
-            stream_key = self._open(link)
-            link.callback(self._abort_transfer)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    calls = [group.create_task(self._prefill())] if self.placement.context else []
-                    if self.placement.generation is not None:
-                        calls.append(group.create_task(self._admit(self.placement.generation, stream_key)))
-                    await self._ended
-                    for call in calls:
-                        call.cancel()
-            except ExceptionGroup as failures:
-                raise failures.exceptions[0] from failures
+        try:
+            self._begin(self.placement.context, self.placement.generation)
+            await self._ended
+        finally:
+            self._end_calls()
 
-    def _open(self, stack: contextlib.ExitStack) -> int:
-        if self.placement.generation is None:
-            return 0
-        link = self.placement.generation.link
-        if link is None:
-            raise ServerLost(f"{self.story.generation_instance} was lost")
-        stream_key = link.open(self)
-        stack.callback(lambda: link.close(stream_key, is_over=self._is_over_there))
-        return stream_key
+    def _begin(self, context: Server | None, generation: Server | None) -> None:
+        """Both halves leave at once, and tell what they bring by calling us."""
+        if generation is not None:
+            if generation.link is None:
+                raise ServerLost(f"{self.story.generation_instance} was lost")
+            self._link = generation.link
+            self._stream_key = generation.link.open(self)
+        if context is not None:
+            self._begin_prefill(context)
+        if generation is not None and self._link is not None:
+            self._admit(self._link)
+
+    def _end_calls(self) -> None:
+        """Nothing that still comes matters; servers that have not ended this by themselves are told."""
+        self._stop_prefill()
+        self._abort_transfer()
+        if self._link is not None and self._stream_key:
+            self._link.close(self._stream_key, is_over=self._is_over_there)
 
     # The context server's half.
 
-    async def _prefill(self) -> None:
-        context = self.placement.context
-        assert context is not None, "a local prefill has no context server"
-        try:
-            await self._read_prefill(context)
-        except DisaggregatedError as error:
-            self._hold_back(context, error)
-            if self._needs_context:
-                raise
-
-    async def _read_prefill(self, context: Server) -> None:
+    def _begin_prefill(self, context: Server) -> None:
         if context.client is None:
             raise ServerLost(f"{self.story.context_instance} was lost")
         request = control_pb2.PrefillRequest(
@@ -146,18 +144,31 @@ class Attempt:
             cache_salt=self._run.request.cache_salt,
             reuse_from=self.hint,
         )
+        try:
+            self._stop_prefill = context.client.begin_prefill(request, self)
+        except ServerLost as error:
+            self.on_prefill_over(error)
+
+    def on_progress(self, progress: control_pb2.PrefillProgress) -> None:
+        if self._ended.done():
+            return
         share = self._shares[0][1]
-        has_outcome = False
-        progresses = context.client.prefill(request, timeout_s=self._seconds_left())
-        async with contextlib.aclosing(progresses):
-            async for progress in progresses:
-                share.num_prefill_tokens = max(0, len(self._token_ids) - progress.num_computed_tokens)
-                self.story.num_cached_tokens = progress.num_cached_tokens
-                if progress.HasField("outcome"):
-                    has_outcome = True
-                    self._prefilled(progress.outcome)
-        if not has_outcome:
-            raise ServerLost(f"{self.story.context_instance} ended a prefill without its first token")
+        share.num_prefill_tokens = max(0, len(self._token_ids) - progress.num_computed_tokens)
+        self.story.num_cached_tokens = progress.num_cached_tokens
+        if progress.HasField("outcome"):
+            self._has_outcome = True
+            self._prefilled(progress.outcome)
+
+    def on_prefill_over(self, error: DisaggregatedError | None) -> None:
+        context = self.placement.context
+        assert context is not None, "a local prefill has no context server"
+        if error is None and not self._has_outcome:
+            error = ServerLost(f"{self.story.context_instance} ended a prefill without its first token")
+        if error is None or self._ended.done():
+            return
+        self._hold_back(context, error)
+        if self._needs_context:
+            self._fail(error)
 
     def _prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
         self.story.reuse_from = self.hint.instance_id if self.hint is not None else ""
@@ -203,13 +214,10 @@ class Attempt:
 
     # The generation server's half.
 
-    async def _admit(self, generation: Server, stream_key: int) -> None:
-        link = generation.link
-        if link is None:
-            raise ServerLost(f"{self.story.generation_instance} was lost")
+    def _admit(self, link: GenerationLink) -> None:
         request = control_pb2.AdmitRequest(
             orchestrator_id=link.link_id,
-            stream_key=stream_key,
+            stream_key=self._stream_key,
             request_id=self._wire_id,
             token_ids=self._token_ids,
             sampling=self._sampling.to_proto(),
@@ -219,11 +227,19 @@ class Attempt:
             cache_salt=self._run.request.cache_salt,
         )
         try:
-            await link.admit(request)
-        except DisaggregatedError as error:
-            self._is_over_there = isinstance(error, AdmissionError)
-            self._hold_back(generation, error)
-            raise
+            link.admit(request)
+        except ServerLost as error:
+            self.on_refused(error)
+
+    def on_refused(self, error: DisaggregatedError) -> None:
+        """The generation server did not admit it."""
+        generation = self.placement.generation
+        assert generation is not None, "nobody was asked to admit it"
+        if self._ended.done():
+            return
+        self._is_over_there = isinstance(error, AdmissionError)
+        self._hold_back(generation, error)
+        self._fail(error)
 
     def _hold_back(self, server: Server, error: DisaggregatedError) -> None:
         """A server that failed to take one request would fail the next one too, and at once."""
@@ -260,6 +276,23 @@ class Attempt:
             self._is_over_there = True
         self._arrived(arrival_of(delta), now_s)
 
+    def on_token(self, position: int, token_id: int, now_s: float) -> None:
+        """The ways of most tokens are short: nothing but the books of the run, its sink, and ours."""
+        if not self._is_in_flow or position != self._order.position or self._ended.done():
+            self._has_landed = True
+            self._arrived(Arrival(position, [token_id]), now_s)
+            return
+        self._order.position = position + 1
+        for _, share in self._shares:
+            share.num_tokens += 1
+        if self._run.deliver_token(token_id, now_s=now_s):
+            self._finish(now_s)
+
+    def _finish(self, now_s: float) -> None:
+        self._is_in_flow = False
+        self._run.life.advance(Phase.FINISHED, now_s=now_s)
+        self._ended.set_result(None)
+
     def _refused_later(self, error: DisaggregatedError) -> None:
         if isinstance(error, TransferError):
             self.culprits.add(self.story.context_instance)
@@ -292,13 +325,13 @@ class Attempt:
         if life.phase is Phase.TRANSFERRING:
             life.advance(Phase.DECODING, now_s=now_s)
         if self._run.deliver(due, now_s=now_s):
-            life.advance(Phase.FINISHED, now_s=now_s)
-            self._ended.set_result(None)
+            self._finish(now_s)
         elif life.phase is Phase.PREFILLING and self._has_landed:
             life.advance(Phase.DECODING, now_s=now_s)
         elif life.phase is Phase.PREFILLING:
             life.advance(Phase.TRANSFERRING, now_s=now_s)
             self._landing_timer = asyncio.get_running_loop().call_later(TRANSFER_TIMEOUT_S, self._not_landed)
+        self._is_in_flow = life.phase is Phase.DECODING
         if len(self._shares) == 2 and not self._needs_context:
             self._let_context_go()
 
@@ -315,6 +348,7 @@ class Attempt:
 
     def _fail(self, error: DisaggregatedError) -> None:
         if not self._ended.done():
+            self._is_in_flow = False
             self._ended.set_exception(error)
 
     @property

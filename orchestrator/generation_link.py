@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
-from disaggregated.errors import AdmissionError, DeadlineExceeded, DisaggregatedError, ServerLost
+from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost
+from disaggregated.step_batches import tokens_of
 from disaggregated.v1 import control_pb2
 from orchestrator.server_client import ServerClient
 
@@ -28,6 +29,12 @@ class DeltaReceiver(Protocol):
     """Called on the event loop; must not block."""
 
     def on_delta(self, delta: control_pb2.StreamDelta, now_s: float) -> None: ...
+
+    def on_token(self, position: int, token_id: int, now_s: float) -> None:
+        """As `on_delta` of one token and nothing else: nearly every token comes here."""
+
+    def on_refused(self, error: DisaggregatedError) -> None:
+        """The admission came to nothing; no delta follows."""
 
     def on_lost(self, error: ServerLost) -> None: ...
 
@@ -46,12 +53,12 @@ class GenerationLink:
         self._client = client
         self._clock = clock
         self._receivers: dict[int, DeltaReceiver] = {}
-        self._admitting: set[int] = set()
+        self._admitting: dict[int, asyncio.TimerHandle] = {}
+        """Admissions that are not answered, and when each is too late."""
         self._abandoned: set[int] = set()
         self._to_cancel: list[int] = []
         self._has_to_cancel = asyncio.Event()
         self._broken: ServerLost | None = None
-        self._calls: asyncio.TaskGroup
 
     @property
     def is_broken(self) -> bool:
@@ -64,12 +71,12 @@ class GenerationLink:
             ServerLost: everybody on the link has been told.
         """
         try:
-            async with asyncio.TaskGroup() as self._calls:
-                self._calls.create_task(self._breaking(self._read(opened)))
-                self._calls.create_task(self._breaking(self._send_cancellations()))
+            async with asyncio.TaskGroup() as calls:
+                calls.create_task(self._breaking(self._read(opened)))
+                calls.create_task(self._breaking(self._send_cancellations()))
                 try:
                     await asyncio.get_running_loop().create_future()
-                finally:  # Before the group ends, which takes a while and takes no more calls.
+                finally:  # Before the group ends, which takes a while.
                     self._break(ServerLost("the connection was closed"))
         except ExceptionGroup as failures:
             error = failures.exceptions[0]
@@ -93,8 +100,14 @@ class GenerationLink:
 
     def _take_apart(self, batch: control_pb2.StepBatch, now_s: float) -> None:
         self.num_messages += 1
+        receivers = self._receivers
+        for stream_key, position, token_id in tokens_of(batch):
+            receiver = receivers.get(stream_key)
+            if receiver is not None:
+                self.num_tokens += 1
+                receiver.on_token(position, token_id, now_s)
         for delta in batch.deltas:
-            receiver = self._receivers.get(delta.stream_key)
+            receiver = receivers.get(delta.stream_key)
             if receiver is not None:
                 self.num_tokens += len(delta.token_ids)
                 receiver.on_delta(delta, now_s)
@@ -111,41 +124,39 @@ class GenerationLink:
         self._receivers[stream_key] = receiver
         return stream_key
 
-    async def admit(self, request: control_pb2.AdmitRequest) -> control_pb2.AdmitReply:
-        """The call runs to its end even when the caller is cancelled: only then is it known what there is to undo.
+    def admit(self, request: control_pb2.AdmitRequest) -> None:
+        """Its receiver is told when it is refused (AdmissionError: nothing to undo) or not answered (ServerLost).
+
+        The call runs to its end even when the request is given up meanwhile: only then is it known what there is to undo.
 
         Raises:
-            AdmissionError: refused, nothing to undo.
-            ServerLost: not answered.
+            ServerLost: the link is broken; nothing was sent.
         """
         if self._broken is not None:
             raise self._broken
-        answer: asyncio.Future[control_pb2.AdmitReply] = asyncio.get_running_loop().create_future()
-        self._admitting.add(request.stream_key)
-        self._calls.create_task(self._call_admit(request, answer))
-        return await answer
-
-    async def _call_admit(
-        self, request: control_pb2.AdmitRequest, answer: asyncio.Future[control_pb2.AdmitReply]
-    ) -> None:
         key = request.stream_key
+        self._admitting[key] = asyncio.get_running_loop().call_later(ADMIT_TIMEOUT_S, self._not_answered, key)
         try:
-            reply = await self._client.admit(request, timeout_s=ADMIT_TIMEOUT_S)
-            if not answer.done():
-                answer.set_result(reply)
-        except AdmissionError as error:
-            self._abandoned.discard(key)
-            _fail(answer, error)
-        except DeadlineExceeded:
-            _fail(answer, ServerLost(f"it did not answer an admission in {ADMIT_TIMEOUT_S:g} s"))
-        except DisaggregatedError as error:
-            _fail(answer, error)
-        finally:
-            answer.cancel()
-            self._admitting.discard(key)
-            if key in self._abandoned:
-                self._abandoned.discard(key)
-                self._cancel(key)
+            self._client.begin_admit(request, lambda outcome: self._answered(key, outcome))
+        except ServerLost:
+            self._admitting.pop(key).cancel()
+            raise
+
+    def _not_answered(self, key: int) -> None:
+        self._answered(key, ServerLost(f"it did not answer an admission in {ADMIT_TIMEOUT_S:g} s"))
+
+    def _answered(self, key: int, outcome: control_pb2.AdmitReply | DisaggregatedError) -> None:
+        timer = self._admitting.pop(key, None)
+        if timer is None:
+            return  # It was given up by now.
+        timer.cancel()
+        is_abandoned = key in self._abandoned
+        self._abandoned.discard(key)
+        if is_abandoned and not isinstance(outcome, AdmissionError):
+            self._cancel(key)
+        receiver = self._receivers.get(key)
+        if receiver is not None and isinstance(outcome, DisaggregatedError):
+            receiver.on_refused(outcome)
 
     def close(self, stream_key: int, *, is_over: bool) -> None:
         """Nothing that still comes under this key matters. `is_over`: the server knows that it ended."""
@@ -173,11 +184,9 @@ class GenerationLink:
         if self._broken is None:
             lost = error if isinstance(error, ServerLost) else ServerLost(f"its stream of tokens broke: {error}")
             self._broken = lost
+            for timer in self._admitting.values():
+                timer.cancel()
+            self._admitting.clear()
             for receiver in list(self._receivers.values()):
                 receiver.on_lost(lost)
         return self._broken
-
-
-def _fail(answer: asyncio.Future[control_pb2.AdmitReply], error: DisaggregatedError) -> None:
-    if not answer.done():
-        answer.set_exception(error)

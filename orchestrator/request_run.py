@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from disaggregated.block_hash import BlockHash
@@ -33,6 +34,9 @@ class TokenSink(Protocol):
         """Take the next tokens; `finish_reason` is "", or says that these are the last. False: no more are wanted.
 
         `told`: where the request asks for logprobs, those of `token_ids`.
+
+        A sink may have a `push_token(token_id) -> bool`, too: the same for one token that is not the last and of which
+        nothing else is told, as nearly every token is.
         """
 
 
@@ -66,7 +70,10 @@ class RequestRun:
     def __init__(self, request: TokenRequest, sink: TokenSink, *, now_s: float) -> None:
         self.request = request
         self.sink = sink
-        self.emitted: list[int] = []
+        self.emitted: array[int] = array("I")
+        """Four bytes a token, which a client that does not read may make many of."""
+        self._push_token: Callable[[int], bool] = getattr(sink, "push_token", None) or self._push_one
+        self._num_tokens_max = request.sampling.max_tokens
         self.life = RequestLife(request.request_id, now_s=now_s)
         self.story = RequestStory(
             life=self.life,
@@ -112,6 +119,28 @@ class RequestRun:
             if self._give([token], finish_reason, _told_of_one(told, index), now_s):
                 return True
         return False
+
+    def deliver_token(self, token_id: int, *, now_s: float) -> bool:
+        """As `deliver` of one token that is due and brings nothing else."""
+        self.emitted.append(token_id)
+        story = self.story
+        if (gap_s := now_s - (story.last_token_s or now_s)) > story.longest_gap_s:
+            story.longest_gap_s = gap_s
+        story.last_token_s = now_s
+        story.num_tokens += 1
+        story.attempts[-1].num_tokens += 1
+        self.num_losses_in_a_row = 0
+        if len(self.emitted) >= self._num_tokens_max:
+            self.sink.push((token_id,), "length")
+            self.story.finish_reason = "length"
+            return True
+        if self._push_token(token_id):
+            return False
+        self.story.finish_reason = "stop"
+        return True
+
+    def _push_one(self, token_id: int) -> bool:
+        return self.sink.push((token_id,), "")
 
     def _give(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> bool:
         if token_ids:

@@ -1,4 +1,4 @@
-"""What the orchestrator says to one server, over gRPC or, in tests, to a fake that speaks the same Protocol.
+"""What the orchestrator says to one server, in frames or, in tests, to a fake that speaks the same Protocol.
 
 Every error that comes out of here is one of `errors.py`; `ServerLost` is a connection that broke or a process that is
 gone.
@@ -6,22 +6,38 @@ gone.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
-
-import grpc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Final, Protocol
 
 from disaggregated import rpc
+from disaggregated.errors import DeadlineExceeded, DisaggregatedError, ServerLost
 from disaggregated.v1 import control_pb2, control_pb2_grpc
+from disaggregated.wire import WireConnection
 
-Call = TypeVar("Call", bound="grpc.aio.Call")
+DRAIN_ANSWER_S: Final = 5.0
+"""For the answer of a Drain to arrive, after its deadline."""
+
+
+class PrefillReceiver(Protocol):
+    """Called on the event loop; must not block."""
+
+    def on_progress(self, progress: control_pb2.PrefillProgress) -> None: ...
+
+    def on_prefill_over(self, error: DisaggregatedError | None) -> None:
+        """Once, unless the prefill was stopped before."""
+
+
+Admitted = Callable[[control_pb2.AdmitReply | DisaggregatedError], None]
+"""Told once what became of an admission: AdmissionError when it was refused, ServerLost when it was not answered."""
 
 
 class ServerClient(Protocol):
     """One connection to one server process. A lost server gets a new client; a client never comes back to life."""
 
-    async def describe(self, *, timeout_s: float) -> control_pb2.ServerDescription: ...
+    async def describe(self, *, timeout_s: float) -> control_pb2.ServerDescription:
+        """Called first."""
 
     def watch(self, *, interval_s: float) -> AsyncGenerator[control_pb2.Heartbeat, None]: ...
 
@@ -33,15 +49,17 @@ class ServerClient(Protocol):
 
     async def ledger(self, *, timeout_s: float) -> Sequence[control_pb2.LedgerEntry]: ...
 
-    def prefill(
-        self, request: control_pb2.PrefillRequest, *, timeout_s: float
-    ) -> AsyncGenerator[control_pb2.PrefillProgress, None]:
-        """Closing the iterator cancels the work."""
+    def begin_prefill(self, request: control_pb2.PrefillRequest, receiver: PrefillReceiver) -> Callable[[], None]:
+        """What comes back stops the work; it may be called at any time, and more than once.
+
+        Raises ServerLost: the connection is broken, and the receiver hears nothing.
+        """
 
     def generate(self, orchestrator_id: str, opened: Callable[[], None]) -> AsyncGenerator[control_pb2.StepBatch, None]:
         """`opened` is called once the server has taken the stream: from then on it may be sent admissions."""
 
-    async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply: ...
+    def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
+        """Runs to its end, whatever becomes of whoever asked. Raises ServerLost when nothing was sent."""
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None: ...
 
@@ -55,82 +73,125 @@ Connect = Callable[[str], ServerClient]
 """`host:port` to a client. Connects lazily, so this neither fails nor waits."""
 
 
-class GrpcServerClient:
-    """`ServerClient` over one gRPC channel."""
+class WireServerClient:
+    """`ServerClient` over frames. Where they are spoken is asked over gRPC, once: `address` is gRPC's."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = rpc.open_channel(address)
-        self._server = control_pb2_grpc.ServerStub(self._channel)
-        self._context = control_pb2_grpc.ContextStub(self._channel)
-        self._generation = control_pb2_grpc.GenerationStub(self._channel)
+        self._wire: WireConnection | None = None
 
     async def describe(self, *, timeout_s: float) -> control_pb2.ServerDescription:
-        with rpc.errors_from(self.address):
-            return await self._server.Describe(control_pb2.DescribeRequest(), timeout=timeout_s)
+        async with contextlib.AsyncExitStack() as stack:
+            channel = rpc.open_channel(self.address)
+            stack.push_async_callback(channel.close)
+            with rpc.errors_from(self.address):
+                server = control_pb2_grpc.ServerStub(channel)
+                description = await server.Describe(control_pb2.DescribeRequest(), timeout=timeout_s)
+        if not description.wire_port:
+            raise ServerLost(f"{self.address} is of a version ({description.version}) that does not speak in frames")
+        self._wire = await WireConnection.open(self.address.rpartition(":")[0], description.wire_port)
+        return description
+
+    @property
+    def _connection(self) -> WireConnection:
+        if self._wire is None:
+            raise ServerLost(f"{self.address} was not asked yet what it is")
+        return self._wire
 
     async def watch(self, *, interval_s: float) -> AsyncGenerator[control_pb2.Heartbeat, None]:
-        with (
-            rpc.errors_from(self.address),
-            _cancelled(self._server.Watch(control_pb2.WatchRequest(interval_s=interval_s))) as call,
-        ):
-            async for heartbeat in call:
-                yield heartbeat
+        request = control_pb2.WatchRequest(interval_s=interval_s).SerializeToString()
+        async with contextlib.aclosing(self._connection.stream(b"Server.Watch", request)) as messages:
+            async for message in messages:
+                yield control_pb2.Heartbeat.FromString(message)
 
     async def watch_blocks(self) -> AsyncGenerator[control_pb2.BlockEvents, None]:
-        request = control_pb2.WatchBlocksRequest()
-        with rpc.errors_from(self.address), _cancelled(self._server.WatchBlocks(request)) as call:
-            async for message in call:
-                yield message
+        request = control_pb2.WatchBlocksRequest().SerializeToString()
+        async with contextlib.aclosing(self._connection.stream(b"Server.WatchBlocks", request)) as messages:
+            async for message in messages:
+                yield control_pb2.BlockEvents.FromString(message)
 
     async def drain(self, *, deadline_s: float) -> int:
-        with rpc.errors_from(self.address):
-            request = control_pb2.DrainRequest(deadline_s=deadline_s)
-            return (await self._server.Drain(request, timeout=deadline_s + 5.0)).num_left
+        request = control_pb2.DrainRequest(deadline_s=deadline_s).SerializeToString()
+        async with self._within(deadline_s + DRAIN_ANSWER_S):
+            return control_pb2.DrainReply.FromString(await self._connection.ask(b"Server.Drain", request)).num_left
 
     async def ledger(self, *, timeout_s: float) -> Sequence[control_pb2.LedgerEntry]:
-        with rpc.errors_from(self.address):
-            return (await self._server.GetLedger(control_pb2.LedgerRequest(), timeout=timeout_s)).entries
+        async with self._within(timeout_s):
+            return control_pb2.Ledger.FromString(await self._connection.ask(b"Server.GetLedger", b"")).entries
 
-    async def prefill(
-        self, request: control_pb2.PrefillRequest, *, timeout_s: float
-    ) -> AsyncGenerator[control_pb2.PrefillProgress, None]:
-        with rpc.errors_from(self.address), _cancelled(self._context.Prefill(request, timeout=timeout_s)) as call:
-            async for progress in call:
-                yield progress
+    def begin_prefill(self, request: control_pb2.PrefillRequest, receiver: PrefillReceiver) -> Callable[[], None]:
+        connection = self._connection
+        number = connection.call(b"Context.Prefill", request.SerializeToString(), _Prefill(receiver))
+        return lambda: connection.cancel(number)
 
     async def generate(
         self, orchestrator_id: str, opened: Callable[[], None]
     ) -> AsyncGenerator[control_pb2.StepBatch, None]:
-        request = control_pb2.GenerateRequest(orchestrator_id=orchestrator_id)
-        with rpc.errors_from(self.address), _cancelled(self._generation.Generate(request)) as call:
-            await call.initial_metadata()
-            opened()
-            async for batch in call:
-                yield batch
+        request = control_pb2.GenerateRequest(orchestrator_id=orchestrator_id).SerializeToString()
+        messages = self._connection.stream(b"Generation.Generate", request, on_opened=opened)
+        async with contextlib.aclosing(messages):
+            async for message in messages:
+                yield control_pb2.StepBatch.FromString(message)
 
-    async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply:
-        with rpc.errors_from(self.address):
-            return await self._generation.Admit(request, timeout=timeout_s)
+    def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
+        self._connection.call(b"Generation.Admit", request.SerializeToString(), _Admission(admitted))
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
-        with rpc.errors_from(self.address):
-            request = control_pb2.CancelRequest(orchestrator_id=orchestrator_id, stream_keys=stream_keys)
-            await self._generation.Cancel(request, timeout=timeout_s)
+        request = control_pb2.CancelRequest(orchestrator_id=orchestrator_id, stream_keys=stream_keys)
+        async with self._within(timeout_s):
+            await self._connection.ask(b"Generation.Cancel", request.SerializeToString())
 
     async def abort(self, transfer_ids: Sequence[str], *, timeout_s: float) -> None:
-        with rpc.errors_from(self.address):
-            request = control_pb2.AbortRequest(transfer_ids=transfer_ids, reason="the orchestrator gave up the request")
-            await self._context.Abort(request, timeout=timeout_s)
+        request = control_pb2.AbortRequest(transfer_ids=transfer_ids, reason="the orchestrator gave up the request")
+        async with self._within(timeout_s):
+            await self._connection.ask(b"Context.Abort", request.SerializeToString())
 
     async def close(self) -> None:
-        await self._channel.close()
+        if self._wire is not None:
+            self._wire.close()
+
+    @contextlib.asynccontextmanager
+    async def _within(self, timeout_s: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{self.address} did not answer in time") from error
 
 
-@contextlib.contextmanager
-def _cancelled(call: Call) -> Iterator[Call]:
-    """A stream that we stop reading, for whatever reason, is a stream that the server must stop writing."""
-    try:
-        yield call
-    finally:
-        call.cancel()
+class _Prefill:
+    """What comes of a Prefill call, for whoever asked for it."""
+
+    __slots__ = ("_receiver",)
+
+    def __init__(self, receiver: PrefillReceiver) -> None:
+        self._receiver = receiver
+
+    def on_opened(self) -> None: ...
+
+    def on_message(self, message: bytes) -> None:
+        self._receiver.on_progress(control_pb2.PrefillProgress.FromString(message))
+
+    def on_end(self, error: DisaggregatedError | None) -> None:
+        self._receiver.on_prefill_over(error)
+
+
+class _Admission:
+    __slots__ = ("_admitted",)
+
+    def __init__(self, admitted: Admitted) -> None:
+        self._admitted: Admitted | None = admitted
+
+    def on_opened(self) -> None: ...
+
+    def on_message(self, message: bytes) -> None:
+        self._tell(control_pb2.AdmitReply.FromString(message))
+
+    def on_end(self, error: DisaggregatedError | None) -> None:
+        self._tell(error or ServerLost("an admission was answered with nothing"))
+
+    def _tell(self, outcome: control_pb2.AdmitReply | DisaggregatedError) -> None:
+        """The first counts: an answer is followed by the end of its call."""
+        admitted, self._admitted = self._admitted, None
+        if admitted is not None:
+            admitted(outcome)

@@ -24,7 +24,7 @@ from orchestrator.agreement import ServedModelNames, disagreement
 from orchestrator.generation_link import GenerationLink
 from orchestrator.routing.block_follower import follow_blocks
 from orchestrator.server import Role, Server, Standing
-from orchestrator.server_client import Connect, GrpcServerClient, ServerClient
+from orchestrator.server_client import Connect, ServerClient, WireServerClient
 from orchestrator.silence import SilenceAlarm
 from orchestrator.task_owner import TaskOwner
 from orchestrator.transfer_aborts import TransferAborts
@@ -50,7 +50,7 @@ class ServerPools:
         self,
         config: DeploymentConfig,
         *,
-        connect: Connect = GrpcServerClient,
+        connect: Connect = WireServerClient,
         clock: Callable[[], float] = time.monotonic,
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:

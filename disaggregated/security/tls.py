@@ -7,10 +7,13 @@ import os
 import ssl
 import stat
 from pathlib import Path
+from typing import Final
 
 import grpc
 
 from disaggregated.errors import ConfigError
+
+_NO_CERTIFICATE: Final = "tls_cert_file: is missing: a server that speaks TLS has a certificate and its key"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +41,29 @@ class Tls:
     authorities: bytes | None
     require_client_cert: bool
     server_name: str
+    files: TlsFiles
+    """What it was read from, for those who read by themselves."""
+
+    def server_context(self) -> ssl.SSLContext:
+        """As `server_credentials`, for connections that are not gRPC's."""
+        if not self.files.cert_file:
+            raise ConfigError(_NO_CERTIFICATE)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.files.ca_file or None)
+        context.load_cert_chain(self.files.cert_file, self.files.key_file, password=_no_password)
+        context.verify_mode = ssl.CERT_REQUIRED if self.require_client_cert else ssl.CERT_NONE
+        return context
+
+    def caller_context(self) -> ssl.SSLContext:
+        """As `channel_credentials`, for connections that are not gRPC's."""
+        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=self.files.ca_file or None)
+        if self.files.cert_file:
+            context.load_cert_chain(self.files.cert_file, self.files.key_file, password=_no_password)
+        return context
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Raises ConfigError for a server without a certificate."""
         if self.private_key is None or self.certificate is None:
-            raise ConfigError("tls_cert_file: is missing: a server that speaks TLS has a certificate and its key")
+            raise ConfigError(_NO_CERTIFICATE)
         return grpc.ssl_server_credentials(
             [(self.private_key, self.certificate)],
             root_certificates=self.authorities,
@@ -78,6 +99,7 @@ def load(files: TlsFiles) -> Tls | None:
         authorities=authorities,
         require_client_cert=files.require_client_cert,
         server_name=files.server_name,
+        files=files,
     )
 
 

@@ -29,6 +29,15 @@ class ChoiceText:
         self.finish_reason = ""
 
     @property
+    def may_stop(self) -> bool:
+        """There are stop strings: text is held back while it could be the beginning of one."""
+        return self._stops is not None
+
+    def escaped(self, token_id: int) -> bytes | None:
+        """As `push` of one token that is not the last, as JSON spells its text and without quotes. None: push it."""
+        return None if self._stops is not None else self._detokenizer.escaped(token_id)
+
+    @property
     def matched(self) -> str | None:
         """The stop string that ended it."""
         return None if self._stops is None else self._stops.matched

@@ -8,8 +8,11 @@ each token costs one look-up, and nothing is ever decoded twice.
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
+
+import orjson
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _UTF8_BYTES_MAX: Final = 4
@@ -24,6 +27,10 @@ class Detokenizer(Protocol):
 
     def flush(self) -> str:
         """The reply is over: the replacement character for bytes that never became one."""
+
+    def escaped(self, token_id: int) -> bytes | None:
+        """As `push` of one token, as JSON spells its text and without quotes. None, and nothing was taken: the token
+        begins or ends within a character, or depends on its neighbours; it has to be pushed."""
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -52,15 +59,24 @@ def sentencepiece_spelling(piece: str) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ByteLevelCache:
+    """What is known of tokens by now."""
+
+    bytes_of: dict[int, bytes] = dataclasses.field(default_factory=dict)
+    escaped: dict[int, bytes | None] = dataclasses.field(default_factory=dict)
+
+
 class ByteLevelDetokenizer:
     """Tokens are bytes in GPT-2's alphabet (Llama 3, Qwen, SmolLM).
 
     `cache` is shared by all requests of a tokenizer; it grows to one entry a token of the vocabulary.
     """
 
-    def __init__(self, piece: Piece, cache: dict[int, bytes], prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, piece: Piece, cache: ByteLevelCache, prompt_ids: Sequence[int] = ()) -> None:
         self._piece = piece
-        self._cache = cache
+        self._cache = cache.bytes_of
+        self._escaped = cache.escaped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # A prompt of raw ids may end within a character, which the reply then completes.
         tail = b"".join(map(self._bytes, prompt_ids[-_UTF8_BYTES_MAX:]))
@@ -71,6 +87,20 @@ class ByteLevelDetokenizer:
 
     def flush(self) -> str:
         return self._decoder.decode(b"", True)
+
+    def escaped(self, token_id: int) -> bytes | None:
+        if self._decoder.getstate()[0]:
+            return None
+        try:
+            return self._escaped[token_id]
+        except KeyError:
+            pass
+        try:
+            escaped = orjson.dumps(self._bytes(token_id).decode())[1:-1]
+        except UnicodeDecodeError:
+            escaped = None
+        self._escaped[token_id] = escaped
+        return escaped
 
     def _bytes(self, token_id: int) -> bytes:
         found = self._cache.get(token_id)
@@ -103,6 +133,9 @@ class SentencePieceDetokenizer:
 
     def flush(self) -> str:
         return self._stripped(self._end_run())
+
+    def escaped(self, token_id: int) -> bytes | None:
+        return None
 
     def _text(self, token_id: int) -> str:
         piece = self._piece(token_id)

@@ -15,6 +15,7 @@ from disaggregated.model_files import read_eos_token_ids
 from disaggregated.model_files.checkpoint import read_json
 from disaggregated.text.chat_template import ChatTemplate
 from disaggregated.text.detokenizer import (
+    ByteLevelCache,
     ByteLevelDetokenizer,
     Detokenizer,
     SentencePieceDetokenizer,
@@ -51,7 +52,7 @@ class Tokenizer:
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
         self._byte_level = decoder is not None and decoder["type"] == "ByteLevel"
         self._steps = [] if self._byte_level else _sentencepiece_steps(decoder)
-        self._byte_caches: dict[frozenset[int] | None, dict[int, bytes]] = {}
+        self._byte_caches: dict[frozenset[int] | None, ByteLevelCache] = {}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -150,7 +151,7 @@ class Tokenizer:
         if skip_special_tokens:
             piece = functools.partial(self._printed_piece, self._special_ids - shown if shown else self._special_ids)
         if self._byte_level:
-            cache = self._byte_caches.setdefault(shown if skip_special_tokens else None, {})
+            cache = self._byte_caches.setdefault(shown if skip_special_tokens else None, ByteLevelCache())
             return ByteLevelDetokenizer(piece, cache, prompt_ids)
         return SentencePieceDetokenizer(
             piece,

@@ -258,6 +258,7 @@ class ServerDescription(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     CAN_PREFILL_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    WIRE_PORT_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """stable for one process; unique in a cluster"""
     epoch: _builtins.int
@@ -276,6 +277,8 @@ class ServerDescription(_message.Message):
     dtype: _builtins.str
     version: _builtins.str
     can_prefill: _builtins.bool
+    wire_port: _builtins.int
+    """of the same host: every call of this file in frames; see disaggregated/wire"""
     @_builtins.property
     def layout(self) -> _kv_pb2.KVLayout: ...
     @_builtins.property
@@ -298,10 +301,11 @@ class ServerDescription(_message.Message):
         version: _builtins.str = ...,
         can_prefill: _builtins.bool = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        wire_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_prefill", b"can_prefill", "device", b"device", "dtype", b"dtype", "epoch", b"epoch", "fingerprint", b"fingerprint", "instance_id", b"instance_id", "layout", b"layout", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "model", b"model", "pid", b"pid", "role", b"role", "transports", b"transports", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_prefill", b"can_prefill", "device", b"device", "dtype", b"dtype", "epoch", b"epoch", "fingerprint", b"fingerprint", "instance_id", b"instance_id", "layout", b"layout", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "model", b"model", "pid", b"pid", "role", b"role", "transports", b"transports", "version", b"version", "wire_port", b"wire_port"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1085,18 +1089,32 @@ class StepBatch(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     DELTAS_FIELD_NUMBER: _builtins.int
+    STREAM_KEYS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     @_builtins.property
     def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamDelta]: ...
+    @_builtins.property
+    def stream_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In the place of a delta that would tell one token and nothing else, which most are: column i of each belongs together."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         deltas: _abc.Iterable[Global___StreamDelta] | None = ...,
+        stream_keys: _abc.Iterable[_builtins.int] | None = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "positions", b"positions", "step", b"step", "stream_keys", b"stream_keys", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1182,6 +1200,35 @@ class StreamError(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamError: _TypeAlias = StreamError  # noqa: Y015
+
+@_typing.final
+class WireError(_message.Message):
+    """What ends a call that is made in frames."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PARAM_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """class name in the error tree"""
+    message: _builtins.str
+    param: _builtins.str
+    """of an InvalidRequest: the field; may be empty"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        message: _builtins.str = ...,
+        param: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "param", b"param"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WireError: _TypeAlias = WireError  # noqa: Y015
 
 @_typing.final
 class AdmissionTimes(_message.Message):

@@ -49,6 +49,10 @@ class ParsedText:
         self.finish_reason = "tool_calls" if self._has_called and reason == "stop" else reason
         return not reason
 
+    @property
+    def has_kept(self) -> bool:
+        return bool(self._kept_text or self._kept)
+
     def _keep_text(self, text: str) -> None:
         if text:
             self._kept_text.append(text)
@@ -122,6 +126,9 @@ class StreamedChoice:
         self._text = ParsedText(text, parser, echoed)
         self._shape = shape
         self._beside = beside
+        self._choice_text = text
+        is_plain = parser is None and beside is None and not text.may_stop
+        self._around = shape.around_text(index) if is_plain else None
         self._is_opened = False
         self._is_finished = False
         self.stream: EventStream
@@ -136,6 +143,16 @@ class StreamedChoice:
         else:
             self.stream.wake()
         return wants_more
+
+    def push_token(self, token_id: int) -> bool:
+        """An event of one token, in the least time: what stands around its text is always the same."""
+        if self._around is not None and self._is_opened and self.stream.takes_more and not self._text.has_kept:
+            escaped = self._choice_text.escaped(token_id)
+            if escaped is not None:
+                if escaped:
+                    self.stream.send_between(self._around[0], escaped, self._around[1])
+                return True
+        return self.push((token_id,), "")
 
     def flush(self) -> None:
         """Send what is kept; also when there is nothing."""

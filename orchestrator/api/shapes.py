@@ -65,6 +65,9 @@ class Shape(Protocol):
     def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
         """An event with more text of a reply that has no parser; all of it is content. `beside`: as in `Reply`."""
 
+    def around_text(self, index: int) -> tuple[bytes, bytes] | None:
+        """What stands around more text as JSON spells it, quotes included; None where it is not always the same."""
+
     def deltas(self, index: int, deltas: Sequence[Delta], beside: Mapping[str, Any] | None) -> bytes:
         """An event with more of a reply that has a parser. `deltas` is joined and may be empty."""
 
@@ -93,6 +96,13 @@ class _Shape:
     def failed(self, error: DisaggregatedError) -> bytes:
         return b"data: " + orjson.dumps(error_fields(error)) + b"\n\n"
 
+    def _around(self, index: int, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        """As `_event` of content that begins and ends like this."""
+        return (
+            b'%b{"index":%d,%b' % (self._head, index, before),
+            b'%b,"logprobs":null,"finish_reason":null}%b' % (after, self._tail),
+        )
+
     def _event(self, index: int, content: bytes, finish_reason: bytes, beside: Mapping[str, Any] | None) -> bytes:
         logprobs, more = (b"null", b"") if beside is None else _fields_beside(beside)
         return b'%b{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}%b' % (
@@ -120,6 +130,9 @@ class ChatShape(_Shape):
 
     def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
         return self._event(index, b'"delta":{"content":%b}' % orjson.dumps(text), b"null", beside)
+
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        return self._around(index, b'"delta":{"content":"', b'"}')
 
     def deltas(self, index: int, deltas: Sequence[Delta], beside: Mapping[str, Any] | None) -> bytes:
         fields: dict[str, Any] = {}
@@ -198,6 +211,9 @@ class CompletionShape(_Shape):
 
     def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
         return self._event(index, b'"text":%b' % orjson.dumps(text), b"null", beside)
+
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        return self._around(index, b'"text":"', b'"')
 
     def deltas(self, index: int, deltas: Sequence[Delta], beside: Mapping[str, Any] | None) -> bytes:
         return self.text(index, content_of(deltas), beside)

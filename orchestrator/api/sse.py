@@ -8,6 +8,7 @@ goes out as one event: a slow client gets the same text in fewer events, costs a
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 
 from aiohttp import HttpVersion11, web
@@ -24,6 +25,8 @@ class EventStream:
         self._response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
         )
+        self._descriptor = -1
+        """Of the connection's socket, where bytes go to it as they are; valid while the transport is not closing."""
         self._flush = flush
         """Sends whatever has been kept."""
         self._is_chunked = http.version >= HttpVersion11
@@ -39,7 +42,7 @@ class EventStream:
 
     @property
     def takes_more(self) -> bool:
-        return self._transport is not None and not self._http.protocol.writing_paused
+        return self._transport is not None and not self._transport.get_write_buffer_size()
 
     def wake(self) -> None:
         """There is something to send that could not be sent now."""
@@ -47,9 +50,34 @@ class EventStream:
 
     def send(self, event: bytes) -> None:
         """Whole events, in HTTP's chunked framing. A client that has gone is noticed by whoever runs the handler."""
-        assert self._transport is not None, "the stream is not open yet"
-        if not self._transport.is_closing():
-            self._transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event)
+        self._write(b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event)
+
+    def send_between(self, before: bytes, text: bytes, after: bytes) -> None:
+        """As `send` of the three, put together once. Only while it `takes_more`."""
+        if self._is_chunked:
+            length = len(before) + len(text) + len(after)
+            self._write(b"%x\r\n%b%b%b\r\n" % (length, before, text, after))
+        else:
+            self._write(before + text + after)
+
+    def _write(self, message: bytes) -> None:
+        """To the kernel at once, past the event loop's own queue: half of what a token costs is this one call.
+
+        What the kernel does not take, and whatever is wrong with the connection, is the transport's.
+        """
+        transport = self._transport
+        assert transport is not None, "the stream is not open yet"
+        if transport.is_closing():
+            return
+        if self._descriptor >= 0 and not transport.get_write_buffer_size():
+            try:
+                num_taken = os.write(self._descriptor, message)
+            except OSError:  # It is full (BlockingIOError), or broken: the transport finds that out by itself.
+                num_taken = 0
+            if num_taken == len(message):
+                return
+            message = message[num_taken:]
+        transport.write(message)
 
     async def pump(self) -> None:
         """Opens the response at the first wake-up, and after each stall goes on when the client has caught up.
@@ -76,6 +104,9 @@ class EventStream:
             self._transport = self._http.transport
             if self._transport is None:
                 raise ConnectionResetError("the client went away")
+            connected = self._transport.get_extra_info("socket")
+            if connected is not None and self._transport.get_extra_info("sslcontext") is None:
+                self._descriptor = connected.fileno()
         await self._writer.drain()
 
     async def end(self, *events: bytes) -> web.StreamResponse:

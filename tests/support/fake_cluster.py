@@ -14,10 +14,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Seque
 from typing import Any
 
 from disaggregated import rpc
-from disaggregated.errors import ChecksumMismatch, PeerLost, PoolExhausted, ServerLost, StaleEpoch
+from disaggregated.errors import ChecksumMismatch, DisaggregatedError, PeerLost, PoolExhausted, ServerLost, StaleEpoch
 from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
+from orchestrator.server_client import Admitted, PrefillReceiver
 from tests.support.fake_prefix_cache import FakePrefixCache
 from tests.support.token_hash import finish_reason_of, logprobs_of, next_token, prompt_logprobs_of
 
@@ -381,6 +382,34 @@ class FakeClient:
         with self._call(lambda pipe: self._server.admit(pipe, request)) as pipe:
             return await _within(pipe, timeout_s)  # type: ignore[no-any-return]
 
+    def begin_prefill(self, request: control_pb2.PrefillRequest, receiver: PrefillReceiver) -> Callable[[], None]:
+        async def work() -> None:
+            error: DisaggregatedError | None = None
+            try:
+                async with contextlib.aclosing(self.prefill(request, timeout_s=60.0)) as progresses:
+                    async for progress in progresses:
+                        receiver.on_progress(progress)
+            except DisaggregatedError as failure:
+                error = failure
+            receiver.on_prefill_over(error)
+
+        task = _owned(work())
+
+        def stop() -> None:
+            task.cancel()
+
+        return stop
+
+    def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
+        async def work() -> None:
+            try:
+                outcome: control_pb2.AdmitReply | DisaggregatedError = await self.admit(request, timeout_s=60.0)
+            except DisaggregatedError as error:
+                outcome = error
+            admitted(outcome)
+
+        _owned(work())
+
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
         async def work(pipe: Pipe) -> None:
             await self._server.turn()
@@ -401,6 +430,17 @@ class FakeClient:
 
     async def close(self) -> None:
         pass
+
+
+_callers: set[asyncio.Task[None]] = set()
+"""The orchestrator's ends of calls: they end by themselves, since a server's crash ends every pipe."""
+
+
+def _owned(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.get_running_loop().create_task(work)
+    _callers.add(task)
+    task.add_done_callback(_callers.discard)
+    return task
 
 
 async def _within(pipe: Pipe, timeout_s: float) -> Any:

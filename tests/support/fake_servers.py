@@ -8,15 +8,21 @@ from typing import Any
 
 from disaggregated import rpc
 from disaggregated.v1 import control_pb2, control_pb2_grpc
+from disaggregated.wire import WireServer
 from tests.support.fake_cluster import FakeClient, FakeCluster, FakeServer, Temper
 
 
 class GrpcFront(control_pb2_grpc.ServerServicer, control_pb2_grpc.ContextServicer, control_pb2_grpc.GenerationServicer):
     def __init__(self, server: FakeServer) -> None:
         self._client = FakeClient(server)
+        self.wire = WireServer()
+        for service in ("Server", "Context", "Generation"):
+            self.wire.add(service, self)
 
     async def Describe(self, request: control_pb2.DescribeRequest, call: Any) -> control_pb2.ServerDescription:
-        return await self._client.describe(timeout_s=5.0)
+        description = await self._client.describe(timeout_s=5.0)
+        description.wire_port = self.wire.port
+        return description
 
     async def Watch(self, request: control_pb2.WatchRequest, call: Any) -> AsyncIterator[control_pb2.Heartbeat]:
         async with contextlib.aclosing(self._client.watch(interval_s=request.interval_s)) as heartbeats:
@@ -73,6 +79,8 @@ async def fake_servers(*, num_context: int, num_generation: int, temper: Temper)
             control_pb2_grpc.add_ContextServicer_to_server(front, grpc_server)
             control_pb2_grpc.add_GenerationServicer_to_server(front, grpc_server)
             server.address = rpc.bind(grpc_server, "127.0.0.1", 0)
+            await front.wire.start("127.0.0.1")
+            stack.push_async_callback(front.wire.stop, 0.5)
             await grpc_server.start()
             stack.push_async_callback(grpc_server.stop, 0.5)
         cluster.servers = {server.address: server for server in cluster.servers.values()}

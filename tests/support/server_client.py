@@ -13,6 +13,7 @@ from typing import Final, Self
 from disaggregated import rpc
 from disaggregated.errors import DisaggregatedError, ServerLost
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.step_batches import deltas_of
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 
 CALL_TIMEOUT_S: Final = 30.0
@@ -197,7 +198,7 @@ class GenerationClient(ServerClient):
             with rpc.errors_from(self.address):
                 async for batch in self._call:
                     self.num_batches += 1
-                    for delta in batch.deltas:
+                    for delta in deltas_of(batch):
                         self._deltas[delta.stream_key].put_nowait(delta)
         except DisaggregatedError as error:
             end = error

@@ -28,6 +28,7 @@ from disaggregated.engine.serving.staged_pool import stage
 from disaggregated.kv_layout import KVLayout
 from disaggregated.security import membership
 from disaggregated.v1 import control_pb2_grpc
+from disaggregated.wire import WireServer
 
 if TYPE_CHECKING:
     from disaggregated.engine.load import LoadedEngine
@@ -122,10 +123,14 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
         device_pool=staged[0].device_pool if staged else None,
     )
     role = make_role(server)
-    service = ServerService(role, server)
+    wire = WireServer()
+    service = ServerService(role, server, wire)
     control_pb2_grpc.add_ServerServicer_to_server(service, grpc_server)
     role.add_services(grpc_server)
+    wire.add("Server", service)
+    wire.add(config.role.capitalize(), role)
     async with role:
+        await wire.start(config.host)
         await grpc_server.start()
         _say_ready(address, server, time.monotonic() - started_s)
         await end.asked.wait()
@@ -133,7 +138,9 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
         gone_within(CLOSE_S, EXIT_CRASHED)
         service.end_watches()
         await role.end_streams()
-        await grpc_server.stop(None if end.at_once.is_set() else GOODBYE_S)
+        grace_s = None if end.at_once.is_set() else GOODBYE_S
+        await wire.stop(grace_s)
+        await grpc_server.stop(grace_s)
     return end.exit_code
 
 

@@ -15,6 +15,7 @@ from disaggregated.engine.serving.role import LoadedServer, Role
 from disaggregated.errors import DeadlineExceeded
 from disaggregated.peer_input import checked_seconds
 from disaggregated.v1 import control_pb2, control_pb2_grpc
+from disaggregated.wire import WireServer
 
 HEARTBEAT_INTERVAL_MIN_S: Final = 0.02
 LEDGER_TIMEOUT_S: Final = 10.0
@@ -24,9 +25,10 @@ LEDGER_TIMEOUT_S: Final = 10.0
 class ServerService(control_pb2_grpc.ServerServicer):
     """Heartbeats come from the event loop while the engine computes: they stop when the process is gone or frozen."""
 
-    def __init__(self, role: Role, server: LoadedServer[Any]) -> None:
+    def __init__(self, role: Role, server: LoadedServer[Any], wire: WireServer) -> None:
         self._role = role
         self._server = server
+        self._wire = wire
         self._ending = asyncio.Event()
 
     def end_watches(self) -> None:
@@ -50,6 +52,7 @@ class ServerService(control_pb2_grpc.ServerServicer):
             version=__version__,
             can_prefill=self._role.can_prefill,
             transports=self._role.transports,
+            wire_port=self._wire.port,
         )
 
     async def Watch(self, request: control_pb2.WatchRequest, call: Any) -> AsyncIterator[control_pb2.Heartbeat]:

@@ -47,6 +47,9 @@ class ResponsesShape:
     def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
         return self.deltas(index, [Content(text)] if text else [], beside)
 
+    def around_text(self, index: int) -> None:
+        """Every event has a number of its own."""
+
     def deltas(self, index: int, deltas: Sequence[Delta], beside: Mapping[str, Any] | None) -> bytes:
         return b"".join([self._events.grown(grown) for grown in self._output.add_all(deltas, _logprobs(beside))])
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from disaggregated.errors import PoolExhausted, ServerLost
+from disaggregated.errors import DisaggregatedError, PoolExhausted, ServerLost
 from disaggregated.v1 import control_pb2
-from orchestrator.generation_link import GenerationLink
+from orchestrator.generation_link import ADMIT_TIMEOUT_S, GenerationLink
+from orchestrator.server_client import Admitted
 from tests.support.fake_cluster import FakeClient, FakeCluster
 from tests.support.virtual_time import run_in_virtual_time
 
@@ -21,7 +22,8 @@ class ScriptedClient(FakeClient):
     def __init__(self) -> None:
         super().__init__(FakeCluster(0, num_context=0, num_generation=1).of("generation")[0])
         self.batches: asyncio.Queue[control_pb2.StepBatch | Exception] = asyncio.Queue()
-        self.answer: asyncio.Future[control_pb2.AdmitReply] = asyncio.get_running_loop().create_future()
+        self.answers: list[Admitted] = []
+        """Of admissions that wait."""
         self.asked: list[str] = []
 
     async def generate(
@@ -32,9 +34,9 @@ class ScriptedClient(FakeClient):
             yield batch
         raise batch
 
-    async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply:
+    def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
         self.asked.append(f"admit {request.stream_key}")
-        return await self.answer
+        self.answers.append(admitted)
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
         self.asked.append(f"cancel {' '.join(map(str, stream_keys))}")
@@ -47,6 +49,12 @@ class Receiver:
 
     def on_delta(self, delta: control_pb2.StreamDelta, now_s: float) -> None:
         self.tokens += delta.token_ids
+
+    def on_token(self, position: int, token_id: int, now_s: float) -> None:
+        self.tokens.append(token_id)
+
+    def on_refused(self, error: DisaggregatedError) -> None:
+        self.errors.append(f"refused: {error}")
 
     def on_lost(self, error: ServerLost) -> None:
         self.errors.append(str(error))
@@ -113,11 +121,24 @@ def test_when_the_link_breaks_everybody_on_it_is_told_and_nobody_gets_on(end: Ex
     with_link(play)
 
 
+def test_tokens_in_columns_go_to_whom_they_belong() -> None:
+    async def play(client: ScriptedClient, link: GenerationLink) -> None:
+        one, two = Receiver(), Receiver()
+        first, second = link.open(one), link.open(two)
+        client.batches.put_nowait(
+            control_pb2.StepBatch(stream_keys=[first, second, 999999], positions=[4, 4, 4], token_ids=[10, 20, 30])
+        )
+        await settle()
+        assert (one.tokens, two.tokens, link.num_tokens) == ([10], [20], 2)
+
+    with_link(play)
+
+
 def test_an_abandoned_request_is_cancelled_at_once_when_it_was_admitted() -> None:
     async def play(client: ScriptedClient, link: GenerationLink) -> None:
-        client.answer.set_result(control_pb2.AdmitReply())
         key = link.open(Receiver())
-        await link.admit(control_pb2.AdmitRequest(stream_key=key))
+        link.admit(control_pb2.AdmitRequest(stream_key=key))
+        client.answers[0](control_pb2.AdmitReply())
         link.close(key, is_over=False)
         await settle()
         assert client.asked == [f"admit {key}", f"cancel {key}"]
@@ -128,14 +149,11 @@ def test_an_abandoned_request_is_cancelled_at_once_when_it_was_admitted() -> Non
 def test_a_cancellation_waits_for_the_answer_to_its_admission() -> None:
     async def play(client: ScriptedClient, link: GenerationLink) -> None:
         key = link.open(Receiver())
-        admission = asyncio.create_task(link.admit(control_pb2.AdmitRequest(stream_key=key)))
-        await settle()
-        admission.cancel()
-        await asyncio.wait([admission])
+        link.admit(control_pb2.AdmitRequest(stream_key=key))
         link.close(key, is_over=False)
         await settle()
         assert client.asked == [f"admit {key}"]
-        client.answer.set_result(control_pb2.AdmitReply())
+        client.answers[0](control_pb2.AdmitReply())
         await settle()
         assert client.asked == [f"admit {key}", f"cancel {key}"]
 
@@ -145,14 +163,27 @@ def test_a_cancellation_waits_for_the_answer_to_its_admission() -> None:
 def test_a_refused_admission_needs_no_cancellation() -> None:
     async def play(client: ScriptedClient, link: GenerationLink) -> None:
         key = link.open(Receiver())
-        admission = asyncio.create_task(link.admit(control_pb2.AdmitRequest(stream_key=key)))
-        await settle()
-        admission.cancel()
-        await asyncio.wait([admission])
+        link.admit(control_pb2.AdmitRequest(stream_key=key))
         link.close(key, is_over=False)
-        client.answer.set_exception(PoolExhausted.of(wanted=2, free=1))
+        client.answers[0](PoolExhausted.of(wanted=2, free=1))
         await settle()
         assert client.asked == [f"admit {key}"]
+
+    with_link(play)
+
+
+def test_an_admission_that_is_not_answered_is_lost_and_its_late_answer_is_nobodys() -> None:
+    async def play(client: ScriptedClient, link: GenerationLink) -> None:
+        receiver = Receiver()
+        key = link.open(receiver)
+        link.admit(control_pb2.AdmitRequest(stream_key=key))
+        await asyncio.sleep(ADMIT_TIMEOUT_S + 1.0)
+        assert receiver.errors == [f"refused: it did not answer an admission in {ADMIT_TIMEOUT_S:g} s"]
+        client.answers[0](PoolExhausted.of(wanted=2, free=1))
+        assert len(receiver.errors) == 1
+        link.close(key, is_over=False)
+        await settle()
+        assert client.asked == [f"admit {key}", f"cancel {key}"]
 
     with_link(play)
 
@@ -168,24 +199,16 @@ def test_cancellations_that_pile_up_go_in_one_call() -> None:
     with_link(play)
 
 
-def test_whoever_is_admitted_while_the_link_ends_learns_that_it_is_lost() -> None:
-    class Lingering(ScriptedClient):
-        async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply:
-            try:
-                return await self.answer
-            finally:
-                await asyncio.sleep(1.0)
-
+def test_whoever_is_on_a_link_that_ends_learns_once_that_it_is_lost() -> None:
     async def play(client: ScriptedClient, link: GenerationLink) -> None:
-        early = asyncio.create_task(link.admit(control_pb2.AdmitRequest(stream_key=link.open(Receiver()))))
-        late = Receiver()
+        early, late = Receiver(), Receiver()
+        link.admit(control_pb2.AdmitRequest(stream_key=link.open(early)))
         key = link.open(late)
-        await settle()
         client.batches.put_nowait(ServerLost("the connection broke"))
         await settle()
-        assert late.errors == ["the connection broke"]
+        client.answers[0](ServerLost("the connection broke"))
+        assert early.errors == late.errors == ["the connection broke"]
         with pytest.raises(ServerLost):
-            await link.admit(control_pb2.AdmitRequest(stream_key=key))
-        await asyncio.wait([early])
+            link.admit(control_pb2.AdmitRequest(stream_key=key))
 
-    with_link(play, Lingering)
+    with_link(play)

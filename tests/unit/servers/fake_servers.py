@@ -17,6 +17,7 @@ from disaggregated.engine.serving.role import LoadedServer, Role, ServerIdentity
 from disaggregated.engine.serving.service import ServerService
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2_grpc
+from disaggregated.wire import WireServer
 from kvtransfer import Region
 from tests.support.fake_copier import FakeBlockCopier
 from tests.support.fake_runner import FakeModelRunner
@@ -106,7 +107,7 @@ async def serving(
             on_crash=crashes.append,
         )
         role = make_role(server)
-        service = ServerService(role, server)
+        service = ServerService(role, server, WireServer())
         grpc_server = rpc.make_server()
         control_pb2_grpc.add_ServerServicer_to_server(service, grpc_server)
         role.add_services(grpc_server)

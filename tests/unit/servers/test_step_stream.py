@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from disaggregated import token_logprobs
+from disaggregated.step_batches import deltas_of
 from disaggregated.v1 import control_pb2
 from generation_server.step_stream import StepStream
 
@@ -16,6 +17,11 @@ def delta(stream_key: int, first_position: int, *token_ids: int, finish_reason: 
     return control_pb2.StreamDelta(
         stream_key=stream_key, first_position=first_position, token_ids=token_ids, finish_reason=finish_reason
     )
+
+
+def only_of(batch: control_pb2.StepBatch) -> control_pb2.StreamDelta:
+    (found,) = deltas_of(batch)
+    return found
 
 
 async def next_batch(batches: AsyncIterator[control_pb2.StepBatch]) -> control_pb2.StepBatch:
@@ -29,7 +35,7 @@ async def test_one_message_carries_what_a_step_brought_for_all_requests() -> Non
     stream.send(step=3)
     batch = await next_batch(stream.batches())
     assert batch.step == 3
-    assert [(found.stream_key, list(found.token_ids)) for found in batch.deltas] == [(1, [5]), (2, [6])]
+    assert [(found.stream_key, list(found.token_ids)) for found in deltas_of(batch)] == [(1, [5]), (2, [6])]
 
 
 async def test_steps_that_nobody_reads_are_joined_into_one_message() -> None:
@@ -42,11 +48,10 @@ async def test_steps_that_nobody_reads_are_joined_into_one_message() -> None:
         stream.send(step)
     batch = await next_batch(stream.batches())
     assert batch.step == 499
-    assert len(batch.deltas) == 1
-    assert batch.deltas[0].first_position == 10
-    assert list(batch.deltas[0].token_ids) == list(range(100, 600))
-    assert batch.deltas[0].finish_reason == "length"
-    assert batch.deltas[0].times.transport == "SHM"
+    assert only_of(batch).first_position == 10
+    assert list(only_of(batch).token_ids) == list(range(100, 600))
+    assert only_of(batch).finish_reason == "length"
+    assert only_of(batch).times.transport == "SHM"
 
 
 async def test_logprobs_are_joined_as_their_tokens_are() -> None:
@@ -77,8 +82,8 @@ async def test_an_error_joins_the_tokens_that_came_before_it() -> None:
     stream.put(control_pb2.StreamDelta(stream_key=1, error=control_pb2.StreamError(kind="PeerLost")))
     stream.send(1)
     batch = await next_batch(stream.batches())
-    assert list(batch.deltas[0].token_ids) == [100]
-    assert batch.deltas[0].error.kind == "PeerLost"
+    assert list(only_of(batch).token_ids) == [100]
+    assert only_of(batch).error.kind == "PeerLost"
 
 
 async def test_that_a_request_has_landed_is_joined_with_the_token_that_comes_after_all() -> None:
@@ -139,4 +144,4 @@ async def test_what_was_dropped_does_not_leave_and_an_ended_stream_gives_what_is
     stream.send(1)
     stream.end()
     batches = [batch async for batch in stream.batches()]
-    assert [[found.stream_key for found in batch.deltas] for batch in batches] == [[2]]
+    assert [[found.stream_key for found in deltas_of(batch)] for batch in batches] == [[2]]

@@ -1,0 +1,1 @@
+"""What the front door costs: our orchestrator beside other routers, in front of servers that only pretend."""
