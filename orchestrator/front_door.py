@@ -14,6 +14,7 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import ModelUnavailable, NoServerAvailable
 from orchestrator.admission.make import make_gate
 from orchestrator.dispatch import Dispatcher
+from orchestrator.grammar_check import GrammarCheck
 from orchestrator.loop_lag import LoopLag
 from orchestrator.metrics import Metrics
 from orchestrator.parsers.formats import ReplyFormats
@@ -54,6 +55,7 @@ class FrontDoor:
         self.metrics = Metrics(pools)
         self.dispatcher = Dispatcher(config, pools, observer=self.metrics, clock=clock)
         self.metrics.watch(self.dispatcher)
+        self.check_grammar = GrammarCheck()
         self.loop_lag = LoopLag(self.metrics.loop_lagged)
         self._model: ServedModel | None = None
         self._model_problem = ""

@@ -11,18 +11,14 @@ from disaggregated.sampling_params import SamplingParams
 from orchestrator.api.fields import Fields
 from orchestrator.api.reply_fields import REPLY_FIELDS, ReplyFields, read_reply_fields
 from orchestrator.api.sampling_fields import SAMPLING_FIELDS, TOKENS_MAX, read_max_tokens, read_sampling, read_stop
+from orchestrator.api.structured import STRUCTURED, grammar_of
 from orchestrator.served_model import ServedModel
 
 CACHE_SALT_CHARACTERS_MAX: Final = 256
 
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
+    "guided_whitespace_pattern": (),
     "modalities": (["text"],),
     "audio": (),
     "use_beam_search": (False,),
@@ -58,12 +54,13 @@ IGNORED: Final = frozenset(
         "session_id",
         "conversation_id",
         "conversation_params",
+        "guided_decoding_backend",
     }
 )
 """Sent by ordinary clients and coding agents, without an effect on tokens here: taken silently. Some say
 whose turn it is, or where it goes."""
 
-TAKEN: Final = SAMPLING_FIELDS | REPLY_FIELDS | frozenset(
+TAKEN: Final = SAMPLING_FIELDS | REPLY_FIELDS | frozenset(STRUCTURED) | frozenset(
     {
         "model", "prompt", "messages", "stream", "priority", "tools", "tool_choice", "parallel_tool_calls",
         "functions", "function_call", "separate_reasoning", "include_reasoning", "reasoning_effort", "thinking",
@@ -102,8 +99,9 @@ def read_generation_fields(
     reply = read_reply_fields(fields, is_chat=is_chat, stream=stream)
     max_tokens = read_max_tokens(fields, low=0 if reply.drops_tokens else 1)
     max_tokens = max_tokens_default if max_tokens is None else max(max_tokens, 1)
+    sampling = dataclasses.replace(read_sampling(fields, model, max_tokens=max_tokens), grammar=grammar_of(fields))
     return GenerationFields(
-        sampling=reply.applied_to(read_sampling(fields, model, max_tokens=max_tokens)),
+        sampling=reply.applied_to(sampling),
         stop=read_stop(fields),
         stream=stream,
         include_usage=_read_include_usage(fields, stream=stream),

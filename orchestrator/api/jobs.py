@@ -10,6 +10,7 @@ from typing import Final
 from aiohttp import web
 
 from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
+from disaggregated.grammar import Grammar
 from disaggregated.text import ChoiceText
 from orchestrator.admission.gate import Visit
 from orchestrator.admission.make import caller_of
@@ -22,6 +23,7 @@ from orchestrator.api.request_ids import request_id_of
 from orchestrator.api.sampling_fields import TOKENS_MAX
 from orchestrator.api.sessions import Sessions, sessions_of
 from orchestrator.api.shapes import ChatShape, CompletionShape, Shape
+from orchestrator.api.structured import grammar_field
 from orchestrator.api.tools import refuse_tools
 from orchestrator.front_door import FrontDoor
 from orchestrator.parsers import ReplyParser
@@ -101,6 +103,7 @@ async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") ->
         grammar=draft.fields.sampling.grammar,
         allows_template=draft.door.config.allow_request_chat_template,
     )
+    await draft.check_grammar(chat.plan.grammar)
     return draft.job(shape, [chat.token_ids], param, chat.plan)
 
 
@@ -111,6 +114,7 @@ async def completion_job(door: FrontDoor, http: web.Request) -> Job:
     """
     draft = await Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT, is_chat=False)
     refuse_tools(draft.body)
+    await draft.check_grammar(draft.fields.sampling.grammar)
     prompts = await completion_prompts(draft.body, draft.model)
     shape = CompletionShape(
         f"cmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
@@ -164,6 +168,13 @@ class Draft:
             visit=_visit(door, http, body, fields.priority),
             sessions=sessions_of(door.config, http, body),
         )
+
+    async def check_grammar(self, grammar: Grammar | None) -> None:
+        """What the client's field or its tools ask for. Raises InvalidRequest when it cannot be compiled."""
+        if grammar is not None:
+            own = self.fields.sampling.grammar
+            is_own = own is not None and own.text == grammar.text
+            await self.door.check_grammar(grammar, param=grammar_field(self.body) if is_own else "tools")
 
     def job(self, shape: Shape, prompts: Sequence[Sequence[int]], param: str, plan: ReplyPlan) -> Job:
         headers = {"x-request-id": self.request_id, **self.visit.headers()}

@@ -1,0 +1,174 @@
+"""What a reply must match, in all the ways that clients have to say it: OpenAI's, vLLM's and TensorRT-LLM's.
+
+Only what is cheap is checked here; whether a grammar can be compiled is found out beside the event loop, by
+`grammar_check.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import orjson
+
+from disaggregated.errors import InvalidRequest
+from disaggregated.grammar import Grammar, GrammarKind
+from orchestrator.api.fields import Fields, json_type, wrong_type
+from orchestrator.api.json_schema import schema_text
+
+TEXT_BYTES_MAX: Final = 64 << 10
+"""Of a regular expression or a grammar, and of all choices together."""
+CHOICES_MAX: Final = 1024
+
+Reader = Callable[[Any, str], Grammar | None]
+"""(value, its name) to what it asks for."""
+
+
+def _json_object(value: Any, name: str) -> Grammar | None:
+    if not isinstance(value, bool):
+        raise wrong_type(name, "true or false", value)
+    return Grammar(GrammarKind.JSON_OBJECT) if value else None
+
+
+def _json_schema(value: Any, name: str) -> Grammar:
+    return Grammar(GrammarKind.JSON_SCHEMA, schema_text(value, name))
+
+
+def _regex(value: Any, name: str) -> Grammar:
+    """Always of the whole text, so anchors say nothing."""
+    text = _text(value, name).removeprefix("^")
+    if text.endswith("$") and (len(text) - len(text[:-1].rstrip("\\"))) % 2:
+        text = text[:-1]
+    return Grammar(GrammarKind.REGEX, text)
+
+
+def _choice(value: Any, name: str) -> Grammar:
+    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+        raise wrong_type(name, "an array of strings", value)
+    if not 1 <= len(value) <= CHOICES_MAX:
+        raise InvalidRequest(f"{name} has {len(value)} choices, it must have 1 to {CHOICES_MAX}", param=name)
+    if not all(value):
+        raise InvalidRequest(f"{name}: a choice must not be empty", param=name)
+    return Grammar(GrammarKind.CHOICE, _text(orjson.dumps(value).decode(), name))
+
+
+def _grammar(value: Any, name: str) -> Grammar:
+    text = _text(value, name)
+    return Grammar(GrammarKind.EBNF if "::=" in text else GrammarKind.LARK, text)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise wrong_type(name, "a string", value)
+    if not value:
+        raise InvalidRequest(f"{name} must not be empty", param=name)
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{name} has half of a surrogate pair", param=name) from error
+    if num_bytes > TEXT_BYTES_MAX:
+        raise InvalidRequest(f"{name} has {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}", param=name)
+    return value
+
+
+def _response_format(value: Any, name: str) -> Grammar | None:
+    """OpenAI's; the types regex, ebnf and json are TensorRT-LLM's."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object", value)
+    kind = value.get("type")
+    match kind:
+        case "text":
+            return None
+        case "json_object" if value.get("schema") is None:
+            return Grammar(GrammarKind.JSON_OBJECT)
+        case "json_object" | "json":
+            return _json_schema(_member(value, "schema", name), f"{name}.schema")
+        case "json_schema":
+            return _named_schema(_member(value, "json_schema", name), f"{name}.json_schema")
+        case "regex":
+            return _regex(_member(value, "regex", name), f"{name}.regex")
+        case "ebnf" | "grammar":
+            return _grammar(_member(value, kind, name), f"{name}.{kind}")
+    known = "text, json_object, json_schema, regex or ebnf"
+    raise InvalidRequest(f"{name}.type must be {known}, is {_shown(kind)}", param=name)
+
+
+def _named_schema(value: Any, name: str) -> Grammar:
+    """Keywords that cannot be enforced are refused where `strict` is true, and are wishes elsewhere."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object", value)
+    strict = value.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise wrong_type(f"{name}.strict", "true or false", strict)
+    schema = _member(value, "schema", name)
+    return Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema, f"{name}.schema", is_lenient=not strict))
+
+
+def _one_of(value: Any, name: str) -> Grammar | None:
+    """vLLM's `structured_outputs` and TensorRT-LLM's `guided_decoding`: an object of which one member counts."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object", value)
+    for key, member in value.items():
+        if key not in _MEMBERS and key not in _WITHOUT_EFFECT and member is not None:
+            raise InvalidRequest(f"{name}.{key[:80]} is not supported", param=name)
+    return _only({f"{name}.{key}": (value.get(key), read) for key, read in _MEMBERS.items()})
+
+
+_MEMBERS: Final[Mapping[str, Reader]] = {
+    "json": _json_schema,
+    "json_object": _json_object,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _grammar,
+}
+_WITHOUT_EFFECT: Final = frozenset(
+    {"disable_any_whitespace", "disable_additional_properties", "disable_fallback", "_backend", "backend"}
+)
+"""Here blanks and further properties are always as these ask for, and servers choose the library."""
+
+STRUCTURED: Final[Mapping[str, Reader]] = {
+    "response_format": _response_format,
+    "guided_json": _json_schema,
+    "guided_json_object": _json_object,
+    "guided_regex": _regex,
+    "guided_choice": _choice,
+    "guided_grammar": _grammar,
+    "structured_outputs": _one_of,
+    "guided_decoding": _one_of,
+}
+"""Every field that asks for a grammar."""
+
+
+def grammar_of(fields: Fields) -> Grammar | None:
+    """
+    Raises:
+        InvalidRequest: names the field that is wrong, or two that ask for different things.
+    """
+    return _only({name: (fields.get(name), read) for name, read in STRUCTURED.items()})
+
+
+def grammar_field(fields: Fields) -> str:
+    """Which field `grammar_of` has read it from; "" where there is none."""
+    asking = (name for name in STRUCTURED if fields.get(name) not in (None, False, {"type": "text"}))
+    return next(asking, "")
+
+
+def _only(named: Mapping[str, tuple[Any, Reader]]) -> Grammar | None:
+    found: dict[str, Grammar] = {}
+    for name, (value, read) in named.items():
+        if value is not None and (grammar := read(value, name)) is not None:
+            found[name] = grammar
+    if len(found) > 1:
+        first, second, *_rest = found
+        raise InvalidRequest(f"{first} and {second} both say what the reply must match", param=second)
+    return next(iter(found.values()), None)
+
+
+def _member(value: Mapping[str, Any], key: str, name: str) -> Any:
+    if value.get(key) is None:
+        raise InvalidRequest(f"{name}.{key} is missing", param=name)
+    return value[key]
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80] if isinstance(value, str) else json_type(value)
