@@ -14,6 +14,7 @@ from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import DisaggregatedError
 from orchestrator.admission.make import CALLER_KEY
+from orchestrator.admission.quotas import Levels
 from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.error_body import error_response, plain_error_response
 from orchestrator.api.request_ids import assign_request_id
@@ -23,6 +24,7 @@ from orchestrator.front_door import FrontDoor
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
 from orchestrator.server_pools import ServerPools
+from orchestrator.siblings import Siblings
 
 log = logs.get(__name__)
 
@@ -39,12 +41,15 @@ def make_app(
     *,
     model: ServedModel | None = None,
     scaler: Scaler | None = None,
+    siblings: Siblings | None = None,
+    levels: Levels | None = None,
 ) -> web.Application:
     """The application owns `pools` from its start-up to its clean-up.
 
+    `siblings` and `levels` are of other workers at the same port: who they are, and how much of their quotas is left.
     Without `model`, the tokenizer is loaded in the background: the configured one, or what the first server tells.
     """
-    door = FrontDoor(config, pools, model=model, scaler=scaler)
+    door = FrontDoor(config, pools, model=model, scaler=scaler, siblings=siblings, levels=levels)
     app = web.Application(client_max_size=config.door.body_bytes_max, middlewares=[_edge(door)])
     app[DOOR] = door
     responses = Responses(ResponseStore(config.door.responses_bytes_max))

@@ -13,6 +13,7 @@ from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import ModelUnavailable, NoServerAvailable
 from orchestrator.admission.make import make_gate
+from orchestrator.admission.quotas import Levels
 from orchestrator.dispatch import Dispatcher
 from orchestrator.grammar_check import GrammarCheck
 from orchestrator.loop_lag import LoopLag
@@ -22,6 +23,7 @@ from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
 from orchestrator.server import Role
 from orchestrator.server_pools import ServerPools
+from orchestrator.siblings import Alone, Siblings
 from orchestrator.task_owner import TaskOwner
 
 log = logs.get(__name__)
@@ -46,11 +48,14 @@ class FrontDoor:
         *,
         model: ServedModel | None,
         scaler: Scaler | None,
+        siblings: Siblings | None = None,
+        levels: Levels | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.pools = pools
         self.scaler = scaler
+        self.siblings = siblings or Alone()
         self.clock = clock
         self.metrics = Metrics(pools)
         self.dispatcher = Dispatcher(config, pools, observer=self.metrics, clock=clock)
@@ -63,7 +68,8 @@ class FrontDoor:
         self._has_started = False
         self._is_stopping = False
         self._owner = TaskOwner(pools.on_crash)
-        self.gate = make_gate(config.door, clock=clock, start=functools.partial(self._owner.start, name="read keys"))
+        start = functools.partial(self._owner.start, name="read keys")
+        self.gate = make_gate(config.door, clock=clock, start=start, levels=levels)
         if model is not None:
             self._serve_model(model)
 

@@ -214,7 +214,7 @@ class Launcher:
         self._has_been_ready = self._has_been_ready or any(i.phase is Phase.READY for i in instances)
         failed = [i for i in instances if i.phase is Phase.FAILED]
         if failed and not self._has_been_ready:
-            raise _start_failure(failed[0].last_exit, self._last_words.get(failed[0].name, "it said nothing"))
+            raise start_failure(failed[0].last_exit, self._last_words.get(failed[0].name, "it said nothing"))
 
     def _carry_out(self, decisions: Iterable[Decision], group: asyncio.TaskGroup) -> None:
         for decision in decisions:
@@ -277,7 +277,7 @@ class Launcher:
         return dataclasses.replace(pool.server, num_threads=len(cores), cpu_affinity=cores)
 
 
-def _start_failure(last_exit: str, last_words: str) -> StartupError:
+def start_failure(last_exit: str, last_words: str) -> StartupError:
     """The server's own message and exit code, as if the one command had failed itself."""
     for kind in StartupError.__subclasses__():
         if last_exit == f"exit code {kind.exit_code}":

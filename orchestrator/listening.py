@@ -13,8 +13,11 @@ _BACKLOG = 4096
 """Connections the kernel holds while a burst of clients is being accepted."""
 
 
-def listen(hostname: str, port: int) -> socket.socket:
+def listen(hostname: str, port: int, *, shared: bool = False, accepts: bool = True) -> socket.socket:
     """A listening socket; the caller closes it.
+
+    shared: with other sockets of this user that are made so; the kernel deals connections out among those that listen.
+    accepts: False only takes the port.
 
     Raises:
         PortTaken: somebody else listens there; the message says who, if we may know.
@@ -27,8 +30,11 @@ def listen(hostname: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)
+        if accepts:
+            listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

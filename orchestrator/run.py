@@ -58,6 +58,11 @@ def run(config: DeploymentConfig, *, on_listening: OnListening = lambda address:
     for note in otherwise:
         log.warning("config_note", note=note)
     join_deployment(config)
+    if config.door.num_workers > 1:
+        from orchestrator.workers.supervisor import run_workers  # which serves in the same way, and needs this module
+
+        run_workers(config, on_listening)
+        return 0
     with contextlib.closing(listen(config.hostname, config.port)) as listener:
         uvloop.run(_serve(config, listener, on_listening))
     return 0
@@ -86,7 +91,7 @@ async def _serve(config: DeploymentConfig, listener: socket.socket, on_listening
     limits = LaunchLimits(start_timeout_s=config.server_start_timeout_s, stop_timeout_s=SERVERS_TIMEOUT_S)
     launcher = Launcher(config, pools, limits=limits)
     asked_to_stop, requests_gone = asyncio.Event(), asyncio.Event()
-    with _signals(asked_to_stop, launcher):
+    with signals(asked_to_stop, launcher.kill_all):
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(launcher.run(requests_gone))
@@ -112,7 +117,7 @@ async def _answer(
     try:
         await runner.setup()
         await web.SockSite(runner, listener, ssl_context=front_door_tls(config.door)).start()
-        _freeze_start_up_objects()
+        freeze_start_up_objects()
         sys.stdout.write(f"READY orchestrator {address_of(listener)} model={config.model or 'of its servers'}\n")
         sys.stdout.flush()
         on_listening(address_of(listener))
@@ -124,19 +129,19 @@ async def _answer(
         await runner.cleanup()
 
 
-def _freeze_start_up_objects() -> None:
+def freeze_start_up_objects() -> None:
     """What lives as long as the process need not be looked at by every collection."""
     gc.collect()
     gc.freeze()
 
 
 @contextlib.contextmanager
-def _signals(asked_to_stop: asyncio.Event, launcher: Launcher) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks to stop; the second one kills the servers and ends at once."""
+def signals(asked_to_stop: asyncio.Event, kill_all: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks to stop; the second one kills what we started and ends at once."""
 
     def heard() -> None:
         if asked_to_stop.is_set():
-            launcher.kill_all()
+            kill_all()
             os._exit(EXIT_INTERRUPTED)
         asked_to_stop.set()
 

@@ -188,10 +188,12 @@ class Server:
 
     def has_room(self, *, num_blocks: int, num_steps: int = STEPS_AHEAD) -> bool:
         """num_steps: of prefill, that a context server may have before it; what waits here can go nowhere else."""
-        if not self.is_ready or self._is_held_back or len(self.shares) >= max(1, self.description.max_batch_size):
+        if not self.is_ready or self._is_held_back:
             return False
         if not self.shares:
-            return True
+            return True  # Of several orchestrators each may have one there, whatever the others have.
+        if self.num_requests >= self.description.max_batch_size:
+            return False
         if self.role is Role.CONTEXT and self.num_prefill_tokens >= num_steps * self.description.max_num_tokens:
             return False
         return num_blocks <= self.num_blocks_free

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -33,14 +33,27 @@ class ServerChild:
 
     @classmethod
     async def start(cls, name: str, module: str, config: ServerConfig, environ: Mapping[str, str]) -> ServerChild:
-        """The process has a session of its own, so that a Ctrl-C in the terminal reaches only the orchestrator."""
+        return await cls.spawn(name, ["-m", module, *to_arguments(config)], environ)
+
+    @classmethod
+    async def spawn(
+        cls,
+        name: str,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+        *,
+        told: bytes = b"",
+        pass_fds: Sequence[int] = (),
+    ) -> ServerChild:
+        """Our Python with `arguments`; `told` is what it reads on its standard input.
+
+        The process has a session of its own, so that a Ctrl-C in the terminal reaches only the orchestrator.
+        """
         folders = [_CODE_FOLDER, *filter(None, [environ.get("PYTHONPATH")])]
         child = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            module,
-            *to_arguments(config),
-            stdin=asyncio.subprocess.DEVNULL,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE if told else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env={
@@ -50,7 +63,11 @@ class ServerChild:
                 "PYTHONUNBUFFERED": "1",
             },
             start_new_session=True,
+            pass_fds=pass_fds,
         )
+        if child.stdin is not None:
+            child.stdin.write(told)
+            child.stdin.close()
         return cls(name, child)
 
     @property
@@ -75,6 +92,18 @@ class ServerChild:
     async def wait(self) -> int:
         """Its exit code; negative for a signal."""
         return await self._child.wait()
+
+    async def stop(self, *, timeout_s: float) -> None:
+        """Gone when this returns, by itself within `timeout_s` or killed; also when the caller is cancelled."""
+        self.terminate()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.kill()
+        await self.wait()
 
     def terminate(self) -> None:
         self._send(signal.SIGTERM)

@@ -44,7 +44,8 @@ async def health(door: FrontDoor, http: web.Request) -> web.Response:
 
 
 async def metrics(door: FrontDoor, http: web.Request) -> web.Response:
-    return web.Response(body=door.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    body = await door.siblings.metrics(door.metrics.render())
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
 async def version(door: FrontDoor, http: web.Request) -> web.Response:
@@ -57,11 +58,18 @@ async def cluster_info(door: FrontDoor, http: web.Request) -> web.Response:
         "current_workers": {
             f"{role.value}_servers": [describe_worker(server) for server in door.pools.of(role)] for role in Role
         },
-        "queue_depth": len(door.dispatcher.queue),
+        **await door.siblings.counts(own_counts(door)),
     }
     if door.scaler is not None:
         answer["processes"] = list(door.scaler.describe())
     return json_response(answer)
+
+
+def own_counts(door: FrontDoor) -> dict[str, int]:
+    """What this process has itself, besides its siblings."""
+    dispatcher = door.dispatcher
+    shares = sum(len(server.shares) for server in door.pools)
+    return {"queue_depth": len(dispatcher.queue), "running": dispatcher.stories.num_running, "shares": shares}
 
 
 def describe_worker(server: Server) -> dict[str, Any]:
@@ -133,6 +141,8 @@ async def request_story(door: FrontDoor, http: web.Request) -> web.Response:
         parts.append(part.as_json(now_s=door.clock()))
     if parts:
         return json_response({"request_id": request_id, "sequences": parts})
+    if (theirs := await door.siblings.story(request_id)) is not None:
+        return web.Response(body=theirs, content_type="application/json")
     kept = door.config.perf_metrics_max_requests
     return plain_error_response(
         f"no story of {request_id!r}: the last {kept} requests are kept (perf_metrics_max_requests)", status=404
@@ -144,15 +154,8 @@ async def ledger(door: FrontDoor, http: web.Request) -> web.Response:
     servers = list(door.pools)
     async with asyncio.TaskGroup() as group:
         asked = [group.create_task(_ledger_of(server)) for server in servers]
-    dispatcher = door.dispatcher
-    return json_response(
-        {
-            "queued": len(dispatcher.queue),
-            "running": dispatcher.stories.num_running,
-            "shares": sum(len(server.shares) for server in servers),
-            "servers": [task.result() for task in asked],
-        }
-    )
+    counts = await door.siblings.counts(own_counts(door))
+    return json_response({"queued": counts["queue_depth"], **counts, "servers": [task.result() for task in asked]})
 
 
 async def _ledger_of(server: Server) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class FakeServer:
         self.prefills: dict[str, asyncio.Task[None]] = {}
         """By transfer id, until their lease ends."""
         self.fingerprint = "weights-1"
+        self.model = "fake"
         self.step_age_s = 0.0
         self.num_prefills = 0
         self.num_admissions = 0
@@ -131,7 +132,7 @@ class FakeServer:
         await self.turn()
         pipe.queue.put_nowait(
             control_pb2.ServerDescription(
-                instance_id=self.name, epoch=self.epoch, role=self.role, model="fake", fingerprint=self.fingerprint,
+                instance_id=self.name, epoch=self.epoch, role=self.role, model=self.model, fingerprint=self.fingerprint,
                 layout=LAYOUT.to_proto(), max_num_tokens=64, max_batch_size=self.cluster.temper.max_batch_size,
                 max_seq_len=4096, can_prefill=True,
             )

@@ -1,0 +1,30 @@
+"""Who else answers at this port: nobody, or the other workers of this deployment on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Siblings(Protocol):
+    async def metrics(self, own: bytes) -> bytes:
+        """Prometheus' text of all, given one's own."""
+
+    async def story(self, request_id: str) -> bytes | None:
+        """JSON, from whoever has it; None: none of the others."""
+
+    async def counts(self, own: Mapping[str, int]) -> dict[str, Any]:
+        """The sums over all, and under "workers" each one's."""
+
+
+class Alone:
+    """There is one worker."""
+
+    async def metrics(self, own: bytes) -> bytes:
+        return own
+
+    async def story(self, request_id: str) -> bytes | None:
+        return None
+
+    async def counts(self, own: Mapping[str, int]) -> dict[str, Any]:
+        return dict(own)
