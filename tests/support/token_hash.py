@@ -1,4 +1,7 @@
-"""The model of all fake servers: the next token is a hash of the sequence so far, so tokens are an oracle."""
+"""The model of all fake servers: the next token is a hash of the sequence so far, so tokens are an oracle.
+
+Where a prompt has a script (`script.py`), it says that instead.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ from disaggregated import token_logprobs
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.token_logprobs import TokenLogprob
 from disaggregated.v1 import control_pb2
+from tests.support.script import next_of_script
 
 VOCAB_SIZE: Final = 250
 
 
 def next_token(sequence: Sequence[int], seed: int = 0) -> int:
+    if (scripted := next_of_script(sequence)) is not None:
+        return scripted
     return zlib.crc32(np.asarray(sequence, dtype=np.uint32).tobytes(), seed & 0xFFFFFFFF) % VOCAB_SIZE
 
 
