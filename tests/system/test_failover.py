@@ -42,14 +42,20 @@ async def wait_servers(deployment: Deployment, role: str, count: int) -> None:
             await asyncio.sleep(0.05)
 
 
-async def all_of(deployment: Deployment, **body: Any) -> list[list[int]]:
-    """The tokens of each prompt, all asked for at once."""
+ASKING_MUCH: Final = {
+    **SEEDED, "frequency_penalty": 0.4, "repetition_penalty": 1.1, "logit_bias": {"30": 1.5}, "min_tokens": 20,
+    "bad_words": ["the"], "logprobs": 2, "guided_regex": "([A-Z][a-z]{0,9}[ ,.]){5,90}!",
+}  # fmt: skip
+
+
+async def all_of(deployment: Deployment, **body: Any) -> list[tuple[list[int], list[float | None]]]:
+    """The tokens of each prompt, and how likely they were if that is asked for, all asked for at once."""
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
         asked = [
             group.create_task(complete(session, deployment.url, prompt, max_tokens=NUM_NEW, **body))
             for prompt in PROMPTS
         ]
-    return [one.result().token_ids for one in asked]
+    return [(one.result().token_ids, one.result().logprobs) for one in asked]
 
 
 async def tokens_flow(deployment: Deployment) -> None:
@@ -80,7 +86,7 @@ BLOWS: Final = [
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, ASKING_MUCH], ids=["greedy", "asking"])
 async def test_streams_go_on_with_the_same_tokens_whatever_befalls_a_server(
     tmp_path: pathlib.Path, sampling: Mapping[str, Any]
 ) -> None:
