@@ -17,6 +17,8 @@ class Completion:
 
     request_id: str = ""
     token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float | None] = dataclasses.field(default_factory=list)
+    """Of the tokens, where they were asked for."""
     finish_reason: str | None = None
     cached_tokens: int = 0
     start_s: float = 0.0
@@ -62,6 +64,7 @@ def _take(completion: Completion, chunk: dict[str, Any]) -> None:
         if choice.get("token_ids"):
             completion.times_s.append(time.monotonic())
             completion.token_ids += choice["token_ids"]
+            completion.logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
         completion.finish_reason = choice.get("finish_reason") or completion.finish_reason
     if usage := chunk.get("usage"):
         completion.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)

@@ -7,10 +7,12 @@ import pathlib
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+import aiohttp
 import openai
 import pytest
 import pytest_asyncio
 
+from tests.support.completions import complete
 from tests.support.deployment import Deployment, deployed, is_idle
 
 MODEL: Final = "smollm2-135m-instruct"
@@ -110,6 +112,72 @@ async def test_a_short_prompt_is_prefilled_where_it_decodes_with_the_same_tokens
     assert story["attempts"][0]["prefill_compute_s"] > 0
     assert sum(story["ttft_parts"].values()) == pytest.approx(story["ttft_s"])
     assert short.choices[0].text.strip()
+
+
+async def test_logprobs_of_generated_tokens_are_those_of_the_same_tokens_in_a_prompt(
+    client: openai.AsyncOpenAI, deployment: Deployment
+) -> None:
+    """The first comes from the context server, the others from the generation server; then all from one of them."""
+    fields: dict[str, Any] = {"model": MODEL, "temperature": 0.8, "seed": 3, "logprobs": 3}
+    answer = await client.completions.create(prompt=LONG, max_tokens=12, **fields)
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.token_logprobs is not None
+    assert told.tokens is not None
+    assert len(told.token_logprobs) == len(told.tokens) == 12
+    async with aiohttp.ClientSession() as session:
+        ids = await _ids(session, deployment, LONG)
+        sampling = {name: fields[name] for name in ("temperature", "seed", "logprobs")}
+        done = await complete(session, deployment.url, ids, max_tokens=12, **sampling)
+    assert done.logprobs == told.token_logprobs
+    echoed = await client.completions.create(prompt=[*ids, *done.token_ids], max_tokens=1, echo=True, **fields)
+    of_prompt = echoed.choices[0].logprobs
+    assert of_prompt is not None
+    assert of_prompt.token_logprobs is not None
+    assert of_prompt.token_logprobs[-13:-1] == told.token_logprobs
+    assert (of_prompt.top_logprobs or [])[-13:-1] == told.top_logprobs
+    assert of_prompt.tokens is not None
+    assert "".join(of_prompt.tokens[:-1]) == LONG + "".join(told.tokens)
+
+
+async def _ids(session: aiohttp.ClientSession, deployment: Deployment, text: str) -> list[int]:
+    async with session.post(f"{deployment.url}/tokenize", json={"model": MODEL, "prompt": text}) as answer:
+        ids: list[int] = (await answer.json())["tokens"]
+        return ids
+
+
+async def test_several_replies_share_their_prompt_and_the_likeliest_is_found(
+    client: openai.AsyncOpenAI, deployment: Deployment
+) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "prompt": f"Again: {LONG}", "max_tokens": 6, "temperature": 1.0}
+    several = await client.completions.create(
+        n=3, seed=1, logprobs=0, extra_headers={"x-request-id": "several"}, **fields
+    )
+    one_by_one = [await client.completions.create(seed=seed, **fields) for seed in (1, 2, 3)]
+    assert [choice.text for choice in several.choices] == [answer.choices[0].text for answer in one_by_one]
+    assert several.usage is not None
+    num_prompt = several.usage.prompt_tokens
+    assert num_prompt == one_by_one[0].usage.prompt_tokens
+    for number in (1, 2):
+        story = await deployment.get_json(f"/requests/several.{number}")
+        assert story["attempts"][0]["num_cached_tokens"] >= num_prompt - 33, "its prompt was computed once more"
+    best = await client.completions.create(n=1, best_of=3, seed=1, **fields)
+    sums = {choice.text: sum(choice.logprobs.token_logprobs or []) for choice in several.choices if choice.logprobs}
+    assert best.choices[0].text == max(sums, key=lambda text: sums[text])
+
+
+async def test_a_salt_keeps_prompts_apart_in_the_caches(client: openai.AsyncOpenAI) -> None:
+    async def num_cached(salt: str) -> int:
+        answer = await client.completions.create(
+            model=MODEL, prompt=f"Salted: {LONG}", max_tokens=2, extra_body={"cache_salt": salt}
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        return answer.usage.prompt_tokens_details.cached_tokens or 0
+
+    assert await num_cached("mine") == 0
+    assert await num_cached("yours") == 0
+    assert await num_cached("mine") > 60
 
 
 async def test_several_prompts_are_answered_in_order(client: openai.AsyncOpenAI) -> None:
