@@ -11,11 +11,18 @@ from disaggregated.sampling_params import SamplingParams
 
 
 def new_sequence(
-    num_prompt_tokens: int = 5, *, max_tokens: int = 9, min_tokens: int = 0, num_tokens_max: int = 100
+    num_prompt_tokens: int = 5,
+    *,
+    max_tokens: int = 9,
+    min_tokens: int = 0,
+    num_tokens_max: int = 100,
+    cache_salt: str = "",
 ) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=frozenset({7}))
     token_ids = range(100, 100 + num_prompt_tokens)
-    request = EngineRequest(request_id="one", kind=RequestKind.FULL, token_ids=token_ids, sampling=sampling)
+    request = EngineRequest(
+        request_id="one", kind=RequestKind.FULL, token_ids=token_ids, sampling=sampling, cache_salt=cache_salt
+    )
     return Sequence(request, arrival=1, num_tokens_max=num_tokens_max)
 
 
@@ -45,6 +52,13 @@ def test_hashing_as_the_sequence_grows_equals_hashing_it_at_once() -> None:
         assert sequence.hash_blocks(num_full, 4) == list(block_hashes(sequence.token_ids, 4))[:num_full]
         sequence.token_ids.append(token_id)
     assert sequence.hash_blocks(2, 4) == list(block_hashes(sequence.token_ids, 4))[:2]
+
+
+def test_sequences_with_other_salts_have_no_block_in_common() -> None:
+    unsalted, salted, alike = (new_sequence(20, cache_salt=salt) for salt in ("", "mine", "mine"))
+    assert not {*unsalted.hash_blocks(5, 4)} & {*salted.hash_blocks(5, 4)}
+    assert salted.hash_blocks(3, 4) + salted.hash_blocks(5, 4)[3:] == alike.hash_blocks(5, 4)
+    assert alike.block_hashes == list(block_hashes(alike.token_ids, 4, salt="mine"))
 
 
 def test_a_stop_token_ends_it_even_as_the_last_allowed_one() -> None:

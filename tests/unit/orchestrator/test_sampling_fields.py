@@ -1,0 +1,88 @@
+"""What a body says about sampling and replies, as the servers and the answer's maker get it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from disaggregated.sampling_params import SamplingParams
+from orchestrator.api.fields import Fields
+from orchestrator.api.generation_fields import GenerationFields, read_generation_fields
+from tests.support.byte_model import byte_model
+
+MODEL = byte_model()
+
+
+def read(*, is_chat: bool = True, **fields: Any) -> GenerationFields:
+    return read_generation_fields(Fields(fields), MODEL, max_tokens_default=99, is_chat=is_chat)
+
+
+def test_a_body_that_says_nothing_samples_as_openai_does() -> None:
+    fields = read()
+    seed = fields.sampling.seed
+    assert fields.sampling == SamplingParams(max_tokens=99, temperature=1.0, seed=seed, stop_token_ids=frozenset({256}))
+    assert read().sampling.seed != seed, "without a seed each request has another one"
+    assert (fields.reply.n, fields.reply.best_of, fields.reply.logprobs) == (1, 1, None)
+    assert fields.unknown == ()
+
+
+def test_everything_that_is_asked_of_the_logits_is_read() -> None:
+    encode = MODEL.tokenizer.encode
+    sampling = read(
+        presence_penalty=1, frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={"7": 3, "5": -100.0},
+        allowed_token_ids=[5, 7, 9], bad_words=["no", " way"], min_tokens=3, max_tokens=12, seed=-1, top_k=-1,
+        stop_token_ids=[8], ignore_eos=True,
+    ).sampling  # fmt: skip
+    assert sampling == SamplingParams(
+        max_tokens=12, min_tokens=3, temperature=1.0, seed=2**64 - 1, stop_token_ids=frozenset({8}),
+        presence_penalty=1.0, frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias=((5, -100.0), (7, 3.0)),
+        allowed_token_ids=frozenset({5, 7, 9}),
+        bad_words=tuple(tuple(encode(word)) for word in ("no", " no", " way")),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("is_chat", "fields", "logprobs", "prompt_logprobs"),
+    [
+        (True, {"logprobs": True}, 0, None),
+        (True, {"logprobs": True, "top_logprobs": 4}, 4, None),
+        (True, {"logprobs": False, "top_logprobs": 0}, None, None),
+        (True, {"prompt_logprobs": 2}, None, 2),
+        (False, {"logprobs": 3}, 3, None),
+        (False, {"logprobs": 0}, 0, None),
+        (False, {"logprobs": False}, None, None),
+        (False, {"logprobs": 3, "echo": True}, 3, 3),
+        (False, {"logprobs": 3, "echo": True, "prompt_logprobs": 5}, 3, 5),
+        (False, {"echo": True}, None, None),
+        (False, {"best_of": 3}, 0, None),
+        (False, {"best_of": 3, "logprobs": 2}, 2, None),
+        (False, {"n": 3}, None, None),
+    ],
+)
+def test_servers_tell_what_some_field_needs_and_no_more(
+    is_chat: bool, fields: dict[str, Any], logprobs: int | None, prompt_logprobs: int | None
+) -> None:
+    sampling = read(is_chat=is_chat, **fields).sampling
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (logprobs, prompt_logprobs)
+
+
+def test_a_prompt_may_be_asked_about_without_generating() -> None:
+    fields = read(is_chat=False, echo=True, max_tokens=0, logprobs=1)
+    assert fields.sampling.max_tokens == 1, "its first token comes with it"
+    assert fields.reply.drops_tokens
+
+
+def test_the_newer_name_of_max_tokens_wins() -> None:
+    assert read(max_completion_tokens=7, max_tokens=9).sampling.max_tokens == 7
+    assert read(max_tokens=9).sampling.max_tokens == 9
+
+
+def test_a_null_is_the_same_as_nothing() -> None:
+    names = (
+        "n", "best_of", "echo", "logprobs", "top_logprobs", "prompt_logprobs", "logit_bias", "presence_penalty",
+        "frequency_penalty", "repetition_penalty", "bad_words", "allowed_token_ids", "cache_salt", "min_tokens",
+        "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens", "suffix", "use_beam_search",
+    )  # fmt: skip
+    nulls: dict[str, Any] = dict.fromkeys(names)
+    assert read(seed=1, **nulls) == read(seed=1)
