@@ -7,12 +7,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import orjson
-
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.grammar import Grammar
 from orchestrator.api.fields import Fields, wrong_type
-from orchestrator.api.messages import checked_messages, num_characters
+from orchestrator.api.messages import checked_messages
 from orchestrator.api.prompts import INLINE_CHARACTERS_MAX
 from orchestrator.api.tools import ToolUse, read_tools
 from orchestrator.parsers.choose import ReplyPlan, Wanted, plan_reply
@@ -54,14 +52,6 @@ class _Rendering:
             template=_read_template(fields, allows_template=allows_template),
         )
 
-    @property
-    def is_short(self) -> bool:
-        if self.template is not None:
-            return False
-        return num_characters(self.messages, INLINE_CHARACTERS_MAX) <= INLINE_CHARACTERS_MAX and (
-            not self.tools or len(orjson.dumps(self.tools)) <= INLINE_CHARACTERS_MAX
-        )
-
     def run(self, model: ServedModel) -> tuple[list[int], str]:
         """The prompt's ids and the end of its text."""
         if self.template is None:
@@ -95,15 +85,42 @@ class _Rendering:
 async def read_chat(
     fields: Fields, model: ServedModel, formats: ReplyFormats, *, grammar: Grammar | None, allows_template: bool
 ) -> Chat:
-    """`grammar`: that the client asks for, besides its tools. Long chats are rendered and tokenized on a thread.
+    """`grammar`: that the client asks for, besides its tools. What is long, or a stranger's, is read on a thread.
 
     Raises:
         InvalidRequest: names the message or the tool that is wrong, or says what the model's template has against it.
     """
+
+    def read() -> Chat:
+        return _read(fields, model, formats, grammar=grammar, allows_template=allows_template)
+
+    told = [fields.get(name) for name in ("messages", "tools", "functions")]
+    is_quick = fields.get("chat_template") is None and is_small(told, INLINE_CHARACTERS_MAX)
+    return read() if is_quick else await asyncio.to_thread(read)
+
+
+def is_small(value: Any, num_characters: int) -> bool:
+    """Whether JSON has no more text than this, found out in a time that is bounded by it."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        num_characters -= 10 + (len(value) if isinstance(value, str | list | dict) else 0)
+        if num_characters < 0:
+            return False
+        if isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+    return True
+
+
+def _read(
+    fields: Fields, model: ServedModel, formats: ReplyFormats, *, grammar: Grammar | None, allows_template: bool
+) -> Chat:
     tools = read_tools(fields)
     wanted = _wanted(fields, tools, grammar)
     rendering = _Rendering.read(fields, tools, allows_template=allows_template)
-    ids, tail = rendering.run(model) if rendering.is_short else await asyncio.to_thread(rendering.run, model)
+    ids, tail = rendering.run(model)
     return Chat(
         token_ids=ids,
         plan=plan_reply(wanted, formats, tail if rendering.add_generation_prompt else ""),

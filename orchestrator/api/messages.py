@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
@@ -11,9 +11,6 @@ from orchestrator.api.fields import wrong_type
 ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MAY_SAY_NOTHING: Final = frozenset({"assistant", "tool", "function"})
 """Who calls a tool says nothing besides, and a tool may have nothing to tell."""
-
-_CALL_CHARACTERS: Final = 500
-"""Assumed of a call whose arguments are an object, and no text yet."""
 
 
 def checked_messages(messages: object) -> list[Mapping[str, Any]]:
@@ -28,28 +25,6 @@ def checked_messages(messages: object) -> list[Mapping[str, Any]]:
     if not messages:
         raise InvalidRequest("messages is empty", param="messages")
     return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def num_characters(messages: Iterable[Mapping[str, Any]], enough: int) -> int:
-    """Roughly, and no further than `enough`: whether this is worth a thread."""
-    count = 0
-    for message in messages:
-        content = message.get("content") or ""
-        parts = [content] if isinstance(content, str) else [_text_of(part) for part in content]
-        count += 20 + sum(map(len, parts)) + sum(map(_num_of_call, message.get("tool_calls") or ()))
-        if count > enough:
-            break
-    return count
-
-
-def _num_of_call(call: Mapping[str, Any]) -> int:
-    arguments = call["function"].get("arguments")
-    return len(arguments) if isinstance(arguments, str) else _CALL_CHARACTERS
-
-
-def _text_of(part: object) -> str:
-    text = part.get("text") if isinstance(part, dict) else part
-    return text if isinstance(text, str) else ""
 
 
 def _checked_message(message: object, name: str) -> Mapping[str, Any]:
