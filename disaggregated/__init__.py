@@ -15,7 +15,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 __version__ = "0.1.0"
 
-_OF_ONE_PROCESS = ("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams")
+_OF_ONE_PROCESS = ("LLM", "CompletionOutput", "GuidedDecodingParams", "Logprob", "RequestOutput", "SamplingParams")
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,7 @@ from typing import Final
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar
-from disaggregated.grammar_text import to_llguidance
+from disaggregated.structured.grammar_text import to_llguidance
 
 CHECK_TIMEOUT_S: Final = 5.0
 VERDICTS_MAX: Final = 4096

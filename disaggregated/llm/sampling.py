@@ -10,6 +10,7 @@ from typing import Final
 
 from disaggregated import sampling_params as engine_sampling
 from disaggregated.errors import InvalidRequest
+from disaggregated.llm.guided import GuidedDecodingParams
 from disaggregated.text import Tokenizer, bad_word_ids
 
 NUM_SEQUENCES_MAX: Final = 128
@@ -61,6 +62,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     """The text ends with what stopped it, not before it."""
     skip_special_tokens: bool = True
+    guided_decoding: GuidedDecodingParams | None = None
+    """What the text must match; None: any text."""
 
     def __post_init__(self) -> None:
         _check_integer("n", self.n, 1, NUM_SEQUENCES_MAX)
@@ -79,6 +82,8 @@ class SamplingParams:
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, engine_sampling.PENALTY_MAX)
         _check_integer("logprobs", self.logprobs, 0, engine_sampling.LOGPROBS_MAX)
         _check_integer("prompt_logprobs", self.prompt_logprobs, 0, engine_sampling.LOGPROBS_MAX)
+        if not isinstance(self.guided_decoding, GuidedDecodingParams | None):
+            raise _wrong("guided_decoding", "GuidedDecodingParams", self.guided_decoding)
         _check_strings("stop", self.stop)
         _check_strings("bad_words", self.bad_words)
         _check_token_ids("stop_token_ids", self.stop_token_ids)
@@ -128,6 +133,7 @@ class SamplingParams:
                 bad_words=bad_words,
                 logprobs=self.logprobs,
                 prompt_logprobs=self.prompt_logprobs,
+                grammar=None if self.guided_decoding is None else self.guided_decoding.as_grammar(),
             )
             for index in range(self.n)
         ]

@@ -9,6 +9,9 @@ from typing import Any, Final
 import orjson
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.structured.json_type import json_type, wrong_type
+
+__all__ = ["NESTING_MAX", "Fields", "json_type", "shown", "wrong_type"]
 
 NESTING_MAX: Final = 128
 """Objects and arrays in each other, in one body."""
@@ -108,27 +111,6 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise InvalidRequest(f"{name} must be at most {high}, is {value}", param=name)
 
 
-def wrong_type(name: str, wanted: str, value: object) -> InvalidRequest:
-    return InvalidRequest(f"{name} must be {wanted}, is {json_type(value)}", param=name)
-
-
 def shown(value: object) -> str:
     """What a client wrote, short enough for a message, however long or deep it is."""
     return _SHORT.repr(value)
-
-
-def json_type(value: object) -> str:
-    """What JSON calls it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "an array"
-        case _:
-            return "an object"

@@ -9,66 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import orjson
-
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar, GrammarKind
+from disaggregated.structured.json_schema import schema_text
+from disaggregated.structured.readers import read_choice, read_grammar, read_json_object, read_json_schema, read_regex
 from orchestrator.api.fields import Fields, json_type, wrong_type
-from orchestrator.api.json_schema import schema_text
-
-TEXT_BYTES_MAX: Final = 64 << 10
-"""Of a regular expression or a grammar, and of all choices together."""
-CHOICES_MAX: Final = 1024
 
 Reader = Callable[[Any, str], Grammar | None]
 """(value, its name) to what it asks for."""
-
-
-def _json_object(value: Any, name: str) -> Grammar | None:
-    if not isinstance(value, bool):
-        raise wrong_type(name, "true or false", value)
-    return Grammar(GrammarKind.JSON_OBJECT) if value else None
-
-
-def _json_schema(value: Any, name: str) -> Grammar:
-    return Grammar(GrammarKind.JSON_SCHEMA, schema_text(value, name))
-
-
-def _regex(value: Any, name: str) -> Grammar:
-    """Always of the whole text, so anchors say nothing."""
-    text = _text(value, name).removeprefix("^")
-    if text.endswith("$") and (len(text) - len(text[:-1].rstrip("\\"))) % 2:
-        text = text[:-1]
-    return Grammar(GrammarKind.REGEX, text)
-
-
-def _choice(value: Any, name: str) -> Grammar:
-    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise wrong_type(name, "an array of strings", value)
-    if not 1 <= len(value) <= CHOICES_MAX:
-        raise InvalidRequest(f"{name} has {len(value)} choices, it must have 1 to {CHOICES_MAX}", param=name)
-    if not all(value):
-        raise InvalidRequest(f"{name}: a choice must not be empty", param=name)
-    return Grammar(GrammarKind.CHOICE, _text(orjson.dumps(value).decode(), name))
-
-
-def _grammar(value: Any, name: str) -> Grammar:
-    text = _text(value, name)
-    return Grammar(GrammarKind.EBNF if "::=" in text else GrammarKind.LARK, text)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
-    if not value:
-        raise InvalidRequest(f"{name} must not be empty", param=name)
-    try:
-        num_bytes = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"{name} has half of a surrogate pair", param=name) from error
-    if num_bytes > TEXT_BYTES_MAX:
-        raise InvalidRequest(f"{name} has {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}", param=name)
-    return value
 
 
 def _response_format(value: Any, name: str) -> Grammar | None:
@@ -82,13 +30,13 @@ def _response_format(value: Any, name: str) -> Grammar | None:
         case "json_object" if value.get("schema") is None:
             return Grammar(GrammarKind.JSON_OBJECT)
         case "json_object" | "json":
-            return _json_schema(_member(value, "schema", name), f"{name}.schema")
+            return read_json_schema(_member(value, "schema", name), f"{name}.schema")
         case "json_schema":
             return _named_schema(_member(value, "json_schema", name), f"{name}.json_schema")
         case "regex":
-            return _regex(_member(value, "regex", name), f"{name}.regex")
+            return read_regex(_member(value, "regex", name), f"{name}.regex")
         case "ebnf" | "grammar":
-            return _grammar(_member(value, kind, name), f"{name}.{kind}")
+            return read_grammar(_member(value, kind, name), f"{name}.{kind}")
     known = "text, json_object, json_schema, regex or ebnf"
     raise InvalidRequest(f"{name}.type must be {known}, is {_shown(kind)}", param=name)
 
@@ -115,11 +63,11 @@ def _one_of(value: Any, name: str) -> Grammar | None:
 
 
 _MEMBERS: Final[Mapping[str, Reader]] = {
-    "json": _json_schema,
-    "json_object": _json_object,
-    "regex": _regex,
-    "choice": _choice,
-    "grammar": _grammar,
+    "json": read_json_schema,
+    "json_object": read_json_object,
+    "regex": read_regex,
+    "choice": read_choice,
+    "grammar": read_grammar,
 }
 _WITHOUT_EFFECT: Final = frozenset(
     {"disable_any_whitespace", "disable_additional_properties", "disable_fallback", "_backend", "backend"}
@@ -128,11 +76,11 @@ _WITHOUT_EFFECT: Final = frozenset(
 
 STRUCTURED: Final[Mapping[str, Reader]] = {
     "response_format": _response_format,
-    "guided_json": _json_schema,
-    "guided_json_object": _json_object,
-    "guided_regex": _regex,
-    "guided_choice": _choice,
-    "guided_grammar": _grammar,
+    "guided_json": read_json_schema,
+    "guided_json_object": read_json_object,
+    "guided_regex": read_regex,
+    "guided_choice": read_choice,
+    "guided_grammar": read_grammar,
     "structured_outputs": _one_of,
     "guided_decoding": _one_of,
 }

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 import orjson
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.structured.json_schema import DEPTH_MAX, is_deeper, schema_text
 from orchestrator.api.fields import Fields, shown, wrong_type
-from orchestrator.api.json_schema import DEPTH_MAX, is_deeper, schema_text
 
 TOOLS_MAX: Final = 512
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")

@@ -15,7 +15,7 @@ from disaggregated.engine.grammar.bitmask import num_words
 from disaggregated.engine.grammar.vocabulary import Vocabulary
 from disaggregated.errors import GrammarRefused
 from disaggregated.grammar import Grammar
-from disaggregated.grammar_text import to_llguidance
+from disaggregated.structured.grammar_text import to_llguidance
 
 BYTES_EACH: Final = 1 << 20
 """What a compiled grammar is taken to need, the states of its lexer among them: llguidance tells no figure."""

@@ -17,7 +17,7 @@ from disaggregated.engine.grammar.api import Mask
 from disaggregated.engine.grammar.vocabulary import Vocabulary
 from disaggregated.errors import GrammarRefused
 from disaggregated.grammar import Grammar, GrammarKind
-from disaggregated.grammar_text import ANY_OBJECT, SEPARATORS, choice_to_gbnf
+from disaggregated.structured.grammar_text import ANY_OBJECT, SEPARATORS, choice_to_gbnf
 
 ENFORCED: Final = frozenset(
     {

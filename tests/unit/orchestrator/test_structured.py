@@ -9,9 +9,10 @@ import pytest
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar, GrammarKind
+from disaggregated.structured.json_schema import BYTES_MAX, schema_text
+from disaggregated.structured.readers import CHOICES_MAX, TEXT_BYTES_MAX
 from orchestrator.api.fields import Fields
-from orchestrator.api.json_schema import BYTES_MAX, schema_text
-from orchestrator.api.structured import CHOICES_MAX, TEXT_BYTES_MAX, grammar_field, grammar_of
+from orchestrator.api.structured import grammar_field, grammar_of
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 CLOSED = {**SCHEMA, "additionalProperties": False}

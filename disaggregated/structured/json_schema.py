@@ -7,7 +7,7 @@ from typing import Any, Final
 import orjson
 
 from disaggregated.errors import InvalidRequest
-from orchestrator.api.fields import wrong_type
+from disaggregated.structured.json_type import wrong_type
 
 BYTES_MAX: Final = 128 << 10
 DEPTH_MAX: Final = 48
