@@ -17,6 +17,7 @@ from orchestrator.admission.make import CALLER_KEY
 from orchestrator.admission.quotas import Levels
 from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.error_body import error_response, plain_error_response
+from orchestrator.api.openapi.document import openapi
 from orchestrator.api.request_ids import assign_request_id
 from orchestrator.api.responses.endpoints import Responses
 from orchestrator.api.responses.store import ResponseStore
@@ -30,6 +31,7 @@ log = logs.get(__name__)
 
 SHUTDOWN_TIMEOUT_S: Final = 60.0
 """For requests under way when the application is cleaned up; whoever cleans up may be less patient."""
+_RESPONSE_PATH: Final = "/v1/responses/{response_id:resp_[0-9a-f]+}"
 DOOR: Final = web.AppKey("door", FrontDoor)
 
 DoorHandler = Callable[[FrontDoor, web.Request], Awaitable[web.StreamResponse]]
@@ -58,9 +60,9 @@ def make_app(
         ("POST", "/v1/completions", generate.completions),
         ("POST", "/v1/responses", responses.create),
         ("POST", "/v1/responses/input_tokens", responses.count),
-        ("GET", "/v1/responses/{response_id}", responses.retrieve),
-        ("DELETE", "/v1/responses/{response_id}", responses.delete),
-        ("GET", "/v1/responses/{response_id}/input_items", responses.input_items),
+        ("GET", _RESPONSE_PATH, responses.retrieve),
+        ("DELETE", _RESPONSE_PATH, responses.delete),
+        ("GET", f"{_RESPONSE_PATH}/input_items", responses.input_items),
         ("POST", "/tokenize", tokenization.tokenize),
         ("POST", "/v1/tokenize", tokenization.tokenize),
         ("POST", "/detokenize", tokenization.detokenize),
@@ -70,6 +72,7 @@ def make_app(
         ("GET", "/metrics", operations.metrics),
         ("GET", "/prometheus/metrics", operations.metrics),
         ("GET", "/version", operations.version),
+        ("GET", "/openapi.json", openapi),
         ("GET", "/cluster_info", operations.cluster_info),
         ("POST", "/cluster/scale", operations.scale),
         ("GET", "/requests/{request_id:.+}", operations.request_story),
@@ -123,16 +126,21 @@ async def _answered(door: FrontDoor, http: web.Request, handler: Handler) -> web
 
 
 def _refused_by_http(door: FrontDoor, http: web.Request, error: web.HTTPException) -> web.Response:
+    headers: dict[str, str] = {}
     match error:
         case web.HTTPRequestEntityTooLarge():
             message = f"the body is larger than the limit of {door.config.door.body_bytes_max} bytes"
         case web.HTTPNotFound():
             message = f"there is no {http.method} {_shown(http.path)}"
         case web.HTTPMethodNotAllowed():
-            message = f"{_shown(http.path)} takes {', '.join(sorted(error.allowed_methods))}, not {http.method}"
+            allowed = ", ".join(sorted(error.allowed_methods))
+            headers["Allow"] = allowed
+            message = f"{_shown(http.path)} takes {allowed}, not {_shown(http.method)}"
         case _:
             message = error.reason
-    return plain_error_response(message, status=error.status)
+    response = plain_error_response(message, status=error.status)
+    response.headers.update(headers)
+    return response
 
 
 def _shown(path: str) -> str:

@@ -84,15 +84,18 @@ class FrontDoor:
             raise NoServerAvailable(self._model_problem or "the model is not loaded yet")
         return self._model
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Of the served model, in full first; none while it is not known."""
+        return () if self._model is None else (self._model.name, *self._model.aliases)
+
     def num_tokens_max(self, model: ServedModel) -> int:
         """The longest sequence, prompt and generated tokens together."""
         return min(model.num_tokens_max, self.pools.num_tokens_max or model.num_tokens_max)
 
     def _serve_model(self, model: ServedModel) -> None:
         self._model = self.pools.model = model
-        self.reply_formats = ReplyFormats.choose(
-            self.config.tool_parser, self.config.reasoning_parser, model.tokenizer
-        )
+        self.reply_formats = ReplyFormats.choose(self.config.tool_parser, self.config.reasoning_parser, model.tokenizer)
         log.info("model_loaded", model=model.name)
 
     async def _load_model(self) -> None:

@@ -65,14 +65,13 @@ async def detokenize(door: FrontDoor, http: web.Request) -> web.Response:
 
 
 async def _ids_of(fields: Fields, model: ServedModel) -> list[int]:
-    prompt = fields.text("prompt")
+    prompt, add_special_tokens = fields.text("prompt"), fields.flag("add_special_tokens", default=True)
     if prompt is None and fields.get("messages") is None:
         raise InvalidRequest("prompt is missing, and so is messages", param="prompt")
     if prompt is None:
         return await chat_prompt(fields, model)
     if fields.get("messages") is not None:
         raise InvalidRequest("there is a prompt and there are messages; give one of them", param="messages")
-    add_special_tokens = fields.flag("add_special_tokens", default=True)
     return await encode(prompt, model, add_special_tokens=add_special_tokens, param="prompt")
 
 

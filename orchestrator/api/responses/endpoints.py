@@ -17,6 +17,7 @@ from orchestrator.api.chat import chat_prompt
 from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, shown
 from orchestrator.api.generate import answer
+from orchestrator.api.generation_fields import read_generation_fields
 from orchestrator.api.jobs import Draft, Job, chat_job_of, known_model
 from orchestrator.api.responses.body import ResponsesBody, read_body
 from orchestrator.api.responses.input_items import Message, messages_of
@@ -61,8 +62,10 @@ class Responses:
         fields = Fields.parse(await http.read())
         model = known_model(door, fields, is_optional=True)
         body = read_body(fields, self._conversation_before(fields, http))
+        chat = Fields(body.chat)
         try:
-            ids = await chat_prompt(Fields(body.chat), model)
+            read_generation_fields(chat, model, max_tokens_default=TOKENS_MAX)
+            ids = await chat_prompt(chat, model)
         except InvalidRequest as error:
             raise _in_our_names(error) from error
         return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
