@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pathlib
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -185,6 +186,69 @@ async def test_several_prompts_are_answered_in_order(client: openai.AsyncOpenAI)
     together = await client.completions.create(model=MODEL, prompt=prompts, max_tokens=6, temperature=0)
     alone = [await client.completions.create(model=MODEL, prompt=one, max_tokens=6, temperature=0) for one in prompts]
     assert [choice.text for choice in together.choices] == [answer.choices[0].text for answer in alone]
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"enum": [1, 3, 7]}},
+            "required": ["city", "days"],
+        },
+    },
+}
+TIME: Any = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+async def test_a_call_that_must_be_made_follows_its_schema_whole_and_streamed(
+    client: openai.AsyncOpenAI, choice: Any
+) -> None:
+    fields: dict[str, Any] = {
+        "model": MODEL, "messages": [{"role": "user", "content": "How is the weather in Paris for 3 days?"}],
+        "tools": [WEATHER, TIME], "tool_choice": choice, "temperature": 0, "max_tokens": 60,
+        "parallel_tool_calls": False,
+    }  # fmt: skip
+    answer = await client.chat.completions.create(**fields)
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert call.function.name == "weather"
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"city", "days"}
+    assert arguments["days"] in (1, 3, 7)
+    streamed = ""
+    async for chunk in await client.chat.completions.create(**fields, stream=True):
+        for delta in chunk.choices[0].delta.tool_calls or ():
+            streamed += delta.function.arguments or ""
+    assert streamed == call.function.arguments
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2])
+async def test_a_call_that_is_cut_short_is_an_answer(client: openai.AsyncOpenAI, max_tokens: int) -> None:
+    answer = await client.chat.completions.create(
+        model=MODEL, messages=QUESTION, tools=[WEATHER], tool_choice="required", max_tokens=max_tokens
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert not answer.choices[0].message.content
+
+
+async def test_a_result_that_a_tool_gave_is_read(client: openai.AsyncOpenAI) -> None:
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Paris", "days": 1}'},
+    }
+    messages: Any = [
+        *QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "It is raining."},
+    ]  # fmt: skip
+    answer = await client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER], temperature=0, max_tokens=16
+    )
+    assert "raining" in (answer.choices[0].message.content or "")
 
 
 async def test_a_prompt_beyond_the_limit_is_refused_with_both_numbers(client: openai.AsyncOpenAI) -> None:

@@ -129,12 +129,12 @@ async def test_a_chat_of_many_parts_does_not_hold_up_the_event_loop() -> None:
             await asyncio.sleep(0)
             longest_s = max(longest_s, time.perf_counter() - began_s)
 
-    body = Fields({"messages": [{"role": "user", "content": ["x"] * 300_000}]})
+    body = Fields({"messages": [{"role": "user", "content": ["x"] * 60_000}]})
     watching = asyncio.create_task(watch())
     began_s = time.perf_counter()
     chat = await read_chat(body, byte_model(), TEXT_ONLY, grammar=None, allows_template=False)
     took_s = time.perf_counter() - began_s
     is_over.set()
     await watching
-    assert len(chat.token_ids) > 300_000
+    assert len(chat.token_ids) > 60_000
     assert longest_s < took_s / 4, f"{longest_s:.3f} s of {took_s:.3f} s"
