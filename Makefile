@@ -30,7 +30,7 @@ check: $(VENV)/dev.stamp ## Linters, types, import layers, generated code
 	@$(BIN)/python tools/generate_stubs.py --check
 
 bench: $(VENV)/dev.stamp ## Measure on this machine; reports go to benchmarks/results
-	@for name in ops start first_token overlap multi_turn; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in ops start first_token overlap multi_turn routing; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-transfer: $(VENV)/dev.stamp ## KV transfer beside memcpy, sockets, NIXL and Mooncake, and its fault matrix: half an hour, on an idle machine
 	@$(BIN)/python -m benchmarks.peers --only mooncake || echo "Mooncake is left out"

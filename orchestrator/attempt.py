@@ -80,7 +80,7 @@ class Attempt:
         share = Share(
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens - (self.placement.decision.num_cached_tokens or 0) if prefills_here else 0,
-            num_blocks=-(-(num_tokens + 1) // server.description.layout.block_size),
+            num_blocks=-(-(num_tokens + 1) // server.block_size),
             on_lost=self._context_lost if server is self.placement.context else self.on_lost,
         )
         server.take(self._key, share)

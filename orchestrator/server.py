@@ -100,17 +100,16 @@ class Server:
         self.pulls_back = False
         """A context server that may bring a prompt's beginning from a generation server."""
         self.speed = ServerSpeed()
-        self.token_bytes = 0
-        """Of KV, for one token."""
+        self.instance_id = address
+        """Its own name for itself, once it has told it. These four are read for each request, and each server of it."""
+        self.block_size = self.token_bytes = self.max_num_tokens = 0
+        """In tokens; bytes of KV for one token; tokens of a step."""
+        self.max_batch_size = 1
         self.elsewhere = Elsewhere()
         self.num_times_lost = 0
         self.shares: dict[int, Share] = {}
         self._blocks_promised = 0
         self._is_held_back = False
-
-    @property
-    def instance_id(self) -> str:
-        return self.description.instance_id or self.address
 
     @property
     def is_ready(self) -> bool:
@@ -136,7 +135,11 @@ class Server:
         self.standing, self.reason = Standing.CONNECTING, "waiting for its first heartbeat"
         self.client = client
         self.description = description
+        self.instance_id = description.instance_id or self.address
+        self.block_size = description.layout.block_size
         self.token_bytes = self.layout.token_bytes if description.HasField("layout") else 0
+        self.max_num_tokens = description.max_num_tokens
+        self.max_batch_size = max(1, description.max_batch_size)
 
     def ready(self) -> None:
         self.standing, self.reason = Standing.READY, ""
@@ -194,7 +197,7 @@ class Server:
             return True  # Of several orchestrators each may have one there, whatever the others have.
         if self.num_requests >= self.description.max_batch_size:
             return False
-        if self.role is Role.CONTEXT and self.num_prefill_tokens >= num_steps * self.description.max_num_tokens:
+        if self.role is Role.CONTEXT and self.num_prefill_tokens >= num_steps * self.max_num_tokens:
             return False
         return num_blocks <= self.num_blocks_free
 
@@ -220,7 +223,7 @@ class Server:
 
     def prefill_backlog_s(self) -> float:
         """Until everything that is to be computed there now has been, if nothing else comes."""
-        chunk_size = max(1, self.description.max_num_tokens)
+        chunk_size = max(1, self.max_num_tokens)
         cost, seconds = self.speed.prompt, self.elsewhere.num_prefill_tokens * self.speed.prompt.token_s
         for share in self.shares.values():
             if share.num_prefill_tokens:
@@ -228,13 +231,14 @@ class Server:
                 seconds += cost.part_s(begin, end, num_tokens=end, chunk_size=chunk_size)
         return seconds
 
-    def as_candidate(self, *, num_cached_blocks: int = 0) -> Candidate:
-        """num_cached_blocks: of the request's prompt, known to be here."""
+    def as_candidate(self, *, num_cached_blocks: int = 0, counts_tokens: bool = True) -> Candidate:
+        """num_cached_blocks: of the request's prompt, known to be here. counts_tokens: takes time for each share."""
+        num_tokens = sum(share.num_tokens for share in self.shares.values()) if counts_tokens else 0
         return Candidate(
-            instance_id=self.instance_id,
-            num_requests=self.num_requests,
-            num_tokens=sum(share.num_tokens for share in self.shares.values()) + self.elsewhere.num_prefill_tokens,
-            num_cached_blocks=num_cached_blocks,
-            block_size=self.description.layout.block_size,
-            names=(self.address, self.description.instance_id, self.description.version, self.description.model),
+            self.instance_id,
+            self.num_requests,
+            num_tokens + self.elsewhere.num_prefill_tokens,
+            num_cached_blocks,
+            self.block_size,
+            (self.address, self.instance_id, self.description.version, self.description.model),
         )

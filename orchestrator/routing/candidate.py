@@ -22,7 +22,7 @@ class Asked:
     now_s: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Candidate:
     """A server that could take the request, with what is there now, other orchestrators' requests included."""
 
@@ -50,6 +50,10 @@ class Policy(Protocol):
     @property
     def wants_blocks(self) -> bool:
         """It looks at the prompt's blocks, or at who holds them."""
+
+    @property
+    def wants_tokens(self) -> bool:
+        """It looks at `Candidate.num_tokens`."""
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         """One of `candidates`, of which there is at least one; one of `avoid` only when there is no other."""

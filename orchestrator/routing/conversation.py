@@ -23,6 +23,7 @@ class Conversation:
     """A session whose server is lost, full or to be avoided moves, and stays where it has moved to."""
 
     wants_blocks = True
+    wants_tokens = True
 
     def __init__(
         self,

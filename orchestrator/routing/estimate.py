@@ -115,7 +115,7 @@ class Estimator:
 
     def _compute_s(self, server: Server, num_cached: int) -> float:
         num_tokens = self._asked.num_tokens
-        chunk_size = max(1, server.description.max_num_tokens)
+        chunk_size = max(1, server.max_num_tokens)
         return server.speed.prompt.part_s(num_cached, num_tokens, num_tokens=num_tokens, chunk_size=chunk_size)
 
     def pairs(self, context: Sequence[Prefill], generation: Sequence[Server]) -> list[Estimate]:
@@ -164,7 +164,7 @@ class Estimator:
 
 def num_held_tokens(asked: Asked, server: Server) -> int:
     """Of the prompt, in whole blocks that the server is known to hold; the last token is computed in any case."""
-    block_size = server.description.layout.block_size
+    block_size = server.block_size
     if not block_size or not asked.block_hashes:
         return 0
     num_blocks = min(len(asked.block_hashes), (asked.num_tokens - 1) // block_size)

@@ -20,7 +20,7 @@ class KvCacheAware:
     def __init__(self, *, max_batch_size: int = 64, use_tokens: bool = False, max_num_tokens: int = 8192) -> None:
         """use_tokens: load is active tokens over `max_num_tokens` instead."""
         self._max_batch_size = max_batch_size
-        self._use_tokens = use_tokens
+        self.wants_tokens = use_tokens
         self._max_num_tokens = max_num_tokens
         self._turns = RoundRobin()
 
@@ -35,6 +35,6 @@ class KvCacheAware:
     def _score(self, asked: Asked, candidate: Candidate) -> float:
         num_blocks = -(-asked.num_tokens // candidate.block_size) if candidate.block_size else 0
         cached = candidate.num_cached_blocks / max(1, num_blocks)
-        if self._use_tokens:
+        if self.wants_tokens:
             return cached - candidate.num_tokens / self._max_num_tokens
         return cached - candidate.num_requests / self._max_batch_size

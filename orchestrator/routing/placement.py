@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from disaggregated.block_hash import BlockHash
-from orchestrator.routing.candidate import Asked, Choice, Policy
+from orchestrator.routing.candidate import Asked, Candidate, Choice, Policy
 from orchestrator.routing.decision import CANDIDATES_KEPT, Decision, Scored
 from orchestrator.routing.estimate import Estimate, Estimator
 from orchestrator.routing.local_prefill import LocalPrefill
@@ -144,8 +144,8 @@ class _Placing:
         second = _Hop(self._generation_policy, roomy, self)
         if not able and first.choice is not None and second.choice is not None:
             why = f"context: {first.choice.why}; generation: {second.choice.why}"
-            chosen = Placement(context=first.servers[0], generation=second.servers[0], why=why)
-            return self._decided(chosen, [*first.scored("context"), *second.scored("generation")])
+            scored = [*first.scored("context"), *second.scored("generation")]
+            return self._placement(first.servers[0], second.servers[0], why, scored)
         pairs = self._estimator.pairs(self._estimator.prefills(first.servers, roomy), second.servers)
         alone = self._estimator.alone([server for server in second.servers if server in able])
         best = self._best(pairs, alone)
@@ -169,7 +169,7 @@ class _Placing:
         hop = _Hop(self._context_policy, free, self)
         if hop.choice is not None:
             why = f"one token is wanted; context: {hop.choice.why}"
-            return self._decided(Placement(context=hop.servers[0], generation=None, why=why), hop.scored("context"))
+            return self._placement(hop.servers[0], None, why, hop.scored("context"))
         estimates = self._estimator.one_token(self._estimator.prefills(hop.servers))
         best = self._turns.least(estimates)
         assert best is not None, "a server has room, and no estimate was made"
@@ -184,7 +184,7 @@ class _Placing:
         if hop.choice is not None:
             because = because or self._why_local(hop.servers[0])
             why = f"prefilled there: {because}; generation: {hop.choice.why}"
-            return self._decided(Placement(context=None, generation=hop.servers[0], why=why), hop.scored("generation"))
+            return self._placement(None, hop.servers[0], why, hop.scored("generation"))
         estimates = self._estimator.alone(hop.servers)
         best = self._turns.least(estimates)
         assert best is not None, "a server has room, and no estimate was made"
@@ -208,16 +208,17 @@ class _Placing:
 
     def _num_blocks(self, server: Server) -> int:
         """Room for the prompt and the first step; a sequence that outgrows it is the engine's to preempt."""
-        return -(-(self._needs.num_prompt_tokens + 1) // server.description.layout.block_size)
+        return -(-(self._needs.num_prompt_tokens + 1) // server.block_size)
 
     def policy_choice(self, policy: Policy, servers: Sequence[Server]) -> Choice:
-        candidates = [server.as_candidate(num_cached_blocks=self._num_cached_blocks(server)) for server in servers]
         needs = self._needs
         session = needs.context_session if policy is self._context_policy else needs.session
+        candidates = [self._candidate(server, policy) for server in servers]
         return policy.choose(needs.asked(session), candidates, avoid=needs.avoid)
 
-    def _num_cached_blocks(self, server: Server) -> int:
-        return self._estimator.num_held(server) // max(1, server.description.layout.block_size)
+    def _candidate(self, server: Server, policy: Policy) -> Candidate:
+        held = self._estimator.num_held(server) // server.block_size if self._needs.block_hashes else 0
+        return server.as_candidate(num_cached_blocks=held, counts_tokens=policy.wants_tokens)
 
     def not_avoided(self, servers: Sequence[Server]) -> Sequence[Server]:
         avoid = self._needs.avoid
@@ -233,20 +234,34 @@ class _Placing:
         cached = f", {prefill.num_cached} tokens cached" if prefill.num_cached else ""
         least = f"least of {len(estimates)}: first token in {1000 * prefill.ttft_s:.1f} ms{cached}"
         where = "" if best.context is not None or why else "prefilled there: "
-        placement = Placement(
-            context=best.context, generation=best.generation, why=why + where + "; ".join([*reasons, least])
-        )
         self._turns.taken(best)
-        ranked = sorted((each for each in estimates if each is not best), key=lambda each: each.score_s)
-        scored = [estimate.scored() for estimate in [best, *ranked[: CANDIDATES_KEPT - 1]]]
-        return self._decided(placement, scored, ttft_s=prefill.ttft_s)
+        others = sorted((each for each in estimates if each is not best), key=_score)[: CANDIDATES_KEPT - 1]
+        return self._placement(
+            best.context,
+            best.generation,
+            why + where + "; ".join([*reasons, least]),
+            [best.scored(), *(estimate.scored() for estimate in others)],
+            ttft_s=prefill.ttft_s,
+        )
 
-    def _decided(self, placement: Placement, scored: Sequence[Scored], ttft_s: float | None = None) -> Placement:
-        server = placement.context or placement.generation
+    def _placement(
+        self,
+        context: Server | None,
+        generation: Server | None,
+        why: str,
+        scored: Sequence[Scored],
+        *,
+        ttft_s: float | None = None,
+    ) -> Placement:
+        server = context or generation
         assert server is not None, "a placement without a server"
         held = self._estimator.num_held(server) if server.known_blocks.is_followed else None
         decision = Decision(candidates=tuple(scored), num_cached_tokens=held, ttft_s=ttft_s)
-        return dataclasses.replace(placement, decision=decision)
+        return Placement(context=context, generation=generation, why=why, decision=decision)
+
+
+def _score(estimate: Estimate) -> float:
+    return estimate.score_s
 
 
 class _Hop:

@@ -16,6 +16,7 @@ class RoundRobin:
     """Takes turns in the order of names, so that servers that come and go do not disturb the others' turns."""
 
     wants_blocks = False
+    wants_tokens = False
 
     def __init__(self) -> None:
         self._last = ""
@@ -37,7 +38,7 @@ class LeastLoaded:
     wants_blocks = False
 
     def __init__(self, *, use_tokens: bool = False) -> None:
-        self._use_tokens = use_tokens
+        self.wants_tokens = use_tokens
         self._turns = RoundRobin()
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
@@ -50,11 +51,11 @@ class LeastLoaded:
         return Choice(chosen, f"least loaded of {len(allowed)}: {least} {self.unit}", loads)
 
     def load(self, candidate: Candidate) -> int:
-        return candidate.num_tokens if self._use_tokens else candidate.num_requests
+        return candidate.num_tokens if self.wants_tokens else candidate.num_requests
 
     @property
     def unit(self) -> str:
-        return "tokens" if self._use_tokens else "requests"
+        return "tokens" if self.wants_tokens else "requests"
 
 
 class PowerOfTwo:
@@ -67,6 +68,7 @@ class PowerOfTwo:
     wants_blocks = False
 
     def __init__(self, *, use_tokens: bool = False, dice: random.Random | None = None) -> None:
+        self.wants_tokens = use_tokens
         self._least = LeastLoaded(use_tokens=use_tokens)
         self._dice = dice or random.Random()
 

@@ -24,6 +24,7 @@ class Weighted:
     """
 
     wants_blocks = False
+    wants_tokens = False
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         """weights: at least one, none negative."""

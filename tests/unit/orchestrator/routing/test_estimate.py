@@ -107,6 +107,12 @@ def test_servers_that_cost_the_same_take_turns_in_both_pools() -> None:
     assert [second for _, second in seen] == ["g0", "g1", "g0", "g1"]
 
 
+def test_of_equals_the_one_with_the_emptiest_cache_is_taken() -> None:
+    full, empty = context("c0", heartbeat=FAST), context("c1", heartbeat=FAST)
+    holds(full, list(block_hashes(range(5000, 5160), 16)))
+    assert {where(placed([full, empty], [generation()]))[0] for _ in range(3)} == {"c1"}
+
+
 def test_a_link_that_is_slow_is_avoided_when_a_transfer_would_not_be_hidden() -> None:
     fast = {"has_step_cost": True, "step_token_s": 1e-6}
     link = control_pb2.LinkStatistics(peer_id="c0", recent_bytes_per_s=1e5)
