@@ -11,6 +11,7 @@ from disaggregated.errors import (
     InvalidRequest,
     PoolExhausted,
     PromptTooLong,
+    QueueFull,
     ServerLost,
 )
 from orchestrator.retries import LOSSES_MAX, RetryRule
@@ -23,7 +24,7 @@ def test_a_loss_goes_on_elsewhere_until_there_were_too_many_in_a_row(error: Disa
     assert not rule.goes_on(error, num_losses_in_a_row=LOSSES_MAX + 1)
 
 
-@pytest.mark.parametrize("error", [PoolExhausted("x"), Draining("x")])
+@pytest.mark.parametrize("error", [PoolExhausted("x"), Draining("x"), QueueFull("x")])
 def test_a_refusal_is_tried_again_for_as_long_as_it_takes(error: DisaggregatedError) -> None:
     assert RetryRule(max_retries=0).goes_on(error, num_losses_in_a_row=1000)
 
