@@ -15,6 +15,10 @@ from orchestrator.api.reply_fields import ReplyFields
 
 LOGPROB_MIN: Final = -9999.0
 """JSON has no infinity."""
+LARGE: Final = 256
+"""Tokens whose entries take some milliseconds to be made."""
+
+_Told = tuple[int, TokenLogprob | None]
 
 
 class TokenNames:
@@ -41,8 +45,8 @@ class ShownLogprobs(Protocol):
     def add(self, token_id: int, told: TokenLogprob | None) -> None:
         """The next token; None for the first one of a prompt, which nothing comes before."""
 
-    def take(self) -> dict[str, Any] | None:
-        """`logprobs` of the tokens since it was last taken; None when there are none."""
+    def take(self) -> dict[str, Any]:
+        """`logprobs` of the tokens since it was last taken, at least one."""
 
 
 class ChatLogprobs:
@@ -59,9 +63,7 @@ class ChatLogprobs:
             {**self._entry(token_id, told.logprob), "top_logprobs": [self._entry(other, value) for other, value in top]}
         )
 
-    def take(self) -> dict[str, Any] | None:
-        if not self._content:
-            return None
+    def take(self) -> dict[str, Any]:
         content, self._content = self._content, []
         return {"content": content, "refusal": None}
 
@@ -98,9 +100,7 @@ class CompletionLogprobs:
         likeliest = {self._names(other): shown(logprob) for other, logprob in top}
         return {**likeliest, self._names(token_id): shown(told.logprob)}
 
-    def take(self) -> dict[str, Any] | None:
-        if not self._tokens:
-            return None
+    def take(self) -> dict[str, Any]:
         taken = {
             "tokens": self._tokens,
             "token_logprobs": self._logprobs,
@@ -123,9 +123,17 @@ class Beside:
         self._shows_prompt_logprobs = wanted.prompt_logprobs is not None
         self._awaits_prompt = self._shows_prompt_logprobs or (self._echoes and self._logprobs is not None)
         """It comes with the first tokens; of a prompt of one token there is nothing to be told."""
-        self._prompt_logprobs: list[Any] | None = None
+        self._prompt: list[_Told] | None = None
+        """Told, and not taken."""
+        self._tokens: list[_Told] = []
+        """Likewise, where logprobs are shown."""
         self._num_tokens = 0
         self._logprob_sum = 0.0
+
+    @property
+    def is_large(self) -> bool:
+        """To take it would keep an event loop from its work."""
+        return len(self._tokens) + len(self._prompt or ()) > LARGE
 
     @property
     def mean_logprob(self) -> float:
@@ -143,16 +151,14 @@ class Beside:
         self._num_tokens += len(told.tokens)
         self._logprob_sum += sum(one.logprob for one in told.tokens)
         if self._logprobs is not None:
-            for token_id, one in zip(token_ids, told.tokens, strict=True):
-                self._logprobs.add(token_id, one)
+            self._tokens += zip(token_ids, told.tokens, strict=True)
 
     def _take_prompt(self, told: Sequence[TokenLogprob]) -> None:
-        all_told = list(zip(self._prompt_ids, [None, *told], strict=True))
+        whole: list[_Told] = list(zip(self._prompt_ids, [None, *told], strict=True))
         if self._echoes and self._logprobs is not None:
-            for token_id, one in all_told:
-                self._logprobs.add(token_id, one)
+            self._tokens += whole
         if self._shows_prompt_logprobs:
-            self._prompt_logprobs = [one and self._by_id(token_id, one) for token_id, one in all_told]
+            self._prompt = whole
 
     def _by_id(self, token_id: int, told: TokenLogprob) -> dict[str, Any]:
         """vLLM's form: the likeliest, and the token itself."""
@@ -167,12 +173,16 @@ class Beside:
     def take(self) -> Mapping[str, Any] | None:
         """Fields of the choice, for what came since it was last taken; None when there is nothing."""
         fields: dict[str, Any] = {}
-        if self._logprobs is not None and (logprobs := self._logprobs.take()) is not None:
-            fields["logprobs"] = logprobs
+        if self._logprobs is not None and self._tokens:
+            tokens, self._tokens = self._tokens, []
+            for token_id, told in tokens:
+                self._logprobs.add(token_id, told)
+            fields["logprobs"] = self._logprobs.take()
         if self._token_ids:
             fields["token_ids"], self._token_ids = self._token_ids, []
-        if self._prompt_logprobs is not None:
-            fields["prompt_logprobs"], self._prompt_logprobs = self._prompt_logprobs, None
+        if self._prompt is not None:
+            prompt, self._prompt = self._prompt, None
+            fields["prompt_logprobs"] = [one and self._by_id(token_id, one) for token_id, one in prompt]
         return fields or None
 
 

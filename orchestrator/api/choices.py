@@ -105,6 +105,11 @@ class CollectedChoice:
         return Reply(self._text.take_deltas(), self._text.finish_reason, beside)
 
     @property
+    def is_large(self) -> bool:
+        """Its reply is better made on a thread."""
+        return self._beside is not None and self._beside.is_large
+
+    @property
     def mean_logprob(self) -> float:
         return 0.0 if self._beside is None else self._beside.mean_logprob
 

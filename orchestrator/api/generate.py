@@ -39,7 +39,12 @@ async def _collect(door: FrontDoor, job: Job) -> web.Response:
         for index, request in enumerate(job.requests)
     ]
     usage = await _run_all(door, job, choices)
-    body = job.shape.whole([choice.reply() for choice in likeliest(choices, job.fields.reply)], usage)
+    shown = likeliest(choices, job.fields.reply)
+
+    def whole() -> bytes:
+        return job.shape.whole([choice.reply() for choice in shown], usage)
+
+    body = await asyncio.to_thread(whole) if any(choice.is_large for choice in shown) else whole()
     return web.Response(body=body, content_type="application/json", headers=job.headers)
 
 

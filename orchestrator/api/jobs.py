@@ -35,6 +35,10 @@ COMPLETION_TOKENS_DEFAULT: Final = 16
 """OpenAI's, for text completions; a chat may fill what its prompt leaves."""
 SEQUENCES_MAX: Final = 512
 """Of one HTTP request."""
+PROMPT_TOLD_MAX: Final = 500_000
+"""Logprobs of one prompt, those of the likeliest tokens among them."""
+STREAMED_PROMPT_TOLD_MAX: Final = 4_000
+"""Of one that is echoed in a stream: a stream's events are made between those of all others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +213,7 @@ class Draft:
             prompt = prompt[-self.fields.truncate_prompt_tokens :]
         wanted = self.fields.sampling.max_tokens
         _check_length(prompt, self.door.config.door.prompt_tokens_max, param)
+        _check_told(prompt, self.fields, param)
         room = _room(prompt, self.door.num_tokens_max(self.model), param)
         num_tokens = len(prompt) + self.door.dispatcher.room.times.num_tokens(min(wanted, room))
         return TokenRequest(
@@ -223,6 +228,20 @@ class Draft:
             session=self.sessions.generation,
             context_session=self.sessions.context,
             may_end_anywhere=plan.may_end_anywhere or bool(self.fields.stop),
+        )
+
+
+def _check_told(prompt: Sequence[int], fields: GenerationFields, param: str) -> None:
+    """What is told of a prompt is bounded: for each of its tokens there are as many entries as were asked for."""
+    num_top = fields.sampling.prompt_logprobs
+    if num_top is None:
+        return
+    limit = STREAMED_PROMPT_TOLD_MAX if fields.stream else PROMPT_TOLD_MAX
+    if len(prompt) * (num_top + 1) > limit:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens: with {num_top + 1} logprobs for each, these are more than the limit "
+            f"of {limit}" + (" when stream is true" if fields.stream else ""),
+            param=param,
         )
 
 

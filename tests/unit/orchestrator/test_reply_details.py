@@ -232,3 +232,30 @@ async def test_only_the_end_of_a_long_prompt_counts_where_it_is_to_be_truncated(
     assert status == 200
     assert answer["usage"]["prompt_tokens"] == 5
     assert answer["choices"][0]["text"] == door.model.tokenizer.decode(generated(door)[1])
+
+
+@pytest.mark.parametrize(("stream", "num", "num_top"), [(True, 800, 4), (True, 401, 9)])
+async def test_what_is_told_of_a_prompt_in_a_stream_is_bounded(
+    door: Door, stream: bool, num: int, num_top: int
+) -> None:
+    fields = body(prompt=[5] * num, echo=True, logprobs=num_top, stream=stream, max_tokens=1)
+    if num * (num_top + 1) <= 4000:
+        assert len(await events_of(door, **fields)) > 0
+        return
+    status, answer = await door.post(TEXT, fields)
+    assert status == 400
+    assert answer["error"]["param"] == "prompt"
+    assert "more than the limit of 4000 when stream is true" in answer["error"]["message"]
+
+
+async def test_much_that_is_told_is_put_together_beside_the_event_loop(door: Door) -> None:
+    prompt = [token % 250 for token in range(900)]
+    choice = await choice_of(door, prompt=prompt, echo=True, logprobs=20, prompt_logprobs=20, max_tokens=100)
+    assert len(choice["logprobs"]["tokens"]) == 1000
+    assert choice["logprobs"]["token_logprobs"][1:900] == [told_of(token, 20).logprob for token in prompt[1:]]
+    assert len(choice["prompt_logprobs"]) == 900
+
+
+async def test_an_echo_is_streamed_before_the_text(door: Door) -> None:
+    events = [event["choices"][0] for event in await events_of(door, echo=True)]
+    assert "".join(event["text"] for event in events) == (await choice_of(door, echo=True))["text"]
