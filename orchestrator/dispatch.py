@@ -148,7 +148,7 @@ class Dispatcher:
         """Once for a request, where somebody wants to know them. Long prompts take milliseconds, on a thread."""
         block_size = self._pools.block_size
         is_wanted = self._placer.wants_blocks or any(len(server.known_blocks) for server in self._pools)
-        if not block_size or not is_wanted:
+        if not block_size or not is_wanted or request.sampling.prompt_logprobs is not None:  # Then all is computed.
             return ()
         if len(request.token_ids) <= HASHED_AT_ONCE_MAX:
             return list(block_hashes(request.token_ids, block_size, salt=request.cache_salt))

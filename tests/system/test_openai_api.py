@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pathlib
+import sys
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -87,6 +88,34 @@ async def test_the_second_time_a_prompt_is_mostly_cached(client: openai.AsyncOpe
         assert answer.usage.prompt_tokens_details is not None
         cached = answer.usage.prompt_tokens_details.cached_tokens
         assert cached == (96 if is_known else 0), answer.usage
+
+
+async def test_who_could_have_taken_a_request_and_what_was_foreseen_is_told(
+    client: openai.AsyncOpenAI, deployment: Deployment
+) -> None:
+    for request_id in ("first", "again"):
+        await client.completions.create(
+            model=MODEL,
+            prompt=f"Foxes! {LONG}",
+            max_tokens=2,
+            temperature=0,
+            extra_headers={"x-request-id": request_id},
+        )
+    (attempt,) = (await deployment.get_json("/requests/again"))["attempts"]
+    told = attempt["decision"]
+    assert told["predicted_cached_tokens"] == attempt["num_cached_tokens"] > 32
+    (only,) = told["candidates"]
+    assert (only["context"], only["generation"]) == (attempt["context_instance"], attempt["generation_instance"])
+    assert only["queue_s"] + only["compute_s"] == told["predicted_ttft_s"] > 0
+    assert attempt["why"].startswith("least loaded of 1: 0 requests; least of 1: first token in")
+    shown = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "orchestrator", "why", "again", "--url", deployment.url, stdout=asyncio.subprocess.PIPE
+    )
+    text, _ = await shown.communicate()
+    assert shown.returncode == 0
+    assert f"predicted: {attempt['num_cached_tokens']}, found: {attempt['num_cached_tokens']}" in text.decode()
+    async with aiohttp.ClientSession() as session, session.get(f"{deployment.url}/metrics") as answer:
+        assert 'disagg_cached_tokens_predicted_total{verdict="exact"}' in await answer.text()
 
 
 async def test_stop_strings_token_limits_and_single_tokens(client: openai.AsyncOpenAI) -> None:
@@ -213,7 +242,8 @@ async def test_a_call_that_must_be_made_follows_its_schema_whole_and_streamed(
         "parallel_tool_calls": False,
     }  # fmt: skip
     answer = await client.chat.completions.create(**fields)
-    (call,) = answer.choices[0].message.tool_calls or ()
+    assert answer.choices[0].message.tool_calls is not None
+    (call,) = answer.choices[0].message.tool_calls
     assert answer.choices[0].finish_reason == "tool_calls"
     assert call.function.name == "weather"
     arguments = json.loads(call.function.arguments)
