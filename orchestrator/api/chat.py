@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
-from disaggregated.grammar import Grammar
+from disaggregated.grammar import TEXT_BYTES_MAX, Grammar
 from orchestrator.api.fields import Fields, wrong_type
 from orchestrator.api.messages import checked_messages
 from orchestrator.api.prompts import INLINE_CHARACTERS_MAX
@@ -121,9 +121,14 @@ def _read(
     wanted = _wanted(fields, tools, grammar)
     rendering = _Rendering.read(fields, tools, allows_template=allows_template)
     ids, tail = rendering.run(model)
+    plan = plan_reply(wanted, formats, tail if rendering.add_generation_prompt else "")
+    if plan.grammar is not None and (num_bytes := len(plan.grammar.text.encode())) > TEXT_BYTES_MAX:
+        raise InvalidRequest(
+            f"tools: their schemas make a grammar of {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}", param="tools"
+        )
     return Chat(
         token_ids=ids,
-        plan=plan_reply(wanted, formats, tail if rendering.add_generation_prompt else ""),
+        plan=plan,
         calls_functions=tools is not None and tools.is_legacy,
     )
 

@@ -9,7 +9,7 @@ import orjson
 
 from disaggregated.grammar import Grammar, GrammarKind
 from orchestrator.parsers.deltas import ReplyParser
-from orchestrator.parsers.forced_calls import NamedCall, arguments_schema, calls_schema
+from orchestrator.parsers.forced_calls import NamedCall, answer_or_calls, arguments_schema, calls_schema
 from orchestrator.parsers.formats import ReplyFormats
 from orchestrator.parsers.json_calls import JsonCalls, JsonLayout, Schemas
 from orchestrator.parsers.one_call import OneCall
@@ -33,7 +33,7 @@ class Wanted:
     separates_reasoning: bool = True
     shows_reasoning: bool = True
     grammar: Grammar | None = None
-    """That the client asks for itself, and that a forced call takes the place of."""
+    """That the client asks for itself; a call may take its place, or must."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class ReplyPlan:
 
 def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str) -> ReplyPlan:
     """`prompt_tail` is the end of the prompt's text: a template may open or close the reasoning there."""
-    grammar = _grammar(wanted)
+    grammar = _grammar(wanted, formats)
     begins_within = formats.reasoning is not None and formats.reasoning.opens(prompt_tail)
     if grammar is not None and begins_within:
         # Where the end of the reasoning is no single token nothing tells the grammar when to begin: then at once.
@@ -77,9 +77,14 @@ def _with_reasoning(
     return make
 
 
-def _grammar(wanted: Wanted) -> Grammar | None:
-    if wanted.schemas is None or not wanted.must_call:
+def _grammar(wanted: Wanted, formats: ReplyFormats) -> Grammar | None:
+    if wanted.schemas is None:
         return wanted.grammar
+    if not wanted.must_call:
+        if wanted.grammar is None or formats.tools is None:
+            return wanted.grammar
+        both = answer_or_calls(wanted.grammar, wanted.schemas, formats.tools.layout, is_parallel=wanted.is_parallel)
+        return both or wanted.grammar
     if wanted.name:
         schema = arguments_schema(wanted.schemas[wanted.name])
     else:

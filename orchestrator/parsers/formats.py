@@ -33,10 +33,13 @@ class ToolFormat:
     markers: tuple[str, ...] = ()
     """Where a model's vocabulary has them as special tokens, they are shown to the parser all the same."""
     new_id: NewCallId = openai_call_id
+    layout: JsonLayout = JsonLayout()
+    """Where calls are JSON between markers."""
 
 
 def _json(layout: JsonLayout) -> ToolFormat:
-    return ToolFormat(lambda schemas, new_id: JsonCalls(layout, schemas, new_id), (*layout.begin, *layout.end))
+    markers = (*layout.begin, *layout.end)
+    return ToolFormat(lambda schemas, new_id: JsonCalls(layout, schemas, new_id), markers, layout=layout)
 
 
 def _pythonic(layout: JsonLayout) -> ToolFormat:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from disaggregated.errors import InvalidRequest
 from orchestrator.api.chat import is_small, read_chat
 from orchestrator.api.fields import Fields
 from orchestrator.api.tools import read_tools
@@ -108,6 +109,18 @@ def test_a_schema_is_closed_only_where_a_grammar_needs_it() -> None:
     assert forced is not None
     assert free.schemas["weather"] == FUNCTION["parameters"]
     assert forced.schemas["weather"]["additionalProperties"] is False
+
+
+async def test_tools_whose_grammar_is_too_large_are_refused_before_any_server_hears_of_it() -> None:
+    many = {f"p{index}": {"type": "string", "description": "x" * 100} for index in range(400)}
+    tools = [
+        {"type": "function", "function": {"name": f"f{index}", "parameters": {"type": "object", "properties": many}}}
+        for index in range(6)
+    ]
+    body = Fields({"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required"})
+    with pytest.raises(InvalidRequest, match="the limit is 262144") as refused:
+        await read_chat(body, byte_model(), TEXT_ONLY, grammar=None, allows_template=False)
+    assert refused.value.param == "tools"
 
 
 def test_what_is_small_is_found_out_in_a_moment() -> None:

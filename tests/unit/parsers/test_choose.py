@@ -127,6 +127,38 @@ def test_schemas_keep_their_references_among_others() -> None:
     assert matches([{"name": "self", "parameters": {"again": {"leaf": None}, "leaf": None}}], schema)
 
 
+def follows(reply: str, grammar: Grammar) -> bool:
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), llguidance.LLMatcher.grammar_from_lark(grammar.text))
+    taken = matcher.try_consume_tokens(list(reply.encode()))
+    assert not matcher.get_error()
+    return taken == len(reply.encode()) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_where_json_is_asked_for_a_call_may_come_in_its_place(is_parallel: bool) -> None:
+    answer = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    asked = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(answer))
+    plan = plan_reply(Wanted(schemas=SCHEMAS, grammar=asked, is_parallel=is_parallel), HERMES, "")
+    assert plan.grammar is not None
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    assert follows('{"ok": true}', plan.grammar)
+    assert follows(call, plan.grammar)
+    assert follows(f"{call}\n{call}", plan.grammar) is is_parallel
+    for wrong in ("Hello", "{}", call.replace("weather", "rain"), call.replace("city", "town")):
+        assert not follows(wrong, plan.grammar)
+    assert read(plan, call) == ["weather", CallArguments(0, '{"city": "Oslo"}')]
+    assert read(plan, '{"ok": true}') == [Content('{"ok": true}')]
+
+
+def test_where_calls_cannot_be_told_from_the_answer_the_answers_grammar_stays() -> None:
+    for asked, tools in (
+        (Grammar(GrammarKind.REGEX, "[ab]+"), "hermes"),
+        (Grammar(GrammarKind.JSON_OBJECT), "llama3_json"),
+    ):
+        formats = ReplyFormats(tools=TOOL_FORMATS[tools], reasoning=None)
+        assert plan_reply(Wanted(schemas=SCHEMAS, grammar=asked), formats, "").grammar == asked
+
+
 def test_a_grammar_waits_for_the_end_of_reasoning_that_the_prompt_opened() -> None:
     asked = Grammar(GrammarKind.JSON_OBJECT)
     open_plan = plan_reply(Wanted(grammar=asked), THINKING, OPEN)
