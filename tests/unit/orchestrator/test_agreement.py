@@ -25,6 +25,7 @@ def description(**fields: Any) -> control_pb2.ServerDescription:
 def other() -> Server:
     there = Server(Role.GENERATION, "host:2")
     there.description = description(instance_id="old", role="generation", layout={"num_blocks": 99})
+    there.instance_id = "old"
     return there
 
 
