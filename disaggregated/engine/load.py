@@ -32,12 +32,14 @@ from disaggregated.engine.kv_cache import Allocate, KVCache
 from disaggregated.engine.model_loading import load_model, read_model_config
 from disaggregated.engine.models.decoder import Model
 from disaggregated.engine.ops.api import Ops
+from disaggregated.engine.ops.native import NativeOps
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.ops.select import select
 from disaggregated.engine.pool_size import FreeMemory, PoolSize, size_pool
-from disaggregated.engine.precision import WEIGHT_BYTES, Precision, precision_of
+from disaggregated.engine.precision import Precision, precision_of
 from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.engine.speculation import Speculation, speculation_of
+from disaggregated.engine.weight_memory import is_stored_in_half, weight_bytes
 from disaggregated.engine.weights import num_parameters, safetensors_paths
 from disaggregated.errors import ConfigError, NotEnoughMemory
 from disaggregated.kv_layout import KVLayout
@@ -92,7 +94,6 @@ def load_engine(
     files = resolve(config.model, weights=not is_dummy, progress=progress)
     model_config = read_model_config(config, files.path)
     max_seq_len = _max_seq_len(config, model_config)
-    _check_weights_fit(model_config, device, precision)
 
     kv = model_config.kv_shape
     ops = select(
@@ -104,6 +105,9 @@ def load_engine(
         is_deterministic=config.deterministic,
         attn_backend=config.attn_backend,
     )
+    is_narrow = not is_dummy and isinstance(ops, NativeOps) and ops.may_be_narrow
+    is_half = is_narrow and is_stored_in_half(files, model_config)
+    _check_weights_fit(model_config, device, precision, is_half=is_half)
     model = load_model(
         files.path,
         model_config,
@@ -215,22 +219,13 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _check_weights_fit(model_config: ModelConfig, device: torch.device, precision: Precision) -> None:
-    needed, available = weight_bytes(model_config, precision), available_bytes(device)
+def _check_weights_fit(model_config: ModelConfig, device: torch.device, precision: Precision, *, is_half: bool) -> None:
+    needed, available = weight_bytes(model_config, precision, is_half=is_half), available_bytes(device)
     if needed > available:
         raise NotEnoughMemory(
             f"the weights, {num_parameters(model_config) / 1e6:.0f} million parameters in {precision.name}, take "
             f"{_mib(needed)}; {_mib(available)} are available on {device}"
         )
-
-
-def weight_bytes(config: ModelConfig, precision: Precision) -> int:
-    """Of a loaded model. The embedding is never quantised; an output head tied to it is then a matrix of its own."""
-    table = config.vocab_size * config.hidden_size
-    if precision.quantization == "none":
-        return num_parameters(config) * precision.dtype.itemsize
-    num_quantised = num_parameters(config) - (0 if config.tie_word_embeddings else table)
-    return num_quantised * WEIGHT_BYTES[precision.quantization] + table * precision.dtype.itemsize
 
 
 def _warm_up(runner: TorchModelRunner, num_tokens: int) -> None:

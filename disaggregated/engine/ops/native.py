@@ -98,7 +98,7 @@ class NativeOps:
     ) -> None:
         self.name = f"native-{isa}" if quantization == "none" else f"native-{quantization}-{isa}"
         self._quantization: Quantization = quantization
-        self._may_be_narrow = may_be_narrow
+        self.may_be_narrow = may_be_narrow
         self._linear_bytes: Counter[str] = Counter()
         self.linear_bytes: Mapping[str, int] = self._linear_bytes
         self._kernels = kernels
@@ -111,9 +111,7 @@ class NativeOps:
         self, weight_MK: torch.Tensor, bias_M: torch.Tensor | None, *, exact: bool = False
     ) -> PackedLinear:
         quantization: Quantization = "none" if exact else self._quantization
-        packed = native_linear.prepare(
-            self._kernels, weight_MK, bias_M, quantization, may_be_narrow=self._may_be_narrow
-        )
+        packed = native_linear.prepare(self._kernels, weight_MK, bias_M, quantization, may_be_narrow=self.may_be_narrow)
         self._linear_bytes[packed.form] += packed.num_bytes
         return packed
 

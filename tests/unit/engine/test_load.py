@@ -16,12 +16,15 @@ from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.engine import load as load_module
 from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
 from disaggregated.engine.fingerprint import NUMERICS_VERSION, numerics_of
-from disaggregated.engine.load import LoadedEngine, load_engine, weight_bytes
+from disaggregated.engine.load import LoadedEngine, load_engine
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.select import select
 from disaggregated.engine.precision import Precision, precision_of
+from disaggregated.engine.weight_memory import is_stored_in_half, weight_bytes
+from disaggregated.engine.weights import num_parameters
 from disaggregated.errors import ConfigError, ModelUnavailable, NotEnoughMemory
 from disaggregated.kv_layout import KVLayout
+from disaggregated.model_files import ModelConfig, ModelFiles
 from disaggregated.sampling_params import SamplingParams
 from tests.unit.engine.runners import random_prompt
 from tests.unit.engine.tiny_models import VOCAB_SIZE, TinyModel, write_model
@@ -209,6 +212,40 @@ def test_the_weights_take_what_was_reckoned(tmp_path: Path, family: str, name: s
     reckoned = weight_bytes(loaded.config, precision_of(config, torch.device("cpu")))
     held = sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors_of(loaded.engine)}.values())
     assert reckoned <= held <= reckoned * 1.2
+
+
+@pytest.mark.skipif(native.load(1) is None, reason="no native kernels on this machine")
+def test_a_checkpoint_in_bfloat16_takes_half_the_memory_of_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its linears do, to the same tokens; so it is not refused for want of memory that it does not need."""
+    monkeypatch.setenv("DISAGG_OPS", "native")
+    tiny = write_model("llama-tied", tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    config = server(tiny, dtype="float32")
+    loaded = load_engine(config, allocate=allocate)
+    assert set(loaded.linear_bytes) == {"bfloat16", "float32"}  # The depth of 176, here alone, is no number of groups.
+    reckoned = weight_bytes(loaded.config, precision_of(config, CPU), is_half=True)
+    table_bytes = 4 * loaded.config.vocab_size * loaded.config.hidden_size
+    assert reckoned == 2 * loaded.num_parameters + table_bytes
+    monkeypatch.setenv("DISAGG_DENSE_WEIGHTS", "1")
+    dense = load_engine(config, allocate=allocate)
+    assert set(dense.linear_bytes) == {"float32"}
+    assert sum(loaded.linear_bytes.values()) < 0.8 * sum(dense.linear_bytes.values())
+    assert dense.fingerprint == loaded.fingerprint
+    prompts = [random_prompt(40, 1, VOCAB_SIZE)]
+    assert run(dense, prompts, 12) == run(loaded, prompts, 12)
+
+
+@pytest.mark.parametrize(("dtype", "is_half"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_size_of_its_files_tells_how_a_large_checkpoint_is_stored(
+    tmp_path: Path, dtype: torch.dtype, is_half: bool
+) -> None:
+    config = dataclasses.replace(ModelConfig.load(write_model("llama-tied", tmp_path / "tiny").path), vocab_size=40_000)
+    files = ModelFiles(name="m", path=tmp_path, weights=True)
+    save_file({"w": torch.zeros(num_parameters(config), dtype=dtype)}, tmp_path / "model.safetensors")
+    assert is_stored_in_half(files, config) is is_half
 
 
 def tensors_of(root: object) -> Iterator[torch.Tensor]:
