@@ -104,6 +104,8 @@ CASES: list[Case] = [
     (CHAT, chat(stream=True, stream_options={"include_usage": 1}), 400, "include_usage", "must be true or false"),
     (TEXT, text(suffix="x"), 400, "suffix", "suffix is not supported yet"),
     (CHAT, chat(use_beam_search=True), 400, "use_beam_search", "use_beam_search is not supported yet; only false is"),
+    (TEXT, text(no_repeat_ngram_size=3), 400, "no_repeat_ngram_size", "is not supported yet; only 0 is"),
+    (TEXT, text(lora_request={"lora_name": "x"}), 400, "lora_request", "lora_request is not supported yet"),
     (CHAT, chat(n=0), 400, "n", "n must be at least 1, is 0"),
     (CHAT, chat(n=129), 400, "n", "n must be at most 128, is 129"),
     (TEXT, text(n=2, prompt=["x"] * 128, best_of=5), 400, "n", "n is 5 for 128 prompts, the limit is 512 replies"),

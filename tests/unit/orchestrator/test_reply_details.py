@@ -259,3 +259,23 @@ async def test_much_that_is_told_is_put_together_beside_the_event_loop(door: Doo
 async def test_an_echo_is_streamed_before_the_text(door: Door) -> None:
     events = [event["choices"][0] for event in await events_of(door, echo=True)]
     assert "".join(event["text"] for event in events) == (await choice_of(door, echo=True))["text"]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 12])
+async def test_a_reply_that_its_first_token_ends_is_told_all_the_same(door: Door, max_tokens: int) -> None:
+    first = generated(door)[1][0]
+    fields: dict[str, Any] = {"stop_token_ids": [first], "logprobs": 1, "max_tokens": max_tokens}
+    choice = await choice_of(door, **fields)
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert choice["logprobs"]["token_logprobs"] == [told_of(first, 1).logprob]
+    events = [event["choices"][0] for event in await events_of(door, **fields)]
+    assert [event["logprobs"]["tokens"] for event in events if event["logprobs"]] == [[name(door, first)]]
+    assert events[-1]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2])
+async def test_the_shortest_replies_have_their_logprobs_from_both_servers(door: Door, max_tokens: int) -> None:
+    choice = await choice_of(door, logprobs=0, max_tokens=max_tokens)
+    tokens = generated(door, num=max_tokens)[1]
+    assert choice["logprobs"]["token_logprobs"] == [told_of(token, 0).logprob for token in tokens]
+    assert choice["finish_reason"] == "length"
