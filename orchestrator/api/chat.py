@@ -117,7 +117,7 @@ def is_small(value: Any, num_characters: int) -> bool:
 def _read(
     fields: Fields, model: ServedModel, formats: ReplyFormats, *, grammar: Grammar | None, allows_template: bool
 ) -> Chat:
-    tools = read_tools(fields)
+    tools = read_tools(fields, has_grammar=grammar is not None)
     wanted = _wanted(fields, tools, grammar)
     rendering = _Rendering.read(fields, tools, allows_template=allows_template)
     ids, tail = rendering.run(model)

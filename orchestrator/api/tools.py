@@ -41,9 +41,16 @@ class ToolUse:
     """Several calls in one reply are welcome."""
     is_legacy: bool = False
 
+    def closed(self) -> ToolUse:
+        """For a grammar, which is a little stricter than a schema: what is not named is not allowed."""
+        schemas = {name: schema_text(schema, f"{name}.parameters") for name, schema in self.schemas.items()}
+        return dataclasses.replace(self, schemas={name: orjson.loads(text) for name, text in schemas.items()})
 
-def read_tools(fields: Fields) -> ToolUse | None:
+
+def read_tools(fields: Fields, *, has_grammar: bool = False) -> ToolUse | None:
     """None: the model is not told of any tool, and its reply is text.
+
+    has_grammar: a grammar is going to say what calls look like, even where none has to be made.
 
     Raises:
         InvalidRequest: names the tool or the choice that is wrong.
@@ -55,8 +62,11 @@ def read_tools(fields: Fields) -> ToolUse | None:
         if tools:
             raise InvalidRequest("functions is the older name of tools: give only one of them", param="functions")
         wrapped = _wrapped_functions(functions)
-        return _tool_use(_checked(wrapped, "functions"), function_call, "function_call", False, is_legacy=True)
-    return _tool_use(_checked(tools, "tools"), choice, "tool_choice", is_parallel, is_legacy=False)
+        use = _tool_use(_checked(wrapped, "functions"), function_call, "function_call", is_legacy=True)
+    else:
+        use = _tool_use(_checked(tools, "tools"), choice, "tool_choice", is_legacy=False)
+        use = use and dataclasses.replace(use, is_parallel=is_parallel)
+    return use.closed() if use is not None and (use.must_call or has_grammar) else use
 
 
 def refuse_tools(fields: Fields) -> None:
@@ -137,9 +147,7 @@ def _checked_tool(tool: object, where: str) -> _Tool:
     return _Tool({"type": "function", "function": told}, bool(strict))
 
 
-def _tool_use(
-    tools: Sequence[_Tool], choice: object, param: str, is_parallel: bool, *, is_legacy: bool
-) -> ToolUse | None:
+def _tool_use(tools: Sequence[_Tool], choice: object, param: str, *, is_legacy: bool) -> ToolUse | None:
     by_name = {tool.name: tool for tool in tools}
     mode, names = _read_choice(choice, param, is_legacy=is_legacy)
     if not tools and mode in ("required", "named"):
@@ -149,22 +157,15 @@ def _tool_use(
     if not tools or mode == "none":
         return None
     callable_tools = [by_name[name] for name in names] if names else tools
-    must_call = mode != "auto"
     return ToolUse(
         tools=[tool.told for tool in tools],
-        schemas={tool.name: _closed(tool) if must_call else tool.schema for tool in callable_tools},
-        must_call=must_call,
+        schemas={tool.name: tool.schema for tool in callable_tools},
+        must_call=mode != "auto",
         name=names[0] if mode == "named" else "",
         is_strict=all(tool.is_strict for tool in callable_tools),
-        is_parallel=is_parallel,
+        is_parallel=not is_legacy,
         is_legacy=is_legacy,
     )
-
-
-def _closed(tool: _Tool) -> Mapping[str, Any]:
-    """For a grammar, which is a little stricter than the schema."""
-    closed: Mapping[str, Any] = orjson.loads(schema_text(tool.schema, f"{tool.name}.parameters"))
-    return closed
 
 
 def _read_choice(choice: object, param: str, *, is_legacy: bool) -> tuple[str, list[str]]:

@@ -105,6 +105,9 @@ def test_functions_are_tools_of_which_one_is_called() -> None:
 def test_a_schema_is_closed_only_where_a_grammar_needs_it() -> None:
     free = read_tools(Fields({"tools": [TOOL]}))
     forced = read_tools(Fields({"tools": [TOOL], "tool_choice": "required"}))
+    beside_json = read_tools(Fields({"tools": [TOOL]}), has_grammar=True)
+    assert beside_json is not None
+    assert beside_json.schemas["weather"]["additionalProperties"] is False
     assert free is not None
     assert forced is not None
     assert free.schemas["weather"] == FUNCTION["parameters"]
