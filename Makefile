@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CODE := disaggregated kvtransfer context_server generation_server orchestrator tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-transfer bench-engine soak gpu stubs docs clean
+.PHONY: help demo test check bench bench-transfer bench-router bench-engine soak gpu stubs docs clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ bench: $(VENV)/dev.stamp ## Measure on this machine; reports go to benchmarks/re
 bench-transfer: $(VENV)/dev.stamp ## KV transfer beside memcpy, sockets, NIXL and Mooncake, and its fault matrix: half an hour, on an idle machine
 	@$(BIN)/python -m benchmarks.peers --only mooncake || echo "Mooncake is left out"
 	@for name in transfer exposed streaming_cost conversion faults; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-router: $(VENV)/dev.stamp ## The front door beside sglang-router, vllm-router and nginx: fetches them first, then takes five minutes
+	@$(BIN)/python -m benchmarks.peers --only routers
+	@$(BIN)/python -m benchmarks.router
 
 bench-engine: $(VENV)/dev.stamp ## The engine beside transformers, llama.cpp and vLLM: makes their environments first, then takes an hour
 	@$(BIN)/python -m benchmarks.peers

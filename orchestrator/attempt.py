@@ -50,8 +50,9 @@ class Attempt:
         self._clock = clock
         self._on_room = on_room
         self._token_ids = run.token_ids
-        self._sampling = run.sampling
-        self._order = TokenOrder(len(self._token_ids), self._sampling)
+        sampling = run.sampling
+        self._sampling = sampling.to_proto()
+        self._order = TokenOrder(len(self._token_ids), sampling)
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._held_back: set[Server] = set()
         self._landing_timer: asyncio.TimerHandle | None = None
@@ -138,7 +139,7 @@ class Attempt:
             request_id=self._wire_id,
             transfer_id=self._wire_id if self.placement.generation is not None else "",
             token_ids=self._token_ids,
-            sampling=self._sampling.to_proto(),
+            sampling=self._sampling,
             deadline_s=self._seconds_left(),
             priority=self._run.request.priority,
             cache_salt=self._run.request.cache_salt,
@@ -220,7 +221,7 @@ class Attempt:
             stream_key=self._stream_key,
             request_id=self._wire_id,
             token_ids=self._token_ids,
-            sampling=self._sampling.to_proto(),
+            sampling=self._sampling,
             deadline_s=self._seconds_left(),
             source=self._ticket(),
             priority=self._run.request.priority,

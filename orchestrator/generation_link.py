@@ -127,7 +127,7 @@ class GenerationLink:
     def admit(self, request: control_pb2.AdmitRequest) -> None:
         """Its receiver is told when it is refused (AdmissionError: nothing to undo) or not answered (ServerLost).
 
-        The call runs to its end even when the request is given up meanwhile: only then is it known what there is to undo.
+        The call runs to its end even when the request is given up: only then is it known what there is to undo.
 
         Raises:
             ServerLost: the link is broken; nothing was sent.

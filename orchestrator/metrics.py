@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError
 from disaggregated.request_life import Phase
+from orchestrator.counting import Counter, Histogram
 from orchestrator.routing.scorecard import Scorecard
 from orchestrator.server import Server
 from orchestrator.story import AttemptStory, RequestStory

@@ -93,11 +93,23 @@ class CollectedChoice:
     ) -> None:
         self._text = ParsedText(text, parser, echoed)
         self._beside = beside
+        self._is_plain = parser is None and beside is None and not text.may_stop
+        self._waiting: list[int] = []
+        """Tokens that are not text yet: nothing can end the reply there, so they are made into text together."""
 
     def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         if self._beside is not None:
             self._beside.push(token_ids, told)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._text.push(waiting, "")
         return self._text.push(token_ids, finish_reason)
+
+    def push_token(self, token_id: int) -> bool:
+        if not self._is_plain or len(self._waiting) >= KEPT_MAX:
+            return self.push((token_id,), "")
+        self._waiting.append(token_id)
+        return True
 
     def reply(self) -> Reply:
         """Called once, at the end."""

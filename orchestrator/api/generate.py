@@ -9,6 +9,7 @@ from aiohttp import web
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
 from orchestrator.api.choices import CollectedChoice, PromptOnly, StreamedChoice
+from orchestrator.api.direct import send_json
 from orchestrator.api.jobs import Job, chat_job, completion_job
 from orchestrator.api.reply_fields import ReplyFields
 from orchestrator.api.shapes import Usage
@@ -30,10 +31,10 @@ async def completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
 async def answer(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
     """Run the job; what its client gets, whole or streamed."""
     door.metrics.request_began(stream=job.fields.stream)
-    return await (_stream(door, http, job) if job.fields.stream else _collect(door, job))
+    return await (_stream(door, http, job) if job.fields.stream else _collect(door, http, job))
 
 
-async def _collect(door: FrontDoor, job: Job) -> web.Response:
+async def _collect(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
     choices = [
         CollectedChoice(job.text_of(request), job.parser(), job.beside_of(request), echoed=job.echoed_to(index))
         for index, request in enumerate(job.requests)
@@ -45,7 +46,7 @@ async def _collect(door: FrontDoor, job: Job) -> web.Response:
         return job.shape.whole([choice.reply() for choice in shown], usage)
 
     body = await asyncio.to_thread(whole) if any(choice.is_large for choice in shown) else whole()
-    return web.Response(body=body, content_type="application/json", headers=job.headers)
+    return await send_json(http, body, job.headers)
 
 
 async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
@@ -65,13 +66,14 @@ async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRes
         for choice in choices:
             choice.flush()
 
-    stream = EventStream(http, job.headers, flush)
-    for choice in choices:
-        choice.stream = stream
     deadline_s = job.requests[0].deadline_s
     try:
+        stream = EventStream(http, job.headers, flush)
+        for choice in choices:
+            choice.stream = stream
         async with asyncio.timeout(deadline_s - door.clock() + 1.0):
-            return await _pumped(door, job, stream, choices)
+            last_events = await _last_events(door, job, stream, choices)
+            return await stream.end(*last_events, job.shape.closing)
     except TimeoutError as error:  # the requests have an earlier deadline of their own: it is the client who is late
         stream.abort()
         raise RequestCancelled("the client did not read its stream in time") from error
@@ -79,23 +81,13 @@ async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRes
         raise RequestCancelled("the client went away") from error
 
 
-async def _pumped(
-    door: FrontDoor, job: Job, stream: EventStream, choices: Sequence[StreamedChoice]
-) -> web.StreamResponse:
-    """An error before the first token has a status of its own; afterwards it is the last event."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(stream.pump())
-            last_events = await _last_events(door, job, stream, choices)
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from failures
-    return await stream.end(*last_events, job.shape.closing)
-
-
 async def _last_events(
     door: FrontDoor, job: Job, stream: EventStream, choices: Sequence[StreamedChoice]
 ) -> Sequence[bytes]:
-    """Run the job to its end; what its client is told after the last token."""
+    """Run the job to its end; what its client is told after the last token.
+
+    An error before the first token has a status of its own; afterwards it is the last event.
+    """
     try:
         usage = await _run_all(door, job, choices)
         return [job.shape.usage(usage)] if job.fields.include_usage else []
@@ -104,8 +96,6 @@ async def _last_events(
             raise
         door.metrics.error_answered(error)
         return [job.shape.failed(error)]
-    finally:
-        stream.stop_pump()
 
 
 async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> Usage:

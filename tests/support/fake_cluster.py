@@ -17,6 +17,7 @@ from disaggregated import rpc
 from disaggregated.errors import ChecksumMismatch, DisaggregatedError, PeerLost, PoolExhausted, ServerLost, StaleEpoch
 from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.step_batches import packed
 from disaggregated.v1 import control_pb2
 from orchestrator.server_client import Admitted, PrefillReceiver
 from tests.support.fake_prefix_cache import FakePrefixCache
@@ -283,7 +284,7 @@ class FakeServer:
         )  # fmt: skip
 
     def tell(self, link: Pipe, *deltas: control_pb2.StreamDelta) -> None:
-        link.queue.put_nowait(control_pb2.StepBatch(deltas=deltas))
+        link.queue.put_nowait(packed(0, deltas))
 
     def cancel(self, orchestrator_id: str, stream_keys: Sequence[int] | None) -> None:
         """None: all of them, because their link broke."""
