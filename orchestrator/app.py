@@ -19,8 +19,7 @@ from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.error_body import error_response, plain_error_response
 from orchestrator.api.openapi.document import openapi
 from orchestrator.api.request_ids import assign_request_id
-from orchestrator.api.responses.endpoints import Responses
-from orchestrator.api.responses.store import ResponseStore
+from orchestrator.api.responses import endpoints as responses
 from orchestrator.front_door import FrontDoor
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
@@ -54,7 +53,6 @@ def make_app(
     door = FrontDoor(config, pools, model=model, scaler=scaler, siblings=siblings, levels=levels)
     app = web.Application(client_max_size=config.door.body_bytes_max, middlewares=[_edge(door)])
     app[DOOR] = door
-    responses = Responses(ResponseStore(config.door.responses_bytes_max))
     for method, path, handler in (
         ("POST", "/v1/chat/completions", generate.chat_completions),
         ("POST", "/v1/completions", generate.completions),

@@ -19,6 +19,7 @@ from orchestrator.grammar_check import GrammarCheck
 from orchestrator.loop_lag import LoopLag
 from orchestrator.metrics import Metrics
 from orchestrator.parsers.formats import ReplyFormats
+from orchestrator.response_store import ResponseStore
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
 from orchestrator.server import Role
@@ -56,6 +57,7 @@ class FrontDoor:
         self.pools = pools
         self.scaler = scaler
         self.siblings = siblings or Alone()
+        self.responses = ResponseStore(config.door.responses_bytes_max)
         self.clock = clock
         self.metrics = Metrics(pools)
         self.dispatcher = Dispatcher(config, pools, observer=self.metrics, clock=clock)

@@ -16,7 +16,7 @@ class DoorConfig:
     tenant_queue_depth_max: int = 0
     """Requests of one tenant that wait for a dispatch; 0: as many as there is room for."""
     responses_bytes_max: int = 64 << 20
-    """Of the responses that `previous_response_id` may refer to, in the process that answered them; 0: none is kept."""
+    """Of the responses that `previous_response_id` may refer to, in each worker; 0: none is kept."""
     api_keys_file: str = ""
     """Path; "": everybody may ask for everything."""
     cert_file: str = ""

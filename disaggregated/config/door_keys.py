@@ -37,7 +37,7 @@ DOOR: Final[tuple[Key, ...]] = (
     honoured(
         "responses_bytes_max",
         integer(0, 1 << 40),
-        "Bytes of the answers to /v1/responses that are kept for `previous_response_id`; 0: none.",
+        "Bytes of answers to /v1/responses that a worker keeps for `previous_response_id`; 0: none.",
         target="door.responses_bytes_max",
     ),
     honoured(

@@ -12,6 +12,7 @@ import orjson
 
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError
+from orchestrator.response_store import StoredResponse
 from orchestrator.workers.merge import merged
 from orchestrator.workers.private_calls import NoAnswer, ask
 
@@ -35,6 +36,11 @@ class AskedSiblings:
         path = f"/requests/{quote(request_id)}"
         found = await self._each(lambda socket: ask(socket, "GET", path))
         return next((each for each in found if each is not None), None)
+
+    async def response(self, response_id: str, *, tenant: str, forget: bool = False) -> StoredResponse | None:
+        method, path = "DELETE" if forget else "GET", f"/responses/{quote(response_id)}?tenant={quote(tenant, safe='')}"
+        found = await self._each(lambda socket: ask(socket, method, path))
+        return next((StoredResponse.from_json(each) for each in found if each is not None), None)
 
     async def counts(self, own: Mapping[str, int]) -> dict[str, Any]:
         answers = await self._each(lambda socket: ask(socket, "GET", "/counts"))

@@ -47,6 +47,8 @@ class PrivateApp:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/counts", self._counts)
         app.router.add_get("/requests/{request_id:.+}", self._story)
+        app.router.add_get("/responses/{response_id}", self._response)
+        app.router.add_delete("/responses/{response_id}", self._response)
         app.router.add_put("/servers", self._servers)
         app.router.add_post("/drain", self._drain)
         return app
@@ -62,6 +64,16 @@ class PrivateApp:
         if story is None:
             return plain_error_response("not here", status=404)
         return json_response(story.as_json(now_s=self._door.clock()))
+
+    async def _response(self, http: web.Request) -> web.Response:
+        """One that is kept here, and with DELETE no longer."""
+        response_id, tenant = http.match_info["response_id"], http.query["tenant"]
+        stored = self._door.responses.get(response_id, tenant=tenant)
+        if stored is None:
+            return plain_error_response("not here", status=404)
+        if http.method == "DELETE":
+            self._door.responses.discard(response_id, tenant=tenant)
+        return web.Response(body=stored.to_json(), content_type="application/json")
 
     async def _servers(self, http: web.Request) -> web.Response:
         """All that there are now, and the processes behind them."""

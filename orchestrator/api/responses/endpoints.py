@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -18,14 +19,16 @@ from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, shown
 from orchestrator.api.generate import answer
 from orchestrator.api.generation_fields import read_generation_fields
-from orchestrator.api.jobs import Draft, Job, chat_job_of, known_model
+from orchestrator.api.jobs import Draft, chat_job_of, known_model
 from orchestrator.api.responses.body import ResponsesBody, read_body
 from orchestrator.api.responses.input_items import Message, messages_of
 from orchestrator.api.responses.shape import ResponsesShape
-from orchestrator.api.responses.store import ResponseStore, StoredResponse
 from orchestrator.api.sampling_fields import TOKENS_MAX
 from orchestrator.front_door import FrontDoor
+from orchestrator.response_store import StoredResponse
 
+_ID_BYTES: Final = 24
+_RESPONSE_ID: Final = re.compile(rf"resp_[0-9a-f]{{{2 * _ID_BYTES}}}")
 _OUR_NAMES: Final = (
     ("messages", "input"),
     ("max_completion_tokens", "max_output_tokens"),
@@ -34,109 +37,121 @@ _OUR_NAMES: Final = (
 """What chats call it, and what responses call it."""
 
 
-class Responses:
-    """The endpoints of one front door, and what their clients may refer to later."""
+async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
+    """
+    Raises:
+        InvalidRequest: names the field and the limit.
+        UnknownPreviousResponse: `previous_response_id` is not kept here, or no longer.
+    """
+    arrived_s = door.clock()
+    fields = Fields.parse(await http.read())
+    known_model(door, fields)
+    body = read_body(fields, await _conversation_before(door, http, fields))
+    try:
+        draft = Draft.of(door, http, Fields(body.chat), arrived_s=arrived_s, max_tokens_default=TOKENS_MAX)
+        shape = _shape(door, draft, body, owner=_owner(http))
+        job = await chat_job_of(draft, shape, param="input")
+    except InvalidRequest as error:
+        raise _in_our_names(error) from error
+    return await answer(door, http, job)
 
-    def __init__(self, store: ResponseStore) -> None:
-        self.store = store
 
-    async def create(self, door: FrontDoor, http: web.Request) -> web.StreamResponse:
-        """
-        Raises:
-            InvalidRequest: names the field and the limit.
-            UnknownPreviousResponse: `previous_response_id` is not kept here, or no longer.
-        """
-        arrived_s = door.clock()
-        fields = Fields.parse(await http.read())
-        known_model(door, fields)
-        body = read_body(fields, self._conversation_before(fields, http))
-        try:
-            draft = Draft.of(door, http, Fields(body.chat), arrived_s=arrived_s, max_tokens_default=TOKENS_MAX)
-            job = await self._job(draft, body, http)
-        except InvalidRequest as error:
-            raise _in_our_names(error) from error
-        return await answer(door, http, job)
+async def count(door: FrontDoor, http: web.Request) -> web.Response:
+    """POST /v1/responses/input_tokens: what the same body would cost, without running it."""
+    fields = Fields.parse(await http.read())
+    model = known_model(door, fields, is_optional=True)
+    body = read_body(fields, await _conversation_before(door, http, fields))
+    chat = Fields(body.chat)
+    try:
+        read_generation_fields(chat, model, max_tokens_default=TOKENS_MAX)
+        ids = await chat_prompt(chat, model)
+    except InvalidRequest as error:
+        raise _in_our_names(error) from error
+    return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
 
-    async def count(self, door: FrontDoor, http: web.Request) -> web.Response:
-        """POST /v1/responses/input_tokens: what the same body would cost, without running it."""
-        fields = Fields.parse(await http.read())
-        model = known_model(door, fields, is_optional=True)
-        body = read_body(fields, self._conversation_before(fields, http))
-        chat = Fields(body.chat)
-        try:
-            read_generation_fields(chat, model, max_tokens_default=TOKENS_MAX)
-            ids = await chat_prompt(chat, model)
-        except InvalidRequest as error:
-            raise _in_our_names(error) from error
-        return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
 
-    async def retrieve(self, door: FrontDoor, http: web.Request) -> web.Response:
-        return web.Response(body=self._stored(http).response, content_type="application/json")
+async def retrieve(door: FrontDoor, http: web.Request) -> web.Response:
+    return web.Response(body=(await _stored(door, http)).response, content_type="application/json")
 
-    async def delete(self, door: FrontDoor, http: web.Request) -> web.Response:
-        self._stored(http)
-        response_id = http.match_info["response_id"]
-        self.store.discard(response_id, tenant=_owner(http))
-        return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    async def input_items(self, door: FrontDoor, http: web.Request) -> web.Response:
-        """The items of the request alone; the latest first, unless `order` is "asc"."""
-        items = orjson.loads(self._stored(http).input_items)
-        if http.query.get("order", "desc") != "asc":
-            items.reverse()
-        ids = [item["id"] for item in items]
-        return json_response(
-            {"object": "list", "data": items, "first_id": ids[0], "last_id": ids[-1], "has_more": False}
+async def delete(door: FrontDoor, http: web.Request) -> web.Response:
+    """For good, on whichever worker it is."""
+    response_id, owner = http.match_info["response_id"], _owner(http)
+    if not door.responses.discard(response_id, tenant=owner):
+        stored = await door.siblings.response(response_id, tenant=owner, forget=True)
+        if stored is None:
+            raise _unknown(response_id)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+async def input_items(door: FrontDoor, http: web.Request) -> web.Response:
+    """The items of the request alone; the latest first, unless `order` is "asc"."""
+    items = orjson.loads((await _stored(door, http)).input_items)
+    if http.query.get("order", "desc") != "asc":
+        items.reverse()
+    ids = [item["id"] for item in items] or [""]
+    return json_response({"object": "list", "data": items, "first_id": ids[0], "last_id": ids[-1], "has_more": False})
+
+
+def _shape(door: FrontDoor, draft: Draft, body: ResponsesBody, *, owner: str) -> ResponsesShape:
+    response_id = f"resp_{secrets.token_hex(_ID_BYTES)}"
+    sampling = draft.fields.sampling
+    response = {
+        "id": response_id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": draft.model.name,
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "service_tier": "default",
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": draft.body.text("user"),
+        **body.echo,
+    }
+
+    def keep(ended: dict[str, Any]) -> None:
+        if body.stores:
+            door.responses.put(response_id, _to_store(ended, body, owner))
+
+    return ResponsesShape(response, keep=keep)
+
+
+async def _conversation_before(door: FrontDoor, http: web.Request, fields: Fields) -> Sequence[Message]:
+    previous = fields.text("previous_response_id")
+    if previous is None:
+        return ()
+    stored = await _found(door, http, previous)
+    if stored is None:
+        raise UnknownPreviousResponse(
+            f"there is no response {shown(previous)}, or no longer", param="previous_response_id"
         )
+    before: list[Message] = orjson.loads(stored.conversation)
+    return before
 
-    # Inside.
 
-    async def _job(self, draft: Draft, body: ResponsesBody, http: web.Request) -> Job:
-        response_id = f"resp_{secrets.token_hex(24)}"
-        owner = _owner(http)
-        sampling = draft.fields.sampling
-        response = {
-            "id": response_id,
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": draft.model.name,
-            "background": False,
-            "completed_at": None,
-            "error": None,
-            "incomplete_details": None,
-            "service_tier": "default",
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "truncation": "disabled",
-            "usage": None,
-            "user": draft.body.text("user"),
-            **body.echo,
-        }
+async def _stored(door: FrontDoor, http: web.Request) -> StoredResponse:
+    response_id = http.match_info["response_id"]
+    stored = await _found(door, http, response_id)
+    if stored is None:
+        raise _unknown(response_id)
+    return stored
 
-        def keep(ended: dict[str, Any]) -> None:
-            if body.stores:
-                self.store.put(response_id, _to_store(ended, body, owner))
 
-        return await chat_job_of(draft, ResponsesShape(response, keep=keep), param="input")
+async def _found(door: FrontDoor, http: web.Request, response_id: str) -> StoredResponse | None:
+    """Kept by whichever worker answered it."""
+    if not _RESPONSE_ID.fullmatch(response_id):
+        return None
+    owner = _owner(http)
+    return door.responses.get(response_id, tenant=owner) or await door.siblings.response(response_id, tenant=owner)
 
-    def _conversation_before(self, fields: Fields, http: web.Request) -> Sequence[Message]:
-        previous = fields.text("previous_response_id")
-        if previous is None:
-            return ()
-        stored = self.store.get(previous, tenant=_owner(http))
-        if stored is None:
-            raise UnknownPreviousResponse(
-                f"there is no response {shown(previous)}, or no longer", param="previous_response_id"
-            )
-        before: list[Message] = orjson.loads(stored.conversation)
-        return before
 
-    def _stored(self, http: web.Request) -> StoredResponse:
-        response_id = http.match_info["response_id"]
-        stored = self.store.get(response_id, tenant=_owner(http))
-        if stored is None:
-            raise UnknownResponse(f"there is no response {shown(response_id)}, or no longer", param="response_id")
-        return stored
+def _unknown(response_id: str) -> UnknownResponse:
+    return UnknownResponse(f"there is no response {shown(response_id)}, or no longer", param="response_id")
 
 
 def _owner(http: web.Request) -> str:

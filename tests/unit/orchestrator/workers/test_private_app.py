@@ -18,6 +18,7 @@ from orchestrator.workers.private_calls import NoAnswer, ask
 from tests.support.front_door import Door, front_door
 
 TEXT = "/v1/completions"
+RESPONSES = "/v1/responses"
 
 
 @contextlib.asynccontextmanager
@@ -73,6 +74,22 @@ async def test_what_is_asked_of_one_worker_is_answered_for_all_that_answer(tmp_p
         counts = await siblings.counts({"queue_depth": 5, "running": 1, "shares": 0})
         assert (counts["queue_depth"], counts["running"]) == (5, 1)
         assert counts["workers"]["worker-2"] is None, "it does not answer, and that is said"
+
+
+async def test_a_response_is_found_on_whichever_worker_answered_it_by_its_owner_alone(tmp_path: Path) -> None:
+    body = {"model": "fake", "input": "Hi", "max_output_tokens": 2}
+    async with worker(tmp_path) as (door, path, _), front_door() as other:
+        other.door.siblings = AskedSiblings(0, [path, tmp_path / "worker-2"])
+        _, first = await door.post(RESPONSES, body)
+        status, second = await other.post(RESPONSES, {**body, "previous_response_id": first["id"]})
+        assert (status, second["previous_response_id"]) == (200, first["id"])
+        assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+        assert await other.get(f"{RESPONSES}/{first['id']}") == (200, first)
+        assert await other.door.siblings.response(first["id"], tenant="another") is None
+        async with other.http.delete(f"{other.url}{RESPONSES}/{first['id']}") as answer:
+            assert answer.status == 200
+        assert (await other.get(f"{RESPONSES}/{first['id']}"))[0] == 404
+        assert (await door.get(f"{RESPONSES}/{first['id']}"))[0] == 404
 
 
 async def test_a_worker_asks_its_supervisor_to_scale_and_passes_on_what_it_says(tmp_path: Path) -> None:

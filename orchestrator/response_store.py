@@ -9,6 +9,9 @@ import dataclasses
 from collections import OrderedDict
 from typing import Final
 
+import orjson
+
+_TEXTS: Final = ("response", "input_items", "conversation")
 _ENTRY_BYTES: Final = 512
 """What an entry costs besides its texts."""
 
@@ -23,6 +26,15 @@ class StoredResponse:
     """Messages from the first to the answer, without instructions: those are each request's own."""
     tenant: str
     """Whose it is; to others it does not exist."""
+
+    def to_json(self) -> bytes:
+        """For another worker of the deployment."""
+        return orjson.dumps({field: getattr(self, field).decode() for field in _TEXTS} | {"tenant": self.tenant})
+
+    @classmethod
+    def from_json(cls, message: bytes) -> StoredResponse:
+        fields = orjson.loads(message)
+        return cls(**{field: fields[field].encode() for field in _TEXTS}, tenant=fields["tenant"])
 
     @property
     def num_bytes(self) -> int:

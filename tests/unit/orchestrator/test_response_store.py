@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.api.responses.store import ResponseStore, StoredResponse
+from orchestrator.response_store import ResponseStore, StoredResponse
 
 
 def stored(num_bytes: int = 0, tenant: str = "") -> StoredResponse:
