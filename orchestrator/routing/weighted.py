@@ -42,7 +42,8 @@ class Weighted:
         name = self._next(weights)
         choice = self._least[name].choose(asked, groups[name])
         share = weights[name] / sum(weights.values())
-        return Choice(choice.instance_id, f"share {share:.0%} of {name}; {choice.why}", weights)
+        scores = {each.instance_id: weights[group] for group, members in groups.items() for each in members}
+        return Choice(choice.instance_id, f"share {share:.0%} of {name}; {choice.why}", scores)
 
     def _next(self, weights: Mapping[str, float]) -> str:
         for name, weight in weights.items():
