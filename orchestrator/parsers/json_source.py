@@ -20,6 +20,8 @@ class JsonEnd:
 
     def __init__(self) -> None:
         self._depth = 0
+        self._is_scalar = False
+        """A number or a name, which ends where something else begins."""
         self._in_string = False
         self._after_backslash = False
         self.is_complete = False
@@ -33,9 +35,10 @@ class JsonEnd:
                 at += 1
             elif self._in_string:
                 at = self._scan_string(text, at)
-            elif self._depth or text[at] in '"{[':
+            elif self._depth or (text[at] in '"{[' and not self._is_scalar):
                 at = self._scan_structure(text, at)
             else:
+                self._is_scalar = True
                 at = _end(_SCALAR, text, at)
                 self.is_complete = at < len(text)
         return at
