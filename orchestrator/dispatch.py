@@ -29,6 +29,7 @@ from disaggregated.errors import (
 )
 from disaggregated.request_life import Phase
 from orchestrator.admission.tenant_turns import Waiting
+from orchestrator.admission.ticket import Settle
 from orchestrator.admission.waiting_room import Visitor, WaitingRoom
 from orchestrator.attempt import Attempt
 from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
@@ -89,13 +90,15 @@ class Dispatcher:
         """Generate one sequence into `sink`. Cancel this to cancel the request.
 
         Raises:
-            QueueFull, Overloaded, Draining: nothing was begun.
+            QueueFull, Overloaded, QuotaExceeded, Draining: nothing was begun.
             NoServerAvailable: no generation server until the deadline.
             DeadlineExceeded: not finished by the deadline.
             DisaggregatedError: it cannot be served, or its servers were lost too often.
         """
         if self._is_stopping:
             raise _stopping()
+        num_answer = self.room.times.num_tokens(request.sampling.max_tokens)
+        settle = request.ticket.charge(len(request.token_ids) + num_answer)
         run = RequestRun(request, sink, now_s=self._clock())
         self.stories.began(run.story)
         self._nothing_runs.clear()
@@ -118,15 +121,15 @@ class Dispatcher:
         finally:
             self._patience.discard(patience)
             self.stories.ended(run.story)
-            self._settle(run)
+            self._settle(run, settle)
             self._observer.request_ended(run.story)
             if not self.stories.num_running:
                 self._nothing_runs.set()
         return run.story
 
-    def _settle(self, run: RequestRun) -> None:
+    def _settle(self, run: RequestRun, settle: Settle) -> None:
         self.room.over(run.waiting, run.story)
-        run.request.ticket.settle(run.story.num_prompt_tokens + run.story.num_tokens if run.story.attempts else 0)
+        settle(run.story.num_prompt_tokens + run.story.num_tokens if run.story.attempts else 0)
 
     async def stop(self, *, timeout_s: float) -> None:
         """Refuse requests from now on. Those under way may end; after `timeout_s` the rest is failed with Draining."""

@@ -7,6 +7,7 @@ With one, a request is its key's: the key's name is the tenant, whatever `user` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Final
 
@@ -14,7 +15,7 @@ from disaggregated.errors import InvalidApiKey, InvalidRequest, NotAllowed, Unkn
 from orchestrator.admission.api_keys import ApiKey
 from orchestrator.admission.key_file import KeyFile
 from orchestrator.admission.quotas import Quotas
-from orchestrator.admission.ticket import Objectives, Ticket
+from orchestrator.admission.ticket import Objectives, Settle, Ticket
 
 OPEN_PATHS: Final = frozenset({"/health", "/version", "/metrics", "/prometheus/metrics", "/openapi.json"})
 """Probes, scrapers and readers of the API's description have no key."""
@@ -55,8 +56,8 @@ class Visit:
         """From arrival to last token; `longest_s` is what the deployment allows."""
         return min(longest_s, self.objectives.timeout_s or longest_s)
 
-    def ticket(self, num_tokens: int) -> Ticket:
-        return self.gate.ticket(self, num_tokens)
+    def ticket(self) -> Ticket:
+        return self.gate.ticket(self)
 
     def headers(self) -> dict[str, str]:
         return self.gate.headers(self.caller)
@@ -110,22 +111,17 @@ class Gate:
             self._quotas.take(caller.key, "requests", 1)
         return Visit(self, caller, caller.tenant(user if isinstance(user, str) else None), objectives)
 
-    def ticket(self, visit: Visit, num_tokens: int) -> Ticket:
-        """For one sequence that is expected to take `num_tokens`, prompt and answer together.
-
-        Raises:
-            QuotaExceeded: the key's tokens of this minute are used up.
-        """
+    def ticket(self, visit: Visit) -> Ticket:
+        """Good for any number of sequences of this request."""
         key = visit.caller.key
         if key is None:
             return Ticket(tenant=visit.tenant, objectives=visit.objectives)
+        charge = functools.partial(self._charge, key)
+        return Ticket(tenant=visit.tenant, weight=key.weight, objectives=visit.objectives, charge=charge)
+
+    def _charge(self, key: ApiKey, num_tokens: int) -> Settle:
         self._quotas.take(key, "tokens", num_tokens)
-        return Ticket(
-            tenant=visit.tenant,
-            weight=key.weight,
-            objectives=visit.objectives,
-            settle=lambda took: self._quotas.settle(key, "tokens", took - num_tokens),
-        )
+        return lambda took: self._quotas.settle(key, "tokens", took - num_tokens)
 
     def headers(self, caller: Caller) -> dict[str, str]:
         """What the client has left, in OpenAI's headers."""

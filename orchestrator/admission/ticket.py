@@ -53,6 +53,14 @@ def _positive(headers: Mapping[str, str], name: str, *, unit_s: float) -> float 
     return value
 
 
+Settle = Callable[[int], None]
+"""Called once, when it is over, with the tokens that it took."""
+
+
+def settle_nothing(num_tokens: int) -> None:
+    pass
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
     """One sequence's. The anonymous one, with no objectives, is what tests and the Python interface use."""
@@ -60,5 +68,6 @@ class Ticket:
     tenant: str = ""
     weight: float = 1.0
     objectives: Objectives = Objectives()
-    settle: Callable[[int], None] = lambda num_tokens: None
-    """Told once, when it is over, how many tokens it took, prompt and answer together."""
+    charge: Callable[[int], Settle] = lambda num_tokens: settle_nothing
+    """Called once, before it is begun, with the tokens that it is expected to take, prompt and answer together. Raises
+    QuotaExceeded when they are not to be had."""

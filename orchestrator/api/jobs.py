@@ -215,7 +215,6 @@ class Draft:
         _check_length(prompt, self.door.config.door.prompt_tokens_max, param)
         _check_told(prompt, self.fields, param)
         room = _room(prompt, self.door.num_tokens_max(self.model), param)
-        num_tokens = len(prompt) + self.door.dispatcher.room.times.num_tokens(min(wanted, room))
         return TokenRequest(
             request_id=request_id,
             token_ids=prompt,
@@ -224,7 +223,7 @@ class Draft:
             deadline_s=self.arrived_s + self.visit.timeout_s(self.door.config.request_timeout_s),
             priority=self.fields.priority,
             cache_salt=self.fields.cache_salt,
-            ticket=self.visit.ticket(num_tokens),
+            ticket=self.visit.ticket(),
             session=self.sessions.generation,
             context_session=self.sessions.context,
             may_end_anywhere=plan.may_end_anywhere or bool(self.fields.stop),

@@ -35,7 +35,8 @@ class EventStream:
         self._http = http
         self._protocol = http.protocol
         self._transport: asyncio.Transport = http.transport
-        self._transport.set_write_buffer_limits(high=0)  # "Writing is paused" means that anything at all is left over.
+        # "Writing is paused" then means that anything at all is left over. With 0, TLS would count nothing as something.
+        self._transport.set_write_buffer_limits(high=1, low=0)
         self._descriptor = plain_descriptor(self._transport)
         self._is_chunked = http.version >= HttpVersion11
         framing = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}

@@ -11,7 +11,7 @@ import pytest
 
 from disaggregated.config.door import DoorConfig
 from tests.support.fake_cluster import Temper
-from tests.support.front_door import front_door, until
+from tests.support.front_door import Door, front_door, until
 
 TEXT = "/v1/completions"
 USER, OPERATOR, POOR = "sk-user-0123456789", "sk-operator-0123456", "sk-poor-0123456789"
@@ -173,3 +173,25 @@ async def test_a_full_queue_is_told_before_the_prompt_is_looked_at() -> None:
             assert int(answer.headers["Retry-After"]) >= 1
         for task in running:
             assert (await task)[0] == 200
+
+
+async def test_what_comes_to_nothing_costs_no_tokens(keys: DoorConfig, tmp_path: Path) -> None:
+    path = tmp_path / "keys.yml"
+    path.write_text(path.read_text().replace("models: [other]", "models: [fake]").replace("minute: 2", "minute: 99"))
+    path.chmod(0o600)
+
+    async def left(door: Door) -> int:
+        async with door.http.post(door.url + TEXT, json=body(), headers=bearer(POOR)) as answer:
+            return int(answer.headers["x-ratelimit-remaining-tokens"])
+
+    async with front_door(door=keys) as door:
+        await left(door)
+        before = await left(door)
+        for wrong in (body(prompt=["fine", "x" * 5000]), body(prompt="x" * 5000)):
+            assert (await door.post(TEXT, wrong, headers=bearer(POOR)))[0] == 400
+        status, _ = await door.post(
+            TEXT, body(max_tokens=500, n=3), headers=bearer(POOR) | {"x-request-timeout": "0.1"}
+        )
+        assert status == 504
+        await door.wait_idle()
+        assert await left(door) >= before - 2000, "what was generated in vain, and no more"

@@ -56,9 +56,9 @@ def test_without_a_key_file_everybody_is_let_in_and_the_user_is_the_tenant(clock
     gate = Gate(None, Quotas(OwnLevels(), clock=clock))
     caller = gate.let_in("/ledger", {})
     assert caller is ANYBODY
-    assert visit(gate, caller, user="ann").ticket(10).tenant == "ann"
+    assert visit(gate, caller, user="ann").ticket().tenant == "ann"
     for user in (None, 7, {"id": 1}):
-        assert visit(gate, caller, user=user).ticket(10) == Ticket()
+        assert visit(gate, caller, user=user).ticket() == Ticket()
     assert len(caller.tenant("x" * 1000)) == 128
     assert gate.headers(caller) == {}
 
@@ -127,40 +127,37 @@ def test_requests_beyond_a_minutes_worth_are_told_truly_when_to_come_back(gate: 
 def test_tokens_are_charged_as_expected_and_settled_as_they_were(gate: Gate, clock: Clock) -> None:
     caller = key(tokens_per_minute=600)
 
-    def ticket(num_tokens: int) -> Ticket:
-        return visit(gate, caller).ticket(num_tokens)
-
-    first = ticket(400)
+    charge = visit(gate, caller).ticket().charge
+    settle = charge(400)
     assert gate.headers(caller) == {
         "x-ratelimit-limit-tokens": "600",
         "x-ratelimit-remaining-tokens": "200",
         "x-ratelimit-reset-tokens": "40.000s",
     }
-    first.settle(100)
-    ticket(500).settle(900)
+    settle(100)
+    charge(500)(900)
     with pytest.raises(QuotaExceeded) as caught:
-        ticket(100)
+        charge(100)
     assert caught.value.retry_after_s == 50, "400 below nothing, and ten come back a second"
     clock.now_s += 50.0
-    ticket(100)
+    charge(100)
 
 
 def test_a_request_of_more_than_a_minutes_worth_is_granted_to_a_full_bucket_and_paid_for_later(
     gate: Gate, clock: Clock
 ) -> None:
     caller = key(tokens_per_minute=600)
-    ticket = visit(gate, caller).ticket(6000)
-    ticket.settle(6000)
+    visit(gate, caller).ticket().charge(6000)(6000)
     with pytest.raises(QuotaExceeded):
-        visit(gate, caller).ticket(1)
+        visit(gate, caller).ticket().charge(1)
     clock.now_s += 541.0
-    visit(gate, caller).ticket(1)
+    visit(gate, caller).ticket().charge(1)
 
 
 def test_what_is_settled_never_fills_a_bucket_above_its_brim(gate: Gate) -> None:
     caller = key(tokens_per_minute=600)
     for _ in range(3):
-        visit(gate, caller).ticket(10).settle(0)
+        visit(gate, caller).ticket().charge(10)(0)
     assert gate.headers(caller)["x-ratelimit-remaining-tokens"] == "600"
 
 
