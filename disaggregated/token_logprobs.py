@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import overload
 
 from disaggregated.errors import ServerLost
 from disaggregated.v1 import control_pb2
@@ -50,11 +51,36 @@ def to_proto(tokens: Sequence[TokenLogprob] | None) -> control_pb2.Logprobs | No
 
 def from_proto(message: control_pb2.Logprobs) -> list[TokenLogprob]:
     """Raises ServerLost when its lists do not fit together: nothing that such a server says can be trusted."""
-    num, top = len(message.logprobs), message.num_top
-    if not (len(message.ranks) == num and len(message.top_token_ids) == len(message.top_logprobs) == num * top):
-        raise ServerLost(f"logprobs of {num} tokens came with {len(message.top_logprobs)} others, {top} for each")
-    ids, logprobs = tuple(message.top_token_ids), tuple(message.top_logprobs)
-    return [
-        TokenLogprob(logprob, rank, ids[i * top : (i + 1) * top], logprobs[i * top : (i + 1) * top])
-        for i, (logprob, rank) in enumerate(zip(message.logprobs, message.ranks, strict=True))
-    ]
+    return list(PackedLogprobs(message))
+
+
+class PackedLogprobs(Sequence[TokenLogprob]):
+    """A message's tokens, each unpacked when it is asked for: those of a long prompt are many."""
+
+    def __init__(self, message: control_pb2.Logprobs) -> None:
+        """Raises ServerLost when its lists do not fit together."""
+        num, top = len(message.logprobs), message.num_top
+        if not (len(message.ranks) == num and len(message.top_token_ids) == len(message.top_logprobs) == num * top):
+            raise ServerLost(f"logprobs of {num} tokens came with {len(message.top_logprobs)} others, {top} for each")
+        self._message = message
+
+    def __len__(self) -> int:
+        return len(self._message.logprobs)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprob: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenLogprob]: ...
+    def __getitem__(self, index: int | slice) -> TokenLogprob | list[TokenLogprob]:
+        places = range(len(self))[index]
+        return self._one(places) if isinstance(places, int) else [self._one(place) for place in places]
+
+    def _one(self, place: int) -> TokenLogprob:
+        message, top = self._message, self._message.num_top
+        begin, end = place * top, (place + 1) * top
+        return TokenLogprob(
+            message.logprobs[place],
+            message.ranks[place],
+            tuple(message.top_token_ids[begin:end]),
+            tuple(message.top_logprobs[begin:end]),
+        )

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from disaggregated import token_logprobs
 from disaggregated.errors import ServerLost
 from disaggregated.sampling_params import SamplingParams
-from disaggregated.token_logprobs import TokenLogprob, Told
+from disaggregated.token_logprobs import PackedLogprobs, TokenLogprob, Told
 from disaggregated.v1 import control_pb2
 
 
@@ -45,7 +44,7 @@ def arrival_of(delta: control_pb2.StreamDelta) -> Arrival:
 
 
 def _all_of(message: control_pb2.Logprobs | None) -> Sequence[TokenLogprob]:
-    return () if message is None else token_logprobs.from_proto(message)
+    return () if message is None else PackedLogprobs(message)
 
 
 class TokenOrder:

@@ -123,10 +123,10 @@ class Beside:
         self._shows_prompt_logprobs = wanted.prompt_logprobs is not None
         self._awaits_prompt = self._shows_prompt_logprobs or (self._echoes and self._logprobs is not None)
         """It comes with the first tokens; of a prompt of one token there is nothing to be told."""
-        self._prompt: list[_Told] | None = None
-        """Told, and not taken."""
+        self._prompt: Sequence[TokenLogprob] | None = None
+        """Told of the prompt, and not taken."""
         self._tokens: list[_Told] = []
-        """Likewise, where logprobs are shown."""
+        """Told, where logprobs are shown, and not taken."""
         self._num_tokens = 0
         self._logprob_sum = 0.0
 
@@ -145,20 +145,13 @@ class Beside:
             self._token_ids.extend(token_ids)
         if self._awaits_prompt and (told is not None or len(self._prompt_ids) == 1):
             self._awaits_prompt = False
-            self._take_prompt(() if told is None else told.prompt)
+            self._prompt = () if told is None else told.prompt
         if told is None:
             return
         self._num_tokens += len(told.tokens)
         self._logprob_sum += sum(one.logprob for one in told.tokens)
         if self._logprobs is not None:
             self._tokens += zip(token_ids, told.tokens, strict=True)
-
-    def _take_prompt(self, told: Sequence[TokenLogprob]) -> None:
-        whole: list[_Told] = list(zip(self._prompt_ids, [None, *told], strict=True))
-        if self._echoes and self._logprobs is not None:
-            self._tokens += whole
-        if self._shows_prompt_logprobs:
-            self._prompt = whole
 
     def _by_id(self, token_id: int, told: TokenLogprob) -> dict[str, Any]:
         """vLLM's form: the likeliest, and the token itself."""
@@ -173,16 +166,20 @@ class Beside:
     def take(self) -> Mapping[str, Any] | None:
         """Fields of the choice, for what came since it was last taken; None when there is nothing."""
         fields: dict[str, Any] = {}
-        if self._logprobs is not None and self._tokens:
-            tokens, self._tokens = self._tokens, []
+        tokens, self._tokens = self._tokens, []
+        prompt, self._prompt = self._prompt, None
+        if prompt is not None:
+            whole: list[_Told] = list(zip(self._prompt_ids, [None, *prompt], strict=True))
+            if self._shows_prompt_logprobs:
+                fields["prompt_logprobs"] = [one and self._by_id(token_id, one) for token_id, one in whole]
+            if self._echoes:
+                tokens = whole + tokens
+        if self._logprobs is not None and tokens:
             for token_id, told in tokens:
                 self._logprobs.add(token_id, told)
             fields["logprobs"] = self._logprobs.take()
         if self._token_ids:
             fields["token_ids"], self._token_ids = self._token_ids, []
-        if self._prompt is not None:
-            prompt, self._prompt = self._prompt, None
-            fields["prompt_logprobs"] = [one and self._by_id(token_id, one) for token_id, one in prompt]
         return fields or None
 
 

@@ -10,7 +10,7 @@ from disaggregated.engine.logprobs import NUM_SORTED, PROMPT_TOKENS_AT_ONCE, Ste
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.errors import ServerLost
 from disaggregated.sampling_params import LOGPROBS_MAX, SamplingParams
-from disaggregated.token_logprobs import TokenLogprob, from_proto, to_proto
+from disaggregated.token_logprobs import PackedLogprobs, TokenLogprob, from_proto, to_proto
 from disaggregated.v1 import control_pb2
 
 VOCAB_SIZE = 1003
@@ -109,6 +109,11 @@ def test_they_travel() -> None:
     message = to_proto(tokens)
     assert message is not None
     assert from_proto(message) == tokens
+    packed = PackedLogprobs(message)
+    assert list(packed) == tokens
+    assert (packed[-1], packed[1:], len(packed)) == (tokens[-1], tokens[1:], 3)
+    with pytest.raises(IndexError):
+        packed[3]
     assert to_proto([]) is None
     assert from_proto(control_pb2.Logprobs(logprobs=[-0.5], ranks=[1])) == [TokenLogprob(-0.5, 1)]
 
