@@ -13,6 +13,8 @@ from disaggregated.structured.json_type import wrong_type
 
 TEXT_BYTES_MAX: Final = 64 << 10
 """Of a regular expression or a grammar, and of all choices together."""
+GBNF_BYTES_MAX: Final = 16 << 10
+"""It is checked by a program in Python."""
 CHOICES_MAX: Final = 1024
 
 
@@ -45,11 +47,12 @@ def read_choice(value: Any, name: str) -> Grammar:
 
 
 def read_grammar(value: Any, name: str) -> Grammar:
-    text = _text(value, name)
-    return Grammar(GrammarKind.EBNF if "::=" in text else GrammarKind.LARK, text)
+    if isinstance(value, str) and "::=" in value:
+        return Grammar(GrammarKind.EBNF, _text(value, name, num_bytes_max=GBNF_BYTES_MAX))
+    return Grammar(GrammarKind.LARK, _text(value, name))
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, *, num_bytes_max: int = TEXT_BYTES_MAX) -> str:
     if not isinstance(value, str):
         raise wrong_type(name, "a string", value)
     if not value:
@@ -58,6 +61,6 @@ def _text(value: Any, name: str) -> str:
         num_bytes = len(value.encode())
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"{name} has half of a surrogate pair", param=name) from error
-    if num_bytes > TEXT_BYTES_MAX:
-        raise InvalidRequest(f"{name} has {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}", param=name)
+    if num_bytes > num_bytes_max:
+        raise InvalidRequest(f"{name} has {num_bytes} bytes, the limit is {num_bytes_max}", param=name)
     return value

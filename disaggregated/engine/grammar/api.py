@@ -16,7 +16,8 @@ Mask = TokenMask
 
 
 class Matcher(Protocol):
-    """Where one text stands in a grammar. Used by one thread at a time."""
+    """Where one text stands in a grammar. Used by one thread at a time. Each method may raise GrammarRefused when the
+    text has become too complex to follow; nothing else can be done with it then."""
 
     def fill(self, mask: Mask) -> None:
         """Write which tokens may come next. End-of-text tokens are among them where the text may end, and only there:

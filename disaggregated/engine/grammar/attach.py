@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as AnySequence
 from concurrent.futures import Future
 from typing import Final
 
@@ -41,12 +41,14 @@ def attach(sequence: Sequence, beginning: Future[GrammarFollower]) -> Exception 
         return error if isinstance(error, Exception) else DisaggregatedError(f"{type(error).__name__}: {error}")
     sequence.grammar = beginning.result()
     if not sequence.grammar.follow(sequence.emitted):
-        return GrammarBroken("what was generated so far does not match the grammar as it is read here")
+        broken = GrammarBroken("what was generated so far does not match the grammar as it is read here")
+        return sequence.grammar.problem or broken
     return None
 
 
-def broken_by(sequence: Sequence, token_ids: Iterable[int]) -> Exception | None:
+def broken_by(sequence: Sequence, token_ids: AnySequence[int]) -> Exception | None:
     """Goes on by tokens that were sampled; what the sequence fails with, if one of them is not allowed."""
     if sequence.grammar is None or sequence.grammar.follow(token_ids):
         return None
-    return InvalidRequest("of the tokens that are allowed, none goes on with the grammar", param="logit_bias")
+    nothing = InvalidRequest("of the tokens that are allowed, none goes on with the grammar", param="logit_bias")
+    return sequence.grammar.problem or nothing

@@ -7,10 +7,18 @@ of them is all that is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Collection, Sequence
+from typing import Final
 
 from disaggregated.engine.grammar.api import Mask, Matcher
 from disaggregated.engine.grammar.bitmask import allows, forbid, full_mask
+from disaggregated.errors import GrammarRefused
+
+TIME_MAX_S: Final = 0.1
+"""Of this thread's own time, for one token: to follow it, or to find what may come after it. Both take microseconds, at
+worst a few milliseconds; but everybody's step waits for them, and where a text can be read in ever more ways they take
+longer with each token."""
 
 
 class GrammarFollower:
@@ -31,15 +39,24 @@ class GrammarFollower:
         """How many tokens come before the grammar; None while the text is still free."""
         self._num_ended = 0
         """Of the last tokens: end-of-text tokens, and what follows them, which the matcher never sees."""
+        self.problem: GrammarRefused | None = None
+        """Why this grammar is followed no longer: from here on every token is allowed, and none is followed."""
 
     @property
     def num_followed(self) -> int:
         """Tokens of the generated text that are known here."""
         return len(self._token_ids)
 
-    def follow(self, token_ids: Iterable[int]) -> bool:
-        """Go on by tokens that were sampled. False: the grammar does not allow one of them; the rest is left out."""
-        return all(self._accept(token_id) for token_id in token_ids)
+    def follow(self, token_ids: Sequence[int]) -> bool:
+        """Go on by tokens that were sampled. False: the grammar does not allow one of them, or there is a problem; the
+        rest is left out."""
+        started_s = time.thread_time()
+        try:
+            follows = self.problem is None and all(self._accept(token_id) for token_id in token_ids)
+        except GrammarRefused as problem:
+            self.problem, follows = problem, False
+        self._check_time(started_s, len(token_ids))
+        return follows
 
     def masks(self, draft_token_ids: Sequence[int], forbidden_token_ids: Collection[int]) -> list[Mask]:
         """What may follow, and what may follow each draft; nothing has changed afterwards.
@@ -47,6 +64,24 @@ class GrammarFollower:
         Where a draft is not allowed it cannot be accepted, so what may follow it never matters.
         `forbidden_token_ids`: not to be sampled yet; unless the grammar allows nothing else.
         """
+        started_s = time.thread_time()
+        num_wanted = 1 + len(draft_token_ids)
+        try:
+            found = self._masks(draft_token_ids, forbidden_token_ids) if self.problem is None else []
+        except GrammarRefused as problem:
+            self.problem, found = problem, []
+        self._check_time(started_s, num_wanted)
+        return found + [full_mask(self._vocab_size)] * (num_wanted - len(found))
+
+    def _check_time(self, started_s: float, num_tokens: int) -> None:
+        spent_s = time.thread_time() - started_s
+        if spent_s > TIME_MAX_S * max(1, num_tokens) and self.problem is None:
+            self.problem = GrammarRefused(
+                f"grammar: too ambiguous, a token takes {spent_s:.2f} s, the limit is {TIME_MAX_S} s", param="grammar"
+            )
+
+    def _masks(self, draft_token_ids: Sequence[int], forbidden_token_ids: Collection[int]) -> list[Mask]:
+        """Up to the first draft that is not allowed."""
         found = [self._mask(forbidden_token_ids)]
         num_tried = 0
         for draft in draft_token_ids:
@@ -56,7 +91,7 @@ class GrammarFollower:
             found.append(self._mask(forbidden_token_ids))
         for _ in range(num_tried):
             self._take_back()
-        return found + [full_mask(self._vocab_size)] * (1 + len(draft_token_ids) - len(found))
+        return found
 
     def _accept(self, token_id: int) -> bool:
         if self._begins_at is not None:

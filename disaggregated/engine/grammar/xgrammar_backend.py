@@ -27,6 +27,8 @@ ENFORCED: Final = frozenset(
     }
 )  # fmt: skip
 """Not the lengths and patterns of strings: they are enforced too, but take it seconds to compile."""
+TEXT_CHARACTERS_MAX: Final = 8 << 10
+"""An object of some hundred optional properties takes it a second, and one of a thousand minutes."""
 REMARKS: Final = frozenset({"title", "description", "default", "example", "examples", "$schema", "$id", "$comment"})
 """Keywords that say nothing about which values there are."""
 
@@ -56,6 +58,10 @@ class XGrammarBackend:
         match grammar.kind:
             case GrammarKind.JSON_OBJECT:
                 return self._compile_schema(ANY_OBJECT)
+            case _ if len(grammar.text) > TEXT_CHARACTERS_MAX:
+                raise GrammarRefused(
+                    f"grammar: {len(grammar.text)} characters, XGrammar is given {TEXT_CHARACTERS_MAX}", param="grammar"
+                )
             case GrammarKind.JSON_SCHEMA:
                 if odd := unenforced(json.loads(grammar.text)):
                     raise GrammarRefused(f"grammar: XGrammar does not enforce {odd}", param="grammar")

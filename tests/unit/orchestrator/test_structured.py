@@ -10,7 +10,7 @@ import pytest
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar, GrammarKind
 from disaggregated.structured.json_schema import BYTES_MAX, schema_text
-from disaggregated.structured.readers import CHOICES_MAX, TEXT_BYTES_MAX
+from disaggregated.structured.readers import CHOICES_MAX, GBNF_BYTES_MAX, TEXT_BYTES_MAX
 from orchestrator.api.fields import Fields
 from orchestrator.api.structured import grammar_field, grammar_of
 
@@ -77,6 +77,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guided_regex": ""}, "guided_regex must not be empty"),
     ({"guided_regex": "\ud800"}, "guided_regex has half of a surrogate pair"),
     ({"guided_regex": "a" * (TEXT_BYTES_MAX + 1)}, f"has {TEXT_BYTES_MAX + 1} bytes, the limit is {TEXT_BYTES_MAX}"),
+    ({"guided_grammar": "root ::= " + "a" * GBNF_BYTES_MAX}, f"bytes, the limit is {GBNF_BYTES_MAX}"),
     ({"guided_choice": "yes"}, "guided_choice must be an array of strings, is a string"),
     ({"guided_choice": ["yes", 1]}, "guided_choice must be an array of strings"),
     ({"guided_choice": []}, f"guided_choice has 0 choices, it must have 1 to {CHOICES_MAX}"),

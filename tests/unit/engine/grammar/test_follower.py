@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from disaggregated.engine.grammar import follower as follower_module
+from disaggregated.engine.grammar.api import Mask
 from disaggregated.engine.grammar.backends import Backends
 from disaggregated.engine.grammar.bitmask import allows, forbid, full_mask
 from disaggregated.engine.grammar.follower import GrammarFollower
+from disaggregated.errors import GrammarRefused
 from disaggregated.grammar import Grammar, GrammarKind
 from tests.support.grammar_vocabulary import END_ID as EOS
 from tests.support.grammar_vocabulary import THINK_END_ID as MARK
@@ -131,3 +135,61 @@ def test_tokens_of_a_vocabulary_are_read_by_their_ids(tmp_path: Path) -> None:
     assert vocabulary.is_byte_level
     assert len(vocabulary.tokens) == VOCAB_SIZE
     assert vocabulary.num_tokenizer_ids == MARK + 1
+
+
+class TiresomeMatcher:
+    """Implements `Matcher`; after so many tokens it gives up, or takes its time."""
+
+    def __init__(self, num_tokens: int, *, gives_up: bool) -> None:
+        self._left = num_tokens
+        self._gives_up = gives_up
+
+    def fill(self, mask: Mask) -> None:
+        self._check()
+
+    def accept(self, token_id: int) -> bool:
+        self._left -= 1
+        self._check()
+        return True
+
+    def rollback(self, num_tokens: int) -> None:
+        self._left += num_tokens
+
+    def _check(self) -> None:
+        if self._left > 0:
+            return
+        if self._gives_up:
+            raise GrammarRefused("grammar: too complex", param="grammar")
+        until_s = time.thread_time() + 0.02
+        while time.thread_time() < until_s:
+            pass
+
+
+@pytest.mark.parametrize(("gives_up", "words"), [(True, "too complex"), (False, "too ambiguous, a token takes 0.")])
+def test_a_grammar_that_is_too_hard_to_follow_is_given_up_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, gives_up: bool, words: str
+) -> None:
+    monkeypatch.setattr(follower_module, "TIME_MAX_S", 0.01)
+    found = GrammarFollower(
+        TiresomeMatcher(3, gives_up=gives_up), starts_after=(), eos_token_ids=[EOS], vocab_size=VOCAB_SIZE
+    )
+    assert found.follow([1, 2])
+    assert len(found.masks([1, 2, 3], ())) == 4
+    assert len(found.masks([1], ())) == 2
+    assert not found.follow([1])
+    assert found.problem is not None
+    assert words in str(found.problem)
+
+
+def test_a_text_that_can_be_read_in_ever_more_ways_is_given_up_in_time(
+    backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower_module, "TIME_MAX_S", 0.01)
+    ambiguous = Grammar(GrammarKind.EBNF, 'root ::= s\ns ::= s s | s s s | "a" | ""')
+    found = follower(backends, ambiguous)
+    (letter,) = ids_of("a")
+    while found.problem is None:
+        found.masks((), ())
+        found.follow([letter])
+        assert found.num_followed < 400
+    assert "too ambiguous" in str(found.problem)
