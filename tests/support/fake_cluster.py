@@ -37,6 +37,8 @@ class Temper:
     refusal: float = 0.0
     damaged_transfer: float = 0.0
     max_batch_size: int = 8
+    max_seq_len: int = 4096
+    num_blocks: int = 400
     tokens_a_step_max: int = 1
     """More than one: as speculative decoding brings them."""
     cache_blocks: int = 0
@@ -131,11 +133,13 @@ class FakeServer:
 
     async def describe(self, pipe: Pipe) -> None:
         await self.turn()
+        temper = self.cluster.temper
+        layout = dataclasses.replace(LAYOUT, num_blocks=temper.num_blocks)
         pipe.queue.put_nowait(
             control_pb2.ServerDescription(
                 instance_id=self.name, epoch=self.epoch, role=self.role, model=self.model, fingerprint=self.fingerprint,
-                layout=LAYOUT.to_proto(), max_num_tokens=64, max_batch_size=self.cluster.temper.max_batch_size,
-                max_seq_len=4096, can_prefill=True,
+                layout=layout.to_proto(), max_num_tokens=64, max_batch_size=temper.max_batch_size,
+                max_seq_len=temper.max_seq_len, can_prefill=True,
             )
         )  # fmt: skip
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import time
+from collections.abc import Iterator
 from typing import Final
 
 INTERVAL_S: Final = 0.01
@@ -34,3 +37,12 @@ class LoopCpu:
         self.longest_s = max(self.longest_s, now_s - self._last_s - INTERVAL_S)
         self._last_s = now_s
         self._arm()
+
+
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """As the orchestrator does it when it has started: a collection does not look at everything that is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
-import gc
 import io
 import itertools
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from disaggregated.errors import InvalidRequest
 from orchestrator.api.fields import NESTING_MAX, Fields
 from tests.support.front_door import Door, front_door
 from tests.support.fuzz_bodies import GOOD, Probe, probes
-from tests.support.loop_cpu import LoopCpu
+from tests.support.loop_cpu import LoopCpu, frozen_garbage
 
 CONCURRENCY: Final = 8
 BATCH: Final = 500
@@ -54,15 +52,6 @@ async def test_every_answer_is_good_or_names_the_field(seed: int, count: int) ->
     assert answers[200] > count / 20, answers
     assert answers[400] > count / 5, answers
     assert longest_s < BLOCKED_MAX_S
-
-
-@contextlib.contextmanager
-def frozen_garbage() -> Iterator[None]:
-    """As the orchestrator does it when it has started: a collection does not look at everything that is imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def is_sound(status: int, content_type: str, body: bytes) -> bool:
