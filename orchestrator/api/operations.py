@@ -39,6 +39,8 @@ async def health(door: FrontDoor, http: web.Request) -> web.Response:
     reason = door.why_not_serving()
     if reason is None:
         unhealthy = {server.instance_id: server.unhealthy for server in door.pools if server.unhealthy}
+        workers = (await door.siblings.counts(own_counts(door))).get("workers", {})
+        unhealthy |= {name: "does not answer" for name, counts in workers.items() if counts is None}
         return json_response({"status": "serving", **({"unhealthy": unhealthy} if unhealthy else {})})
     return error_response(NoServerAvailable(reason), retry_after_s=1)
 
