@@ -151,6 +151,16 @@ async def test_a_reply_cut_anywhere_is_an_answer(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"tools": [TIME]}, {"tools": [TIME], "tool_choice": "required"}])
+async def test_a_model_that_says_nothing_has_answered(
+    client: openai.AsyncOpenAI, stream: bool, fields: dict[str, Any]
+) -> None:
+    message = await told(client, "", stream=stream, **fields)
+    assert (message["content"], message["finish_reason"]) == ("", "stop")
+    assert "tool_calls" not in message
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_the_api_before_tools_gets_one_function_call(client: openai.AsyncOpenAI, stream: bool) -> None:
     message = await told(client, CALLS, stream=stream, functions=[WEATHER["function"], TIME["function"]])
     assert message["function_call"] == {"name": "weather", "arguments": '{"city": "São Paulo"}'}

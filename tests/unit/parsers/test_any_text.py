@@ -48,7 +48,7 @@ def test_text_without_a_call_comes_out_as_it_went_in(name: str) -> None:
 
 
 def test_forced_calls_of_any_arguments_come_back_as_they_were() -> None:
-    for seed in range(100):
+    for seed in range(25):
         chosen = random.Random(seed)
         arguments = [{"a": chosen.choice(["", '"', "}{", "\\", "</x>", "ü\n"]) * 2, "n": seed} for _ in range(3)]
         reply = json.dumps([{"name": "f", "parameters": each} for each in arguments], ensure_ascii=seed % 2 == 0)
