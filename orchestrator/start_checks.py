@@ -18,6 +18,7 @@ from disaggregated.security import secret, tls
 from kvtransfer.negotiate import DEFAULT, Preference
 from orchestrator.admission.api_keys import read_keys
 from orchestrator.admission.http_tls import front_door_tls
+from orchestrator.routing.make import make_placer
 
 _BACKEND: Final = "cache_transceiver_config.backend"
 
@@ -25,10 +26,11 @@ _BACKEND: Final = "cache_transceiver_config.backend"
 def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Sentences about what will be another way than the file says, and may be so.
 
-    Raises ConfigError, which names the key, for what cannot work: keys that are not built, a secret, a certificate
-    or a file of API keys that cannot be used, a transport that is not here, two sections that can never meet.
+    Raises ConfigError, which names the key, for what cannot work: keys that are not built, a router, a secret, a
+    certificate or a file of API keys that cannot be used, a transport that is not here, two sections that can never meet.
     """
     check_can_start(config)
+    make_placer(config)
     security = config.security
     secret.find(environ, file=security.cluster_secret_file, key=security.internal_request_auth_key)
     tls.load(security.tls)
