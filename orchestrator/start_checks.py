@@ -27,7 +27,7 @@ def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.enviro
     """Sentences about what will be another way than the file says, and may be so.
 
     Raises ConfigError, which names the key, for what cannot work: keys that are not built, a router, a secret, a
-    certificate or a file of API keys that cannot be used, a transport that is not here, two sections that can never meet.
+    certificate or a file of API keys that cannot be used, a transport that is not here, two sections that never meet.
     """
     check_can_start(config)
     make_placer(config)

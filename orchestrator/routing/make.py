@@ -26,8 +26,8 @@ _MAKERS: Final[Mapping[str, tuple[Callable[..., Policy], tuple[str, ...]]]] = {
 """By type: the policy, and those of the section's keys that it takes."""
 
 
-def make_policy(router: RouterConfig) -> Policy | None:
-    """None: the cost model chooses.
+def make_policy(router: RouterConfig, section: str = "") -> Policy | None:
+    """None: the cost model chooses. section: where the router stands in the file.
 
     Raises:
         ConfigError: the router type does not exist, or lacks a key.
@@ -39,14 +39,15 @@ def make_policy(router: RouterConfig) -> Policy | None:
     maker, names = _MAKERS[router.type]
     args: dict[str, Any] = {name: router.args[name] for name in names if name in router.args}
     if router.type == "weighted" and not args.get("weights"):
-        raise ConfigError("router type 'weighted' needs router.weights: a weight for each address or version")
+        at = f"{section}.router.weights" if section else "router.weights"
+        raise ConfigError(f"{at} is missing: a router of type 'weighted' needs a weight for each address or version")
     return maker(**args)
 
 
 def make_placer(config: DeploymentConfig) -> Placer:
     """Raises as `make_policy` does."""
     return Placer(
-        make_policy(config.context.router),
-        make_policy(config.generation.router),
+        make_policy(config.context.router, "context_servers"),
+        make_policy(config.generation.router, "generation_servers"),
         LocalPrefill(num_uncached_max=config.max_local_prefill_length, balances=config.balance_prefill),
     )

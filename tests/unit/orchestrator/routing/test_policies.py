@@ -59,7 +59,7 @@ def test_the_router_of_the_file_names_the_policy() -> None:
     assert choices(by_tokens, [Candidate("a", 0, 5), Candidate("b", 9, 4)], 1) == "b"
     with pytest.raises(ConfigError, match="no router type 'best'; there are least_ttft, round_robin"):
         make_policy(RouterConfig(type="best"))
-    with pytest.raises(ConfigError, match=r"needs router\.weights"):
+    with pytest.raises(ConfigError, match=r"^router\.weights is missing"):
         make_policy(RouterConfig(type="weighted"))
 
 
