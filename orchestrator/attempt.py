@@ -284,6 +284,7 @@ class Attempt:
             self._arrived(Arrival(position, [token_id]), now_s)
             return
         self._order.position = position + 1
+        self.story.num_tokens += 1
         for _, share in self._shares:
             share.num_tokens += 1
         if self._run.deliver_token(token_id, now_s=now_s):

@@ -128,7 +128,6 @@ class RequestRun:
             story.longest_gap_s = gap_s
         story.last_token_s = now_s
         story.num_tokens += 1
-        story.attempts[-1].num_tokens += 1
         self.num_losses_in_a_row = 0
         if len(self.emitted) >= self._num_tokens_max:
             self.sink.push((token_id,), "length")

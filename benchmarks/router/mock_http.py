@@ -139,8 +139,13 @@ class MockServer:
         self.running: set[Connection] = set()
 
     async def listen(self) -> int:
-        server = await asyncio.get_running_loop().create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=4096)
-        return int(server.sockets[0].getsockname()[1])
+        """The port that was taken; until `close()`."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=4096)
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        self._listener.close()
 
     def step(self, num_tokens: int) -> None:
         for connection in list(self.running):

@@ -81,15 +81,19 @@ class ByteLevelDetokenizer:
         # A prompt of raw ids may end within a character, which the reply then completes.
         tail = b"".join(map(self._bytes, prompt_ids[-_UTF8_BYTES_MAX:]))
         self._decoder.decode(tail)
+        self._is_within = bool(self._decoder.getstate()[0])
+        """A character has begun and has not ended."""
 
     def push(self, ids: Iterable[int]) -> str:
-        return self._decoder.decode(b"".join(map(self._bytes, ids)))
+        text = self._decoder.decode(b"".join(map(self._bytes, ids)))
+        self._is_within = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", True)
 
     def escaped(self, token_id: int) -> bytes | None:
-        if self._decoder.getstate()[0]:
+        if self._is_within:
             return None
         try:
             return self._escaped[token_id]

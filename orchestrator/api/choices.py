@@ -14,7 +14,7 @@ from disaggregated.text import ChoiceText
 from disaggregated.token_logprobs import Told
 from orchestrator.api.beside import Beside
 from orchestrator.api.shapes import Reply, Shape
-from orchestrator.api.sse import EventStream
+from orchestrator.api.sse import EventStream, TextFrame
 from orchestrator.parsers import CallStart, Content, Delta, ReplyParser, joined
 from orchestrator.request_run import TokenSink
 
@@ -49,9 +49,9 @@ class ParsedText:
         self.finish_reason = "tool_calls" if self._has_called and reason == "stop" else reason
         return not reason
 
-    @property
-    def has_kept(self) -> bool:
-        return bool(self._kept_text or self._kept)
+    def keep_token(self, token_id: int) -> None:
+        """As `push` of one token that is not the last, without a parser."""
+        self._keep_text(self._text.push((token_id,), ""))
 
     def _keep_text(self, text: str) -> None:
         if text:
@@ -143,9 +143,13 @@ class StreamedChoice:
         self._text = ParsedText(text, parser, echoed)
         self._shape = shape
         self._beside = beside
-        self._choice_text = text
         is_plain = parser is None and beside is None and not text.may_stop
         self._around = shape.around_text(index) if is_plain else None
+        if is_plain:
+            self._escaped = text.escaped
+        self._whole_frame: TextFrame | None = None
+        self._frame: TextFrame | None = None
+        """While nothing is kept, on a stream that is open, and where nothing but text is told."""
         self._is_opened = False
         self._is_finished = False
         self.stream: EventStream
@@ -158,18 +162,25 @@ class StreamedChoice:
         if self.stream.takes_more:
             self.flush()
         else:
-            self.stream.wake()
+            self._fell_behind()
         return wants_more
 
     def push_token(self, token_id: int) -> bool:
         """An event of one token, in the least time: what stands around its text is always the same."""
-        if self._around is not None and self._is_opened and self.stream.takes_more and not self._text.has_kept:
-            escaped = self._choice_text.escaped(token_id)
-            if escaped is not None:
-                if escaped:
-                    self.stream.send_between(self._around[0], escaped, self._around[1])
-                return True
-        return self.push((token_id,), "")
+        frame = self._frame
+        if frame is None:
+            return self.push((token_id,), "")
+        escaped = self._escaped(token_id)
+        if escaped is None:
+            return self.push((token_id,), "")
+        if escaped and not self.stream.try_send(frame.of(escaped)):
+            self._text.keep_token(token_id)
+            self._fell_behind()
+        return True
+
+    def _fell_behind(self) -> None:
+        self._frame = None
+        self.stream.wake()
 
     def flush(self) -> None:
         """Send what is kept; also when there is nothing."""
@@ -183,6 +194,8 @@ class StreamedChoice:
             event += self._shape.finish(self._index, self._text.finish_reason)
         if event:
             self.stream.send(event)
+        if self._around is not None and self.stream.is_open:
+            self._frame = self._whole_frame = self._whole_frame or self.stream.frame(*self._around)
 
     def _said(self) -> bytes:
         beside = None if self._beside is None else self._beside.take()
