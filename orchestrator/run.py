@@ -44,9 +44,6 @@ CONNECTIONS_TIMEOUT_S: Final = 0.25
 SERVERS_TIMEOUT_S: Final = 1.5
 """For the servers after that, before they are killed."""
 
-GC_THRESHOLDS: Final = (20_000, 20, 50)
-"""Of what a request leaves behind nearly all goes by its reference count. Looked at as often as Python does by default,
-what lives on (stories, connections) would cost a tenth of each request."""
 
 OnListening = Callable[[str], object]
 """Told the address, "host:port", once HTTP answers there."""
@@ -136,7 +133,6 @@ def freeze_start_up_objects() -> None:
     """What lives as long as the process need not be looked at by every collection."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 @contextlib.contextmanager

@@ -87,8 +87,10 @@ class Ground:
 @contextlib.asynccontextmanager
 async def contenders(names: Sequence[str], cores: Cores) -> AsyncIterator[list[Contender]]:
     """All of them run at once, and are idle but for the one whose turn it is."""
-    os.sched_setaffinity(0, cores.load)
+    before = os.sched_getaffinity(0)
     async with contextlib.AsyncExitStack() as stack:
+        os.sched_setaffinity(0, cores.load)
+        stack.callback(os.sched_setaffinity, 0, before)
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="router-")))
         ground = Ground(stack=stack, folder=folder, cores=cores)
         found: list[Contender] = []

@@ -60,7 +60,7 @@ class EventStream:
         self._protocol = http.protocol
         self._transport: asyncio.Transport = http.transport
         self._descriptor = plain_descriptor(self._transport)
-        # "Writing is paused" then means that anything at all is left over. With 0, TLS would count nothing as something.
+        # "Writing is paused" then means that anything at all is left over. At 0, TLS would count nothing as something.
         self._transport.set_write_buffer_limits(high=0 if self._descriptor >= 0 else 1, low=0)
         self._is_chunked = http.version >= HttpVersion11
         framing = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
