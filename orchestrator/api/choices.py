@@ -15,7 +15,7 @@ from disaggregated.token_logprobs import Told
 from orchestrator.api.beside import Beside
 from orchestrator.api.shapes import Reply, Shape
 from orchestrator.api.sse import EventStream, TextFrame
-from orchestrator.parsers import CallStart, Content, Delta, ReplyParser, joined
+from orchestrator.parsers import CallStart, Content, Delta, Reasoning, ReplyParser, joined
 from orchestrator.request_run import TokenSink
 
 KEPT_MAX: Final = 64
@@ -34,6 +34,9 @@ class ParsedText:
         self._kept_text: list[str] = [echoed] if echoed else []
         """Without a parser; joined when it is taken."""
         self._kept: list[Delta] = []
+        self._is_reasoning = False
+        self.num_reasoning_tokens = 0
+        """Those whose text went on with reasoning, or is held back where it did."""
         self.finish_reason = ""
 
     def push(self, token_ids: Sequence[int], finish_reason: str) -> bool:
@@ -44,6 +47,7 @@ class ParsedText:
             self._keep_text(text)
         else:
             self._parse(self._parser, text, is_last=bool(reason))
+            self.num_reasoning_tokens += len(token_ids) if self._is_reasoning else 0
             if self._parser.has_enough:
                 reason = "stop"
         self.finish_reason = "tool_calls" if self._has_called and reason == "stop" else reason
@@ -64,6 +68,8 @@ class ParsedText:
         if is_last:
             deltas += parser.finish()
         self._has_called = self._has_called or any(type(delta) is CallStart for delta in deltas)
+        if deltas:
+            self._is_reasoning = type(deltas[-1]) is Reasoning
         self._kept += deltas
         if len(self._kept) > KEPT_MAX:
             self._kept = joined(self._kept)
@@ -115,6 +121,10 @@ class CollectedChoice:
         """Called once, at the end."""
         beside = None if self._beside is None else self._beside.take()
         return Reply(self._text.take_deltas(), self._text.finish_reason, beside)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return self._text.num_reasoning_tokens
 
     @property
     def is_large(self) -> bool:
@@ -177,6 +187,10 @@ class StreamedChoice:
             self._text.keep_token(token_id)
             self._fell_behind()
         return True
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return self._text.num_reasoning_tokens
 
     def _fell_behind(self) -> None:
         self._frame = None

@@ -39,7 +39,7 @@ async def _collect(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRe
         CollectedChoice(job.text_of(request), job.parser(), job.beside_of(request), echoed=job.echoed_to(index))
         for index, request in enumerate(job.requests)
     ]
-    usage = await _run_all(door, job, choices)
+    usage = _with_reasoning(await _run_all(door, job, choices), choices)
     shown = likeliest(choices, job.fields.reply)
 
     def whole() -> bytes:
@@ -89,7 +89,7 @@ async def _last_events(
     An error before the first token has a status of its own; afterwards it is the last event.
     """
     try:
-        usage = await _run_all(door, job, choices)
+        usage = _with_reasoning(await _run_all(door, job, choices), choices)
         return [job.shape.usage(usage)] if job.fields.include_usage else []
     except DisaggregatedError as error:
         if not stream.is_open:
@@ -109,6 +109,10 @@ async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> Usa
     else:
         stories = await run_many(run, list(zip(job.requests, sinks, strict=True)), num_each=reply.best_of)
     return _usage(stories, reply)
+
+
+def _with_reasoning(usage: Usage, choices: Sequence[CollectedChoice | StreamedChoice]) -> Usage:
+    return usage + Usage(0, 0, 0, sum(choice.num_reasoning_tokens for choice in choices))
 
 
 def _usage(stories: Sequence[RequestStory], reply: ReplyFields) -> Usage:

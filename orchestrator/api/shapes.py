@@ -21,6 +21,8 @@ class Usage:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_tokens: int
+    num_reasoning_tokens: int = 0
+    """Of these."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -28,6 +30,11 @@ class Usage:
             "completion_tokens": self.num_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_tokens,
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+            **(
+                {"completion_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens}}
+                if self.num_reasoning_tokens
+                else {}
+            ),
         }
 
     def __add__(self, other: Usage) -> Usage:
@@ -35,6 +42,7 @@ class Usage:
             self.num_prompt_tokens + other.num_prompt_tokens,
             self.num_cached_tokens + other.num_cached_tokens,
             self.num_tokens + other.num_tokens,
+            self.num_reasoning_tokens + other.num_reasoning_tokens,
         )
 
 

@@ -21,9 +21,9 @@ def says(reply: str) -> str:
 
 
 def next_of_script(sequence: Sequence[int]) -> int | None:
-    """The next token of a reply that was scripted; None where nothing was."""
+    """The next token of the reply that was scripted last; None where nothing was."""
     ids = np.asarray(sequence, dtype=np.uint32).tobytes()
-    begin = ids.find(_bytes_of(_BEGIN))
+    begin = ids.rfind(_bytes_of(_BEGIN))
     if begin < 0:
         return None
     end = ids.find(_bytes_of(_END), begin)

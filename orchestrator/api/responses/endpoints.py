@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -114,9 +115,12 @@ def _shape(door: FrontDoor, draft: Draft, body: ResponsesBody, *, owner: str) ->
         **body.echo,
     }
 
+    loop = asyncio.get_running_loop()
+
     def keep(ended: dict[str, Any]) -> None:
+        """Also called on a thread, where a long answer is put together."""
         if body.stores:
-            door.responses.put(response_id, _to_store(ended, body, owner))
+            loop.call_soon_threadsafe(door.responses.put, response_id, _to_store(ended, body, owner))
 
     return ResponsesShape(response, keep=keep)
 
