@@ -1,4 +1,4 @@
-"""A server's end: takes connections, lets members of the cluster in, and serves calls with the objects gRPC serves with.
+"""A server's end: takes connections, lets members of the cluster in, and serves calls with the objects that gRPC has.
 
 One task a call. A call ends early when its caller cancels it or hangs up: its task is cancelled, as gRPC would do it.
 A stream whose caller reads slowly waits before its next message, so that what is kept for it is bounded by whoever
@@ -189,7 +189,7 @@ class _Connection(asyncio.Protocol):
     async def _mapping_errors(
         self, serve: Callable[[int, _Method, bytes], Awaitable[None]], number: int, method: _Method, message: bytes
     ) -> None:
-        """A handler is a process's edge: what it did not expect costs this one call, is logged, and is never retried."""
+        """A handler is a process's edge: what it did not expect costs this call alone, is logged, and never retried."""
         try:
             await serve(number, method, message)
         except DisaggregatedError as error:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggregated.compute_cost import StepCost, prior
 from context_server.pull_cost import (
     ASKING_S,
     BYTE_S,
@@ -18,6 +17,7 @@ from context_server.pull_cost import (
     PullCosts,
     Quote,
 )
+from disaggregated.compute_cost import StepCost, prior
 
 CPU = StepCost(fixed_s=1e-3, token_s=1e-3, pair_s=1e-7)
 
