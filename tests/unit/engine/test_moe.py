@@ -100,7 +100,7 @@ def test_a_correction_changes_the_choice_but_not_the_weight(ops: ReferenceOps) -
     torch.testing.assert_close(weights, torch.tensor([[0.5]]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_tokens=st.integers(1, 40),
     seed=st.integers(0, 1000),

@@ -28,7 +28,7 @@ ISAS = runnable_isas()
 FUSED_ISAS = [isa for isa in ISAS if isa != "baseline"]
 shapes = st.tuples(st.integers(1, 200), st.integers(1, 30).map(lambda groups: groups * GROUP), st.integers(0, 1000))
 """Columns, depth, and the seed of all numbers."""
-thorough = settings(max_examples=20, deadline=None)
+thorough = settings(max_examples=20)
 pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
 
 Make = Callable[[torch.Generator, int, int], torch.Tensor]

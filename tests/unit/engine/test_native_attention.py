@@ -43,7 +43,7 @@ SPECS: Final = st.builds(
 )
 
 pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
-thorough = settings(max_examples=12, deadline=None)
+thorough = settings(max_examples=12)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8")
 BATCHES = (1, 2, 4, 5, 7, 8, 9, 16, 32, 33, 49, 250)
 
 pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
-thorough = settings(max_examples=25, deadline=None)
+thorough = settings(max_examples=25)
 shapes = st.tuples(st.integers(1, 200), st.integers(1, 900))
 """Columns and depth: several panels of any instruction set, and more than one block of depth."""
 

@@ -31,7 +31,7 @@ ISAS = tuple(isa for isa in runnable_isas() if not isa.endswith("vnni"))
 """VNNI makes a difference to linears alone, which have tests of their own."""
 
 pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
-thorough = settings(max_examples=25, deadline=None)
+thorough = settings(max_examples=25)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from disaggregated.sampling_params import SamplingParams
 ISAS = tuple(isa for isa in runnable_isas() if not isa.endswith("vnni"))
 
 pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
-thorough = settings(max_examples=40, deadline=None)
+thorough = settings(max_examples=40)
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38, torch.inf, -torch.inf])
 """Few, so that rows are full of equals, and all of them awkward."""
 
@@ -113,7 +113,7 @@ def test_a_vocabulary_of_a_real_model_agrees_with_torch_in_every_row(ops: Ops) -
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_sampler_gives_the_same_tokens_with_any_op_table(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(12, 3000, generator=rng).mul_(3).round(decimals=1)

@@ -244,7 +244,7 @@ class Tiers(RuleBasedStateMachine):
 
 
 TestTiers = Tiers.TestCase
-TestTiers.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestTiers.settings = settings(max_examples=100, stateful_step_count=50)
 
 
 def test_a_run_that_nothing_is_known_of_covers_no_tokens() -> None:

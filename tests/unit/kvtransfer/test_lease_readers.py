@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.errors import LeaseExpired, TransferError
@@ -112,7 +112,6 @@ leaves = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(num_readers=st.integers(1, 4), events=st.lists(leaves, max_size=12))
 def test_whatever_the_order_it_ends_once_and_with_its_last_reader(num_readers: int, events: list[Leave]) -> None:
     leases = book(num_readers)

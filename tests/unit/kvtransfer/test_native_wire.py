@@ -29,7 +29,7 @@ if library.library() is None:
 BUFFERED_BYTES = 4 << 20
 """From here on a read goes by way of a buffer."""
 ALIGNMENT = 64
-thorough = settings(max_examples=25, deadline=None)
+thorough = settings(max_examples=25)
 
 
 @pytest.fixture(params=ISAS, scope="module")

@@ -57,7 +57,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokeni
     return build(write_gguf(path, tiny_llama(), vocabulary=PIECES))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=st.text(st.sampled_from("abn é😀"), min_size=1, max_size=30))
 def test_merges_from_scores_give_sentencepieces_ids(sentencepiece: tokenizers.Tokenizer, text: str) -> None:
     expected = sentencepiece_ids(text, sentencepiece.get_vocab())

@@ -31,7 +31,6 @@ def drawn(schema: Any) -> list[Any]:
         max_examples=NUM_BODIES,
         database=None,
         derandomize=True,
-        deadline=None,
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )

@@ -46,7 +46,7 @@ def any_ids(vocab_size: int) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("tokenizer", TINY, ids=TINY_NAMES)
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(draw=st.data(), cuts=any_cuts, skip=st.booleans())
 def test_any_ids_in_any_chunks_give_the_text_of_the_whole(
     tokenizer: Tokenizer, draw: st.DataObject, cuts: list[int], skip: bool
@@ -56,7 +56,7 @@ def test_any_ids_in_any_chunks_give_the_text_of_the_whole(
     assert streamed(tokenizer.detokenizer(skip_special_tokens=skip), ids, cuts) == whole
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(ids=st.lists(st.integers(0, 49151), max_size=40), cuts=any_cuts)
 def test_any_ids_of_the_bundled_model_give_the_text_of_the_whole(
     bundled: Tokenizer, ids: list[int], cuts: list[int]
@@ -64,7 +64,7 @@ def test_any_ids_of_the_bundled_model_give_the_text_of_the_whole(
     assert streamed(bundled.detokenizer(), ids, cuts) == bundled.decode(ids)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=st.text(max_size=40), cuts=any_cuts)
 def test_any_text_comes_back_in_any_chunks(bundled: Tokenizer, text: str, cuts: list[int]) -> None:
     ids = bundled.encode(text)
@@ -75,7 +75,7 @@ def test_any_text_comes_back_in_any_chunks(bundled: Tokenizer, text: str, cuts: 
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, UNSTRIPPED], ids=["byte-level", "sentencepiece"])
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(ids=st.lists(st.integers(0, 255), max_size=12), cut=st.integers(0, 12))
 def test_the_text_of_a_prompt_and_its_reply_is_the_text_of_both(tokenizer: Tokenizer, ids: list[int], cut: int) -> None:
     prompt = [*ids[:cut], *tokenizer.encode("é")]

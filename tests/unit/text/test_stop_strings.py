@@ -35,7 +35,7 @@ def replay(chunks: list[str], stops: list[str]) -> tuple[list[str], str | None]:
     return [*sent, scanner.flush()], None
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=1000)
 @given(text=few_letters, stops=some_stops, cuts=st.lists(st.integers(0, 20), max_size=8))
 def test_any_chunks_give_what_a_naive_search_finds(text: str, stops: list[str], cuts: list[int]) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
@@ -44,7 +44,7 @@ def test_any_chunks_give_what_a_naive_search_finds(text: str, stops: list[str], 
     assert ("".join(sent), matched) == naive(text, stops)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(text=few_letters, stops=some_stops.filter(bool))
 def test_no_more_is_held_back_than_could_still_become_a_stop_string(text: str, stops: list[str]) -> None:
     scanner, sent = StopStrings(stops), ""

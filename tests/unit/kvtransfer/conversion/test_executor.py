@@ -49,7 +49,7 @@ def convert_all(sources: list[KVHolding], ours: KVHolding, kv: Floats, table: li
     return pool
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     spread=st.sampled_from(SPREADS),
     into=st.sampled_from(SPREADS),

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.errors import LayoutMismatch
@@ -47,7 +47,6 @@ def places(piece: Piece, source: KVHolding, ours: KVHolding) -> list[tuple[int, 
     ]
 
 
-@settings(deadline=None)
 @given(pairs(), st.integers(0, 100))
 def test_every_layer_and_head_comes_once_from_each_token_rank_and_from_its_own_place(
     pair: tuple[list[KVHolding], KVHolding], turn: int
@@ -64,7 +63,6 @@ def test_every_layer_and_head_comes_once_from_each_token_rank_and_from_its_own_p
     assert taken == Counter((rank, layer, head) for rank in token_ranks for layer in ours.layers for head in ours.heads)
 
 
-@settings(deadline=None)
 @given(pairs(), st.integers(0, 20))
 def test_a_missing_rank_is_refused_when_no_other_holds_the_same(
     pair: tuple[list[KVHolding], KVHolding], turn: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.kv_shard import KVHolding
@@ -54,7 +54,6 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(source, ours, num_tokens, skipped, needs_length or draw(st.booleans()))
 
 
-@settings(deadline=None)
 @given(holdings(), st.integers(0, 300))
 def test_a_map_says_what_the_list_of_a_ranks_tokens_says(holding: KVHolding, num_tokens: int) -> None:
     tokens, where = tokens_of(holding, num_tokens), TokenMap.of(holding, num_tokens)
@@ -65,7 +64,6 @@ def test_a_map_says_what_the_list_of_a_ranks_tokens_says(holding: KVHolding, num
         assert where.in_rank(position) == sum(token < position for token in tokens)
 
 
-@settings(deadline=None)
 @given(cases())
 def test_segments_bring_each_wanted_token_to_its_place_once(case: Case) -> None:
     theirs, ours = tokens_of(case.source, case.num_tokens), tokens_of(case.ours, case.num_tokens)
@@ -89,7 +87,6 @@ def test_segments_bring_each_wanted_token_to_its_place_once(case: Case) -> None:
     assert all(len(ours) <= here < case.num_blocks * our_size for here in beyond)
 
 
-@settings(deadline=None)
 @given(cases())
 def test_blocks_said_to_be_here_hold_nothing_wanted_and_there_is_room_for_what_may_come(case: Case) -> None:
     plan = case.plan()

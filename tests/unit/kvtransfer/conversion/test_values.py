@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -48,7 +48,6 @@ def test_every_dtype_of_a_layout_has_a_numpy_one_of_its_size() -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(QUANTISED))
-@settings(deadline=None)
 @given(x=arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.floats(width=32)))
 def test_quantising_gives_the_engines_bits(dtype: str, x: Floats) -> None:
     ours = convert(exact(x), dtype)
@@ -59,7 +58,6 @@ def test_quantising_gives_the_engines_bits(dtype: str, x: Floats) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@settings(deadline=None)
 @given(x=arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32, allow_nan=False)))
 def test_rounding_gives_the_engines_bits(dtype: str, x: Floats) -> None:
     theirs = torch.from_numpy(x.copy()).to(getattr(torch, dtype)).view(torch.int16).numpy()
@@ -67,7 +65,6 @@ def test_rounding_gives_the_engines_bits(dtype: str, x: Floats) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@settings(deadline=None)
 @given(x=rows(largest=60_000))
 def test_a_rounded_number_is_off_by_the_unit_roundoff_at_most(dtype: str, x: Floats) -> None:
     error = np.abs(as_float32(convert(exact(x), dtype)).astype(np.float64) - x)
@@ -75,7 +72,6 @@ def test_a_rounded_number_is_off_by_the_unit_roundoff_at_most(dtype: str, x: Flo
     assert (error <= UNIT_ROUNDOFF[dtype] * np.abs(x.astype(np.float64)) + smallest_half).all()
 
 
-@settings(deadline=None)
 @given(rows())
 def test_int8_is_off_by_half_a_step_at_most(x: Floats) -> None:
     numbers = convert(exact(x), "int8")
@@ -84,7 +80,6 @@ def test_int8_is_off_by_half_a_step_at_most(x: Floats) -> None:
     assert (error <= numbers.scales[:, None].astype(np.float64) / 2 * SLACK * (1 + 2.0**-12) + SMALLEST["int8"]).all()
 
 
-@settings(deadline=None)
 @given(rows())
 def test_fp8_is_off_by_a_sixteenth_or_half_its_smallest_step_at_most(x: Floats) -> None:
     numbers = convert(exact(x), "float8_e4m3fn")
@@ -95,7 +90,6 @@ def test_fp8_is_off_by_a_sixteenth_or_half_its_smallest_step_at_most(x: Floats) 
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@settings(deadline=None)
 @given(x=rows(largest=60_000))
 def test_a_float_dtype_comes_back_from_float32_as_it_was(dtype: str, x: Floats) -> None:
     stored = convert(exact(x), dtype)
@@ -104,7 +98,6 @@ def test_a_float_dtype_comes_back_from_float32_as_it_was(dtype: str, x: Floats) 
 
 
 @pytest.mark.parametrize("dtype", sorted(QUANTISED))
-@settings(deadline=None)
 @given(x=rows())
 def test_quantising_what_was_quantised_changes_no_number_by_more_than_the_arithmetic(dtype: str, x: Floats) -> None:
     once = convert(exact(x), dtype)
@@ -141,7 +134,6 @@ NATIVE = ["float32", "bfloat16", "int8", "float8_e4m3fn"]
 
 @pytest.mark.parametrize("into", NATIVE)
 @pytest.mark.parametrize("dtype", NATIVE)
-@settings(deadline=None)
 @given(bits=arrays.arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(64)), elements=st.integers(0, 255)))
 def test_native_code_gives_the_bits_of_numpy(dtype: str, into: str, bits: npt.NDArray[np.uint8]) -> None:
     """For any bytes at all: also numbers that are none, and the smallest ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.block_hash import block_hashes
@@ -43,7 +43,6 @@ def some_servers(role: Role, dice: random.Random) -> list[Server]:
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
-@settings(deadline=None)
 @given(seed=st.integers(0, 1_000_000))
 def test_whoever_is_chosen_is_ready_and_has_room_and_nobody_waits_while_a_pair_is_free(kind: str, seed: int) -> None:
     dice = random.Random(seed)

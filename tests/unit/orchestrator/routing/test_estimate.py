@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.block_hash import block_hashes
@@ -194,7 +194,6 @@ def test_waiting_for_a_context_server_may_cost_less_than_disturbing_a_batch() ->
     assert found == NotYet("all 1 context servers are busy")
 
 
-@settings(deadline=None)
 @given(queued=st.integers(0, 127), held=st.integers(0, 40), rows=st.integers(0, 3))
 def test_more_waiting_at_the_context_server_never_speaks_against_a_local_prefill(
     queued: int, held: int, rows: int

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.block_hash import BlockHash, block_hashes
@@ -84,7 +84,6 @@ def test_servers_without_a_weight_are_taken_only_when_no_other_is_there() -> Non
     assert Counter(rest.choose(ASKED, [old, odd]).instance_id for _ in range(10)) == {"old": 5, "odd": 5}
 
 
-@settings(deadline=None)
 @given(weights=st.dictionaries(st.sampled_from("abcd"), st.integers(1, 9), min_size=1), rounds=st.integers(1, 3))
 def test_over_whole_rounds_the_counts_are_exact(weights: dict[str, int], rounds: int) -> None:
     policy = Weighted(weights)
@@ -150,7 +149,6 @@ def test_sessions_are_bounded_and_the_one_used_last_stays() -> None:
     assert len(table) == 1
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), blocks_max=st.integers(1, 40))
 def test_of_a_bounded_table_the_beginnings_stay_longest(seed: int, blocks_max: int) -> None:
     """What it says of a prompt is always true of its first blocks, and never more than the table holds."""
