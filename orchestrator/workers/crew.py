@@ -36,10 +36,12 @@ class Crew:
         orders: Sequence[Orders],
         environ: Mapping[str, str],
         *,
+        module: str = MODULE,
         show: Callable[[str], object] = lambda line: sys.stderr.write(f"{line}\n"),
     ) -> None:
         self._orders = orders
         self._environ = environ
+        self._module = module
         self._show = show
         self._children: dict[int, ServerChild] = {}
         self._ready: set[int] = set()
@@ -82,7 +84,7 @@ class Crew:
         """One process of it, from start to exit; whether it ever was ready."""
         name = f"worker-{orders.index}"
         child = await ServerChild.spawn(
-            name, ["-m", MODULE], self._environ, told=orders.to_bytes(), pass_fds=(orders.levels_fd,)
+            name, ["-m", self._module], self._environ, told=orders.to_bytes(), pass_fds=(orders.levels_fd,)
         )
         self._children[orders.index] = child
         was_ready = False

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from typing import Final
 
 import uvloop
 from aiohttp import web
@@ -33,7 +34,7 @@ from orchestrator.workers.shared_levels import SharedLevels
 
 log = logs.get(__name__)
 
-SCALE_TIMEOUT_S = 3600.0
+SCALE_TIMEOUT_S: Final = 3600.0
 """The launcher has a deadline of its own, which is shorter."""
 
 
@@ -102,7 +103,10 @@ def _stop_signal() -> asyncio.Event:
 
 
 def reserve(hostname: str, port: int) -> socket.socket:
-    """A socket that keeps the port for our workers, and takes no connections itself."""
+    """A socket with the port's number for our workers, which takes no connections itself.
+
+    Raises PortTaken when somebody listens there; whoever comes later is refused once the first worker listens.
+    """
     with contextlib.closing(listen(hostname, port)) as probe:
         port = probe.getsockname()[1]
     return listen(hostname, port, shared=True, accepts=False)
