@@ -56,7 +56,7 @@ class WireConnection(asyncio.Protocol):
             Unauthenticated: the two ends do not know the same cluster secret, or TLS does not believe the server.
         """
         ours = membership or membership_of.of_this_process()
-        address = f"{host}:{port}"
+        address, host = f"{host}:{port}", host.strip("[]")
         tls = ours.tls.caller_context() if ours.tls else None
         server_name = (ours.tls.server_name or host) if ours.tls else None
         connection: WireConnection | None = None
@@ -64,7 +64,7 @@ class WireConnection(asyncio.Protocol):
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 _, connection = await asyncio.get_running_loop().create_connection(
                     lambda: cls(address, CallerHandshake(ours.secret, address=address)),
-                    host.strip("[]"),
+                    host,
                     port,
                     ssl=tls,
                     server_hostname=server_name,

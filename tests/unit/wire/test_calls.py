@@ -264,3 +264,15 @@ async def test_where_nothing_listens_the_server_is_lost() -> None:
         port = server.port
     with pytest.raises(ServerLost):
         await WireConnection.open("127.0.0.1", port, membership=NOBODY)
+
+
+async def test_an_address_of_ip_version_6_may_stand_in_brackets() -> None:
+    server = WireServer(membership=NOBODY)
+    server.add("Generation", Generation())
+    await server.start("[::1]")
+    try:
+        connection = await WireConnection.open("[::1]", server.port, membership=NOBODY)
+        assert await connection.ask(b"Generation.Cancel", b"") == b""
+        connection.close()
+    finally:
+        await server.stop(None)
