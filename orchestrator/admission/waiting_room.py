@@ -65,7 +65,8 @@ class WaitingRoom(Generic[Item]):
             since_s=now_s,
             start_by_s=visitor.deadline_s if is_idle else self._start_by_s(visitor),
         )
-        self._check_in_time(waiting, now_s)
+        if not is_idle:
+            self._check_in_time(waiting, now_s)
         loser = self.queue.who_makes_way(ticket.tenant, priority=visitor.priority)
         if loser is not None:
             self.queue.remove(loser)

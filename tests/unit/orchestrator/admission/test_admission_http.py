@@ -192,6 +192,6 @@ async def test_what_comes_to_nothing_costs_no_tokens(keys: DoorConfig, tmp_path:
         status, _ = await door.post(
             TEXT, body(max_tokens=500, n=3), headers=bearer(POOR) | {"x-request-timeout": "0.1"}
         )
-        assert status == 504
+        assert status in (503, 504), "the second and third may not even be begun"
         await door.wait_idle()
         assert await left(door) >= before - 2000, "what was generated in vain, and no more"
