@@ -151,7 +151,7 @@ TEMPLATE: Final[dict[str, Schema]] = {
     ),
     "separate_reasoning": flag("Reasoning in a field of its own.", default=True),
     "include_reasoning": flag("Reasoning in the answer at all.", default=True),
-    "reasoning_effort": text('For the chat template; "none": no reasoning.'),
+    "reasoning_effort": {"description": 'A text for the chat template; "none": no reasoning.'},
     "thinking": {"description": '{"type": "enabled"} or {"type": "disabled"}.'},
     "enable_thinking": {"description": "Whether to reason."},
     "chat_template": text("Refused unless the deployment allows it."),
@@ -163,7 +163,9 @@ TEMPLATE: Final[dict[str, Schema]] = {
 _MESSAGE: Final = record(
     {
         "role": {"enum": sorted(ROLES)},
-        "content": one_of("Text.", {"type": "string"}, {"type": "array", "items": ref("TextPart")}),
+        "content": one_of(
+            "Text.", {"type": "string"}, {"type": "array", "items": {"anyOf": [{"type": "string"}, ref("TextPart")]}}
+        ),
         "tool_calls": array("Of an assistant.", {"type": "object"}),
         "tool_call_id": text("Of a tool's answer."),
         "name": text("Whose message."),

@@ -114,7 +114,10 @@ def _get(about: str, content: Schema, *ids: str) -> dict[str, Any]:
 
 
 def _post(about: str, body: str, answer: str, *, streams: bool = False) -> dict[str, Any]:
-    content = {**_json(answer), **({"text/event-stream": {"schema": {"type": "string"}}} if streams else {})}
+    content = {
+        **_json(answer),
+        **({"text/event-stream": {"schema": {"description": "Events; their data is JSON."}}} if streams else {}),
+    }
     return {
         "post": {
             **_operation(about, content),
