@@ -13,7 +13,6 @@ from concurrent.futures import Future
 
 from disaggregated.block_hash import BlockHash
 from disaggregated.engine.api import (
-    PLACEHOLDER,
     ChunkComputed,
     EngineEvent,
     EngineRequest,
@@ -40,6 +39,7 @@ from disaggregated.engine.scheduler import Scheduler
 from disaggregated.engine.scheduler_limits import Chunk, SchedulerLimits
 from disaggregated.engine.sequence import Phase, Sequence
 from disaggregated.engine.speculation import Speculation
+from disaggregated.engine.step_results import Totals, chunk_computed, snapshot, take_tokens
 from disaggregated.engine.tiered_cache import TieredCache
 from disaggregated.errors import InvalidRequest, QueueFull, TransferError
 
@@ -129,11 +129,7 @@ class LLMEngine:
         self._num_steps = 0
         self._last_progress_s = clock()
         """When a step was last finished, or when there was last nothing to do."""
-        self._prompt_tokens_total = 0
-        self._prompt_cached_tokens_total = 0
-        self._generation_tokens_total = 0
-        self._draft_tokens_total = 0
-        self._accepted_draft_tokens_total = 0
+        self._totals = Totals()
 
     def watch_layers(self, watcher: LayerWatcher) -> bool:
         """Tell `watcher` what is written while it is computed. False: this engine's runner only knows whole steps."""
@@ -215,7 +211,7 @@ class LLMEngine:
             self._end(sequence)
             return False
         self._scheduler.land(sequence, now_s=self._clock())
-        self._count_prompt(sequence)
+        self._totals.count_prompt(sequence)
         finish_reason = sequence.append(first_token)
         if finish_reason is not None:
             self._unsent.append(
@@ -310,28 +306,9 @@ class LLMEngine:
         return events
 
     def statistics(self) -> EngineStatistics:
-        return EngineStatistics(
-            step=self._num_steps,
-            step_age_s=self._clock() - self._last_progress_s if self.has_work else 0.0,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_waiting_tokens=self._scheduler.num_prompt_tokens_left,
-            num_blocks=self._pool.num_blocks,
-            num_blocks_free=self._pool.num_free,
-            num_blocks_leased=self._pool.num_leased,
-            num_blocks_quarantined=self._pool.num_quarantined,
-            prompt_tokens_total=self._prompt_tokens_total,
-            prompt_cached_tokens_total=self._prompt_cached_tokens_total,
-            generation_tokens_total=self._generation_tokens_total,
-            draft_tokens_total=self._draft_tokens_total,
-            accepted_draft_tokens_total=self._accepted_draft_tokens_total,
-            preemptions_total=self._scheduler.preemptions_total,
-            num_host_slots=self._cache.host.num_slots,
-            num_host_slots_used=self._cache.host.num_used,
-            num_host_slots_claimed=self._cache.host.num_claimed,
-            offloaded_blocks_total=self._cache.offloaded_blocks_total,
-            onboarded_blocks_total=self._cache.onboarded_blocks_total,
-            swapped_sequences_total=self._cache.swapped_sequences_total,
+        step_age_s = self._clock() - self._last_progress_s if self.has_work else 0.0
+        return snapshot(
+            self._scheduler, self._pool, self._cache, self._totals, step=self._num_steps, step_age_s=step_age_s
         )
 
     def ledger(self) -> list[LedgerEntry]:
@@ -457,8 +434,6 @@ class LLMEngine:
             if sequence.phase is Phase.RUNNING and (error := grammars.broken_by(sequence, token_ids)) is not None:
                 self._fail(sequence, error)
             elif sequence.phase is Phase.RUNNING:
-                if row.logprobs is not None:
-                    sequence.prompt_logprobs.extend(row.logprobs.prompt)
                 tokens = self._take_tokens(row, token_ids)
                 self._scheduler.computed(sequence, row.num_computed + max(0, len(tokens.token_ids) - 1))
                 if row.tells_progress:
@@ -474,61 +449,27 @@ class LLMEngine:
         if self._speculation is not None and (num_tokens := step.num_tokens_decoded) is not None:
             self._speculation.step_took(num_tokens, self._last_progress_s - step.started_s)
 
-    def _learn_drafts(self, row: LaunchedRow, num_accepted: int) -> None:
-        if row.num_drafts and self._speculation is not None:
-            self._speculation.verified(row.sequence, row.num_drafts, num_accepted)
-            self._draft_tokens_total += row.num_drafts
-            self._accepted_draft_tokens_total += num_accepted
-
     def _chunk_computed(self, row: LaunchedRow, started_s: float) -> ChunkComputed:
         """Progress in the prompt is told once: not again when it is computed again."""
-        sequence = row.sequence
-        sequence.is_published = True
+        row.sequence.is_published = True
         num_blocks = self._limits.num_blocks_for(row.num_computed)
-        return ChunkComputed(
-            request_id=sequence.request_id,
-            num_computed_tokens=row.num_computed,
-            num_cached_tokens=sequence.num_cached_prompt_tokens,
-            block_ids=tuple(sequence.block_table[:num_blocks]),
-            num_chunk_tokens=row.num_tokens,
-            started_s=started_s,
-            finished_s=self._last_progress_s,
-        )
+        return chunk_computed(row, num_blocks=num_blocks, started_s=started_s, finished_s=self._last_progress_s)
 
     def _take_tokens(self, row: LaunchedRow, token_ids: AnySequence[int]) -> TokensSampled:
-        """One token and the accepted drafts, up to the one that ends the sequence; nothing in a prompt's midst."""
-        sequence, finish_reason = row.sequence, None
-        if row.samples and row.num_computed == sequence.num_prompt_tokens:
-            self._count_prompt(sequence)
-        self._learn_drafts(row, len(token_ids) - 1)
-        kept: list[int] = []
-        for position, token_id in enumerate(token_ids, start=row.num_computed):
-            if kept:
-                sequence.token_ids.append(PLACEHOLDER)
-                sequence.num_computed += 1
-            finish_reason = sequence.learn(position, token_id)
-            kept.append(token_id)
-            if finish_reason is not None:
-                break
-        self._generation_tokens_total += len(kept)
-        return TokensSampled(
-            request_id=sequence.request_id,
-            first_position=row.num_computed,
-            token_ids=tuple(kept),
-            finish_reason=finish_reason,
-            logprobs=() if row.logprobs is None else tuple(row.logprobs.sampled[: len(kept)]),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if row.num_computed == sequence.num_prompt_tokens else (),
-        )
+        if row.samples and row.num_computed == row.sequence.num_prompt_tokens:
+            self._totals.count_prompt(row.sequence)
+        if row.num_drafts and self._speculation is not None:
+            self._speculation.verified(row.sequence, row.num_drafts, len(token_ids) - 1)
+            self._totals.count_drafts(row.num_drafts, len(token_ids) - 1)
+        tokens = take_tokens(row, token_ids)
+        self._totals.generation += len(tokens.token_ids)
+        return tokens
 
     def _end_if_over(self, sequence: Sequence, tokens: TokensSampled) -> None:
         if sequence.kind is RequestKind.PREFILL_ONLY:
             self._scheduler.lease(sequence, now_s=self._last_progress_s)
         elif tokens.finish_reason is not None:
             self._end(sequence)
-
-    def _count_prompt(self, sequence: Sequence) -> None:
-        self._prompt_tokens_total += sequence.num_prompt_tokens
-        self._prompt_cached_tokens_total += sequence.num_cached_prompt_tokens
 
     def _end(self, sequence: Sequence) -> None:
         self._scheduler.end(sequence, now_s=self._clock())
