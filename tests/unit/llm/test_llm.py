@@ -253,7 +253,7 @@ def test_a_forgotten_llm_is_closed() -> None:
     del llm
     gc.collect()
     assert gone() is None
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before, "a thread of it is left"
 
 
 def test_neither_the_package_nor_the_orchestrator_loads_torch() -> None:
