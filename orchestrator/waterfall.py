@@ -92,14 +92,17 @@ def _milliseconds(seconds: float) -> Text:
 
 
 def candidates(attempt: Mapping[str, Any]) -> Table:
-    """Who else could have taken one attempt, and what that was thought to cost; the chosen one first."""
+    """Who else could have taken one attempt, and what that was thought to cost; the chosen one first.
+
+    Fits into 80 columns: units are in the title, and headings are short.
+    """
     told = attempt["decision"]
     title = f"{attempt['why']}; cached tokens predicted: {told['predicted_cached_tokens']}, "
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
-    table.title = title + f"found: {attempt['num_cached_tokens'] - attempt['num_pulled_tokens']}"
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+    table.title = title + f"found: {attempt['num_cached_tokens'] - attempt['num_pulled_tokens']}; times in ms"
     parts = [name for name in (told["candidates"] or [{}])[0] if name not in ("context", "generation", "score")]
     for name in ("context", "generation", "score", *parts):
-        table.add_column(name.removesuffix("_s"), no_wrap=True)
+        table.add_column(name.removesuffix("_s").removeprefix("num_").removesuffix("_tokens"), no_wrap=True)
     for scored in told["candidates"]:
         row = [_short(scored["context"]), _short(scored["generation"]), f"{scored['score']:.4g}"]
         table.add_row(*row, *(_part(name, scored[name]) for name in parts))
@@ -107,4 +110,4 @@ def candidates(attempt: Mapping[str, Any]) -> Table:
 
 
 def _part(name: str, value: float) -> str:
-    return f"{1000 * value:,.1f} ms" if name.endswith("_s") else f"{value:g}"
+    return f"{1000 * value:,.1f}" if name.endswith("_s") else f"{value:g}"

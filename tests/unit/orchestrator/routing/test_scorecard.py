@@ -82,8 +82,21 @@ def test_the_story_tells_the_candidates_and_a_reader_sees_them_as_a_table() -> N
     Console(file=out, width=100).print(candidates(told))
     text = out.getvalue()
     assert "least of 2; cached tokens predicted: 32, found: 32" in " ".join(text.split())
-    assert "context-1" in text
-    assert "250.0 ms" in text
+    assert "times in ms" in " ".join(text.split())
+    assert text.splitlines()[-1].split() == ["context-1", "generation-2", "0.25", "250.0", "32"]
+
+
+def test_the_candidates_of_the_cost_model_are_readable_in_80_columns() -> None:
+    parts = {"queue_s": 12.5, "compute_s": 1.2068, "gap_s": 0.2146, "harm_s": 3.25, "num_cached_tokens": 81920.0}
+    scored = {"context": "context-949512-5b3e01", "generation": "generation-967412-9c", "score": 17.1714, **parts}
+    told = {"why": "least of 2", "num_cached_tokens": 0, "num_pulled_tokens": 0}
+    out = io.StringIO()
+    decision = {"predicted_cached_tokens": 0, "candidates": [scored]}
+    Console(file=out, width=80).print(candidates({**told, "decision": decision}))
+    heading, row = out.getvalue().splitlines()[-2:]
+    assert heading.split() == ["context", "generation", "score", "queue", "compute", "gap", "harm", "cached"]
+    expected = ["context-949512", "generation-967412", "17.17", "12,500.0", "1,206.8", "214.6", "3,250.0", "81920"]
+    assert row.split() == expected
 
 
 def test_an_attempt_that_was_not_weighed_shows_why_alone() -> None:
