@@ -36,6 +36,8 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
+            # A plain copy of jinja2's chain of mappings, which it walks key by key for each rendering.
+            self._template.globals = dict(self._template.globals)
             variables = meta.find_undeclared_variables(environment.parse(source))
             self._knows_tools = "tools" in variables or "tool_calls" in source
         except jinja2.TemplateSyntaxError as error:
