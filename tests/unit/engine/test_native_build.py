@@ -17,16 +17,32 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "cla
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DISAGG_CACHE_DIR", str(tmp_path))
+def chosen_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("DISAGG_NATIVE_ISA", raising=False)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one."""
+    monkeypatch.setenv("DISAGG_CACHE_DIR", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a library that compiles in no time: the kernels take a quarter of a minute."""
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "threads.h").write_text("int answer(void);\n")
+    (folder / "threads.c").write_text('#include "threads.h"\nint answer(void) { return 42; }\n')
+    monkeypatch.setattr(native_build, "SOURCES", folder)
+    return folder
 
 
 @needs_compiler
 def test_servers_that_start_together_compile_once_and_later_ones_not_at_all(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_, compiled = disaggregated.native_build._compile, []
 
@@ -47,23 +63,16 @@ def test_servers_that_start_together_compile_once_and_later_ones_not_at_all(
 
 
 @needs_compiler
-def test_other_sources_get_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_sources_get_another_library(cache: Path, sources: Path) -> None:
     before = native_build.library("baseline")
-    changed = tmp_path / "csrc"
-    shutil.copytree(native_build.SOURCES, changed)
-    with (changed / "threads.h").open("a") as file:
+    with (sources / "threads.h").open("a") as file:
         file.write("/* changed */\n")
-    monkeypatch.setattr(native_build, "SOURCES", changed)
     assert native_build.library("baseline").parent != before.parent
 
 
 @needs_compiler
-def test_sources_that_do_not_compile_are_told_with_the_compiler_s_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "broken.c").write_text("this is not C;\n")
-    monkeypatch.setattr(native_build, "SOURCES", tmp_path / "csrc")
+def test_sources_that_do_not_compile_are_told_with_the_compiler_s_own_words(cache: Path, sources: Path) -> None:
+    (sources / "broken.c").write_text("this is not C;\n")
     with pytest.raises(NativeUnavailable, match=r"broken\.c"):
         native_build.library("baseline")
 
@@ -78,7 +87,9 @@ def test_without_a_compiler_there_are_no_native_ops_and_the_log_says_what_to_ins
 
 
 @pytest.mark.parametrize(("command", "words"), [("no-such-compiler -m64", "is not there"), ("false", "failed")])
-def test_a_compiler_that_cannot_be_run_is_named(command: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_cannot_be_run_is_named(
+    command: str, words: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CC", command)
     with pytest.raises(NativeUnavailable, match=rf"{command}.*{words}"):
         native_build.library("baseline")
@@ -110,7 +121,7 @@ def test_the_environment_chooses_a_narrower_instruction_set(monkeypatch: pytest.
 
 @needs_compiler
 def test_the_command_prints_the_library_it_built(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["native_build", "baseline"])
     assert native_build.main() == 0
