@@ -103,8 +103,8 @@ _HONOURED: Final = (
     honoured(
         "guided_decoding_backend",
         choice("auto", "xgrammar", "llguidance", spellings={"guidance": "llguidance"}),
-        "Library that follows grammars, for structured output. auto is xgrammar for JSON and EBNF, if it is installed, "
-        "and llguidance for the rest; a named one is loaded when the server starts, auto when the first grammar comes.",
+        "Library that follows grammars, for structured output. auto is llguidance; xgrammar has to be installed, and "
+        "gives what it cannot follow to llguidance. Loaded when the server starts.",
     ),
     honoured("num_threads", AT_LEAST_1, "CPU threads of the engine; left out: the launcher deals the cores out."),
     honoured("cpu_affinity", CORES, "Cores the server is pinned to; left out: the launcher deals the cores out."),

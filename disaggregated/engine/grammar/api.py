@@ -59,7 +59,7 @@ class Libraries(Protocol):
     """All backends of a server, as one. Used by one thread at a time."""
 
     def load(self) -> None:
-        """What will be used first, so that no request waits for it."""
+        """What will be used, so that no request waits for it."""
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """By the best backend that takes it. Raises GrammarRefused."""

@@ -51,7 +51,7 @@ class GrammarCompiler:
         self._num_bytes = 0
 
     def load(self) -> None:
-        """Begin to load the library, beside whatever else is loaded."""
+        """Begin to load the libraries, beside whatever else is loaded. Whoever comes early waits for that."""
         self._thread.submit(self._backends.load)
 
     def begin(self, grammar: Grammar) -> Future[GrammarFollower]:

@@ -14,22 +14,22 @@ log = logs.get(__name__)
 
 
 def grammar_compiler(config: ServerConfig, files: ModelFiles, model: ModelConfig) -> GrammarCompiler | None:
-    """None for a model whose tokens have no text that is known here: requests with a grammar are refused.
+    """Its library begins to load at once, on its thread: beside the weights, if it is called before them.
+
+    None for a model whose tokens have no text that is known here: requests with a grammar are refused.
 
     Raises:
         ConfigError: a library is asked for that is not installed.
         ModelUnavailable: a library is asked for, and the model's tokens have no text.
     """
-    is_asked_for = config.guided_decoding_backend != "auto"
     try:
         vocabulary = Vocabulary.of_model(files.path, model.vocab_size)
     except ModelUnavailable as error:
-        if is_asked_for:
+        if config.guided_decoding_backend != "auto":
             raise
         log.info("grammars_off", because=error)
         return None
     backends = Backends(config.guided_decoding_backend, vocabulary)
     compiler = GrammarCompiler(backends, eos_token_ids=vocabulary.eos_token_ids, vocab_size=model.vocab_size)
-    if is_asked_for:
-        compiler.load()
+    compiler.load()
     return compiler

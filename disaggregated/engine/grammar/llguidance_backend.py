@@ -27,11 +27,11 @@ class LLGuidanceBackend:
     name = "llguidance"
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        """Takes a second for a large vocabulary."""
-        document = vocabulary.path.read_text(encoding="utf-8")
-        eos_token_ids = list(vocabulary.eos_token_ids)
-        num_ids = max(vocabulary.vocab_size, vocabulary.num_tokenizer_ids)
-        self._tokenizer = llguidance.LLTokenizer(document, n_vocab=num_ids, eos_token=eos_token_ids)
+        """Takes a sixth of a second for 50,000 tokens, and keeps the interpreter's lock meanwhile."""
+        spelling = _Spelling(vocabulary)
+        wrapped = llguidance.TokenizerWrapper(spelling)
+        self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=list(vocabulary.eos_token_ids))
+        spelling.tokens.clear()  # The library keeps us, and has read them.
         self._limits = llguidance.LLParserLimits(verbose_errors=False)
 
     def compile(self, grammar: Grammar) -> LLGuidanceGrammar:
@@ -43,6 +43,24 @@ class LLGuidanceBackend:
         if matcher.is_error():
             raise GrammarRefused(f"grammar: {matcher.get_error()}", param="grammar")
         return LLGuidanceGrammar(matcher, num_words=num_words(self._tokenizer.vocab_size))
+
+
+class _Spelling:
+    """A tokenizer as the library wants one: it spells tokens, and need not tokenize. Read from our own vocabulary that
+    takes a fifth of the memory and half of the time of the library's own reader."""
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        spelled = vocabulary.read()
+        self.eos_token_id = vocabulary.eos_token_ids[0]
+        self.special_token_ids = list(spelled.special)
+        self.tokens = spelled.tokens
+        for token_id, name in spelled.special.items():
+            self.tokens[token_id] = name.encode()
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        raise NotImplementedError("grammars leave it to the model how a text is spelled")
 
 
 class LLGuidanceGrammar:

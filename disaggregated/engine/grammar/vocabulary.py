@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Final
+
+import orjson
 
 from disaggregated.errors import ModelUnavailable
 from disaggregated.model_files import read_eos_token_ids
-from disaggregated.model_files.checkpoint import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,36 +36,49 @@ class Vocabulary:
             raise ModelUnavailable(f"{folder} has no tokenizer.json, so the text of its tokens is not known")
         return cls(path, vocab_size, eos_token_ids)
 
-    @functools.cached_property
-    def _document(self) -> dict[str, Any]:
-        return read_json(self.path)
-
-    @property
-    def _added(self) -> list[dict[str, Any]]:
-        return self._document.get("added_tokens") or []
-
-    @property
-    def is_byte_level(self) -> bool:
-        """Tokens spell bytes in GPT-2's alphabet; else they are text with ▁ for a space, and <0x0A> for a byte."""
-        decoder = json.dumps(self._document.get("decoder"))
-        return '"ByteLevel"' in decoder
-
-    @functools.cached_property
-    def tokens(self) -> list[str]:
-        """By id; "" where there is none, and for special tokens, which have no text."""
-        tokens = [""] * self.vocab_size
-        vocab = self._document["model"]["vocab"]
+    def read(self) -> Spelled:
+        """Takes some hundredths of a second, and is not kept: libraries have it in a form of their own."""
+        document = orjson.loads(self.path.read_bytes())
+        vocab, added = document["model"]["vocab"], document.get("added_tokens") or []
         named = vocab.items() if isinstance(vocab, dict) else ((token, i) for i, (token, _) in enumerate(vocab))
-        for token, token_id in named:
-            if token_id < self.vocab_size:
-                tokens[token_id] = token
-        for added in self._added:
-            if added["id"] < self.vocab_size:
-                tokens[added["id"]] = "" if added["special"] else added["content"]
-        return tokens
+        spelled = _byte_level if '"ByteLevel"' in json.dumps(document.get("decoder")) else _byte_fallback
+        found = {token_id: spelled(token) for token, token_id in named}
+        found |= {one["id"]: b"" if one["special"] else one["content"].encode() for one in added}
+        return Spelled(
+            tokens=[found.get(token_id, b"") for token_id in range(max(self.vocab_size, 1 + max(found)))],
+            special={one["id"]: one["content"] for one in added if one["special"]},
+        )
 
-    @property
-    def num_tokenizer_ids(self) -> int:
-        vocab = self._document["model"]["vocab"]
-        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-        return 1 + max(int(token_id) for token_id in (*ids, *(added["id"] for added in self._added)))
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spelled:
+    tokens: list[bytes]
+    """By id; b"" where there is none, and for special tokens, which have no text. As many as the model has columns, or
+    more where the tokenizer has more ids."""
+    special: Mapping[int, str]
+    """Names of special tokens, which a grammar may ask for."""
+
+
+def _byte_level(token: str) -> bytes:
+    """In GPT-2's alphabet."""
+    try:
+        return token.translate(_BYTE_OF).encode("latin-1")
+    except UnicodeEncodeError:  # Not of the alphabet: decoders take it as it is.
+        return token.encode()
+
+
+def _byte_fallback(token: str) -> bytes:
+    """Text with ▁ for a space, or <0x0A> for a byte, as SentencePiece has it."""
+    if len(token) == len("<0x0A>") and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _byte_of() -> Mapping[int, int]:
+    """GPT-2's alphabet: bytes that print are written as themselves, the others as characters from 256 on."""
+    printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printed]
+    return {byte: byte for byte in printed} | {256 + number: byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF: Final = _byte_of()

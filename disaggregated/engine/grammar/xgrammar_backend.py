@@ -39,10 +39,9 @@ class XGrammarBackend:
     name = "xgrammar"
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        kind = xgrammar.VocabType.BYTE_LEVEL if vocabulary.is_byte_level else xgrammar.VocabType.BYTE_FALLBACK
         self._tokenizer = xgrammar.TokenizerInfo(
-            vocabulary.tokens,
-            kind,
+            vocabulary.read().tokens[: vocabulary.vocab_size],
+            xgrammar.VocabType.RAW,
             vocab_size=vocabulary.vocab_size,
             stop_token_ids=list(vocabulary.eos_token_ids),
         )

@@ -64,14 +64,21 @@ def test_a_library_that_is_asked_for_and_missing_is_a_mistake_of_the_configurati
     assert isinstance(compiled, LLGuidanceGrammar)
 
 
+def test_without_a_name_everything_goes_to_llguidance_which_is_there_when_the_server_is(tmp_path: Path) -> None:
+    backends = Backends("auto", make_vocabulary(tmp_path))
+    backends.load()
+    for grammar in (Grammar(GrammarKind.JSON_OBJECT), Grammar(GrammarKind.EBNF, 'root ::= "a"')):
+        assert isinstance(backends.compile(grammar), LLGuidanceGrammar)
+
+
 @pytest.mark.skipif(not HAS_XGRAMMAR, reason="XGrammar is not installed")
 @pytest.mark.parametrize(
     ("grammar", "is_llguidance"),
     [
         (Grammar(GrammarKind.JSON_OBJECT), False),
         (Grammar(GrammarKind.EBNF, 'root ::= "a"'), False),
-        (Grammar(GrammarKind.REGEX, "a"), True),
-        (Grammar(GrammarKind.CHOICE, '["a"]'), True),
+        (Grammar(GrammarKind.REGEX, "a"), False),
+        (Grammar(GrammarKind.CHOICE, '["a"]'), False),
         (Grammar(GrammarKind.LARK, 'start: "a"'), True),
         (Grammar(GrammarKind.JSON_SCHEMA, '{"type": "string", "title": "x"}'), False),
         (Grammar(GrammarKind.JSON_SCHEMA, '{"type": "string", "maxLength": 5}'), True),
@@ -83,8 +90,6 @@ def test_a_library_that_is_asked_for_and_missing_is_a_mistake_of_the_configurati
         (Grammar(GrammarKind.JSON_SCHEMA, '{"enum": ["' + "x" * 9000 + '"]}'), True),
     ],
 )
-def test_each_grammar_goes_to_the_library_that_is_the_better_one_for_it(
-    tmp_path: Path, grammar: Grammar, is_llguidance: bool
-) -> None:
-    compiled = Backends("auto", make_vocabulary(tmp_path)).compile(grammar)
+def test_what_xgrammar_cannot_follow_goes_to_llguidance(tmp_path: Path, grammar: Grammar, is_llguidance: bool) -> None:
+    compiled = Backends("xgrammar", make_vocabulary(tmp_path)).compile(grammar)
     assert isinstance(compiled, LLGuidanceGrammar) == is_llguidance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from disaggregated.engine.grammar.api import Mask
 from disaggregated.engine.grammar.backends import Backends
 from disaggregated.engine.grammar.bitmask import allows, forbid, full_mask
 from disaggregated.engine.grammar.follower import GrammarFollower
+from disaggregated.engine.grammar.vocabulary import Vocabulary
 from disaggregated.errors import GrammarRefused
 from disaggregated.grammar import Grammar, GrammarKind
 from tests.support.grammar_vocabulary import END_ID as EOS
@@ -128,13 +130,24 @@ def test_masks_are_packed_low_bits_first() -> None:
     assert mask.view(np.uint32).tolist() == [0x7FFFFFFE, 0xFFFFFFFD, 0b011111]
 
 
-def test_tokens_of_a_vocabulary_are_read_by_their_ids(tmp_path: Path) -> None:
-    vocabulary = make_vocabulary(tmp_path)
-    assert vocabulary.tokens[ids_of("true")[0]] == "true"
-    assert vocabulary.tokens[EOS] == ""
-    assert vocabulary.is_byte_level
-    assert len(vocabulary.tokens) == VOCAB_SIZE
-    assert vocabulary.num_tokenizer_ids == MARK + 1
+def test_tokens_of_a_vocabulary_are_read_as_bytes_by_their_ids(tmp_path: Path) -> None:
+    spelled = make_vocabulary(tmp_path).read()
+    assert spelled.tokens[ids_of("true")[0]] == b"true"
+    assert b"".join(spelled.tokens[each] for each in ids_of("Größe \x00\x7f\n")) == "Größe \x00\x7f\n".encode()
+    assert spelled.tokens[EOS] == b""
+    assert len(spelled.tokens) == VOCAB_SIZE
+    assert spelled.special == {EOS: "<|end|>", MARK: "</think>"}
+
+
+def test_tokens_of_sentencepiece_are_text_or_single_bytes(tmp_path: Path) -> None:
+    vocab = [["<s>", 0.0], ["▁Paris", -1.0], ["<0x0A>", -2.0], ["<0xE2>", -3.0], ["é", -4.0]]
+    document = {
+        "model": {"vocab": vocab},
+        "added_tokens": [{"id": 0, "content": "<s>", "special": True}, {"id": 5, "content": "<a b>", "special": False}],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    spelled = Vocabulary(tmp_path / "tokenizer.json", 8, (0,)).read()
+    assert spelled.tokens == [b"", b" Paris", b"\n", b"\xe2", "é".encode(), b"<a b>", b"", b""]
 
 
 class TiresomeMatcher:
