@@ -18,7 +18,7 @@ from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
 from orchestrator.routing.candidate import Candidate
 from orchestrator.routing.known_blocks import KnownBlocks
-from orchestrator.routing.speed import ServerSpeed
+from orchestrator.routing.speed import PoolSpeed, ServerSpeed
 
 if TYPE_CHECKING:
     from orchestrator.generation_link import GenerationLink
@@ -82,7 +82,8 @@ class Elsewhere:
 class Server:
     """Invariant: `shares` holds exactly the attempts that run here; none outlives the connection it was made on."""
 
-    def __init__(self, role: Role, address: str) -> None:
+    def __init__(self, role: Role, address: str, pool_speed: PoolSpeed | None = None) -> None:
+        """pool_speed: shared by all servers of its pool."""
         self.role = role
         self.address = address
         self.standing = Standing.CONNECTING
@@ -99,12 +100,16 @@ class Server:
         """That it holds; empty where nobody follows them."""
         self.pulls_back = False
         """A context server that may bring a prompt's beginning from a generation server."""
-        self.speed = ServerSpeed()
+        self._pool_speed = pool_speed or PoolSpeed()
+        self.speed = ServerSpeed(self._pool_speed)
         self.instance_id = address
-        """Its own name for itself, once it has told it. These four are read for each request, and each server of it."""
+        """Its own name for itself, once it has told it. These six are read for each request, and each server of it."""
         self.block_size = self.token_bytes = self.max_num_tokens = 0
         """In tokens; bytes of KV for one token; tokens of a step."""
         self.max_batch_size = 1
+        self.can_prefill = False
+        self.unhealthy = ""
+        """What it says is wrong with it, although it answers; "" while all is well."""
         self.elsewhere = Elsewhere()
         self.num_times_lost = 0
         self.shares: dict[int, Share] = {}
@@ -115,11 +120,6 @@ class Server:
     def is_ready(self) -> bool:
         """A link breaks a moment before everybody has heard that its server is lost."""
         return self.standing is Standing.READY and not (self.link is not None and self.link.is_broken)
-
-    @property
-    def unhealthy(self) -> str:
-        """What it says is wrong with it, although it answers; "" while all is well."""
-        return self.heartbeat.unhealthy
 
     @property
     def layout(self) -> KVLayout:
@@ -140,6 +140,7 @@ class Server:
         self.token_bytes = self.layout.token_bytes if description.HasField("layout") else 0
         self.max_num_tokens = description.max_num_tokens
         self.max_batch_size = max(1, description.max_batch_size)
+        self.can_prefill = description.can_prefill
 
     def ready(self) -> None:
         self.standing, self.reason = Standing.READY, ""
@@ -153,8 +154,8 @@ class Server:
 
     def _disconnect(self) -> None:
         self.client = self.link = self.aborts = self.heard_s = None
-        self.heartbeat = control_pb2.Heartbeat()
-        self.speed, self.elsewhere = ServerSpeed(), Elsewhere()
+        self.heartbeat, self.unhealthy = control_pb2.Heartbeat(), ""
+        self.speed, self.elsewhere = ServerSpeed(self._pool_speed), Elsewhere()
         self._blocks_promised, self._is_held_back = 0, False
 
     def lost(self, error: ServerLost) -> None:
@@ -166,7 +167,7 @@ class Server:
             share.on_lost(error)
 
     def heard(self, heartbeat: control_pb2.Heartbeat, *, now_s: float) -> None:
-        self.heartbeat, self.heard_s = heartbeat, now_s
+        self.heartbeat, self.heard_s, self.unhealthy = heartbeat, now_s, heartbeat.unhealthy
         self._blocks_promised, self._is_held_back = 0, False
         self.speed.heard(heartbeat, now_s=now_s)
         num_ours = sum(share.num_prefill_tokens for share in self.shares.values())
@@ -191,11 +192,15 @@ class Server:
 
     def has_room(self, *, num_blocks: int, num_steps: int = STEPS_AHEAD) -> bool:
         """num_steps: of prefill, that a context server may have before it; what waits here can go nowhere else."""
-        if not self.is_ready or self._is_held_back:
+        return self.is_ready and self.takes(num_blocks=num_blocks, num_steps=num_steps)
+
+    def takes(self, *, num_blocks: int, num_steps: int = STEPS_AHEAD) -> bool:
+        """As `has_room`, of a server that is ready."""
+        if self._is_held_back:
             return False
         if not self.shares:
             return True  # Of several orchestrators each may have one there, whatever the others have.
-        if self.num_requests >= self.description.max_batch_size:
+        if self.num_requests >= self.max_batch_size:
             return False
         if self.role is Role.CONTEXT and self.num_prefill_tokens >= num_steps * self.max_num_tokens:
             return False
@@ -223,8 +228,8 @@ class Server:
 
     def prefill_backlog_s(self) -> float:
         """Until everything that is to be computed there now has been, if nothing else comes."""
-        chunk_size = max(1, self.max_num_tokens)
         cost, seconds = self.speed.prompt, self.elsewhere.num_prefill_tokens * self.speed.prompt.token_s
+        chunk_size = max(1, self.max_num_tokens)
         for share in self.shares.values():
             if share.num_prefill_tokens:
                 begin, end = share.num_tokens - share.num_prefill_tokens, share.num_tokens

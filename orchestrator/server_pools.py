@@ -23,6 +23,7 @@ from disaggregated.v1 import control_pb2
 from orchestrator.agreement import ServedModelNames, disagreement
 from orchestrator.generation_link import GenerationLink
 from orchestrator.routing.block_follower import follow_blocks
+from orchestrator.routing.speed import PoolSpeed
 from orchestrator.server import Role, Server, Standing
 from orchestrator.server_client import Connect, ServerClient, WireServerClient
 from orchestrator.silence import SilenceAlarm
@@ -67,6 +68,7 @@ class ServerPools:
         self._connect = connect
         self._clock = clock
         self._servers: dict[tuple[Role, str], Server] = {}
+        self._speeds = {role: PoolSpeed() for role in Role}
         self._tasks: dict[Server, asyncio.Task[None]] = {}
         self.on_crash = on_crash or _end_process
         self._owner = TaskOwner(self.on_crash)
@@ -110,7 +112,7 @@ class ServerPools:
         """The server at `host:port` joins as soon as it answers; it need not be there yet. Idempotent."""
         key = (Role(role), address)
         if key not in self._servers:
-            self._servers[key] = server = Server(*key)
+            self._servers[key] = server = Server(*key, self._speeds[key[0]])
             server.pulls_back = self._pulls_back and server.role is Role.CONTEXT
             if self._is_open:
                 self._start(server)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from disaggregated.block_hash import BlockHash
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(NamedTuple):
     """A request, as far as it decides where it goes."""
 
     num_tokens: int
@@ -38,11 +37,10 @@ class Candidate:
     """What a weight may call it: its address, its instance, its version."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     instance_id: str
     why: str
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, float] = {}
     """Of every candidate that was weighed, by its instance; what they count is the policy's own."""
 
 

@@ -1,9 +1,10 @@
-"""What was decided for a request and what else could have been, kept in its story."""
+"""What was decided for a request and what else could have been, kept in its story.
+
+Most decisions are never looked at: what is kept are names and numbers, and the rest is made when somebody asks.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 CANDIDATES_KEPT: Final = 8
@@ -16,21 +17,32 @@ class Scored(NamedTuple):
     context: str
     generation: str
     score: float
-    parts: Mapping[str, float]
-    """What the score is made of."""
+    queue_s: float | None = None
+    """From here on what the score of an estimate is made of, in seconds; a policy's has no parts."""
+    compute_s: float | None = None
+    gap_s: float | None = None
+    harm_s: float | None = None
+    num_cached_tokens: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {"context": self.context, "generation": self.generation, "score": self.score, **self.parts}
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    candidates: tuple[Scored, ...] = ()
-    """The chosen one first, then the others by their score; empty where nothing was weighed, as in taking turns."""
+class Decision(NamedTuple):
+    weighed: tuple[tuple[Any, ...], ...] = ()
+    """The fields of a `Scored` each, the chosen one first; empty where nothing was weighed, as in taking turns."""
     num_cached_tokens: int | None = None
     """Of the prompt, that whoever prefills is known to hold; None: its blocks are not followed."""
     ttft_s: float | None = None
     """Estimated, from now; None where nobody asked."""
+
+    @property
+    def candidates(self) -> list[Scored]:
+        """The chosen one first, then of estimates the least. The scores of two policies have no order between them."""
+        scored = [Scored(*fields) for fields in self.weighed]
+        if scored and scored[0].queue_s is not None:
+            scored[1:] = sorted(scored[1:], key=lambda each: each.score)
+        return scored
 
     def as_json(self) -> dict[str, Any]:
         return {

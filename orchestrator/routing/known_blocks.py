@@ -158,19 +158,22 @@ class KnownBlocks:
         self.is_followed = True
         return True
 
-    def num_held(self, hashes: Sequence[BlockHash]) -> int:
-        """How many of these blocks, from the first one on without a gap, the server holds.
+    def num_held(self, hashes: Sequence[BlockHash], num_max: int | None = None) -> int:
+        """How many of these blocks, from the first one on without a gap, the server holds. num_max: more don't matter.
 
         On a device no block outlives the one before it, so a few questions are enough for a long prompt; what two tiers
         hold together, or a table that was full, may have gaps, and is counted.
         """
         table = self._table
+        end = len(hashes) if num_max is None else min(num_max, len(hashes))
+        if end <= 0 or not len(table) or _key(hashes[0] >> 64) not in table:
+            return 0
         if not self._may_have_gaps:
-            return bisect_left(range(len(hashes)), 1, key=lambda index: int(_key(hashes[index] >> 64) not in table))
-        for count, block_hash in enumerate(hashes):
-            if _key(block_hash >> 64) not in table:
-                return count
-        return len(hashes)
+            return bisect_left(range(end), 1, lo=1, key=lambda index: int(_key(hashes[index] >> 64) not in table))
+        for index in range(1, end):
+            if _key(hashes[index] >> 64) not in table:
+                return index
+        return end
 
     def check_integrity(self) -> None:
         self._table.check_integrity()

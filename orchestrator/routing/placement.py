@@ -10,14 +10,14 @@ Each hop may have a policy of its own. Where it has none, its server is the one 
 
 from __future__ import annotations
 
-import dataclasses
+import heapq
 from collections.abc import Collection, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from disaggregated.block_hash import BlockHash
 from orchestrator.routing.candidate import Asked, Candidate, Choice, Policy
-from orchestrator.routing.decision import CANDIDATES_KEPT, Decision, Scored
-from orchestrator.routing.estimate import Estimate, Estimator
+from orchestrator.routing.decision import CANDIDATES_KEPT, NOTHING_WEIGHED, Decision, Scored
+from orchestrator.routing.estimate import Estimate, Estimator, one_token, pairs
 from orchestrator.routing.local_prefill import LocalPrefill
 from orchestrator.routing.near_equals import Turns
 from orchestrator.server import Server
@@ -27,8 +27,7 @@ STEPS_AHEAD_MAX: Final = 16
 LOCAL_GAIN: Final = 0.9
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class Needs(NamedTuple):
     """What one attempt asks for."""
 
     num_prompt_tokens: int
@@ -52,20 +51,18 @@ class Needs:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class Placement(NamedTuple):
     context: Server | None
     generation: Server | None
     why: str
-    decision: Decision = Decision()
+    decision: Decision = NOTHING_WEIGHED
 
     @property
     def is_local(self) -> bool:
         return self.context is None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class NotYet:
+class NotYet(NamedTuple):
     """Nobody can take it now; `reason` is what a client whose deadline passes will read."""
 
     reason: str
@@ -78,43 +75,38 @@ class Placer:
     def __init__(
         self, context_policy: Policy | None, generation_policy: Policy | None, local: LocalPrefill | None = None
     ) -> None:
-        self._context_policy = context_policy
-        self._generation_policy = generation_policy
-        self._local = local or LocalPrefill()
-        self._turns = Turns()
+        self.context_policy = context_policy
+        self.generation_policy = generation_policy
+        self.local = local or LocalPrefill()
+        self.turns = Turns()
 
     @property
     def wants_blocks(self) -> bool:
         """Some choice depends on which blocks servers hold."""
-        policies = (self._context_policy, self._generation_policy)
-        return self._local.is_on or any(policy is None or policy.wants_blocks for policy in policies)
+        policies = (self.context_policy, self.generation_policy)
+        return self.local.is_on or any(policy is None or policy.wants_blocks for policy in policies)
 
     def place(self, needs: Needs, context: Sequence[Server], generation: Sequence[Server]) -> Placement | NotYet:
-        placing = _Placing(needs, self._context_policy, self._generation_policy, self._local, self._turns)
-        return placing.place(context, generation)
+        return _Placing(self, needs).place(context, generation)
 
 
 class _Placing:
     """One decision."""
 
-    def __init__(
-        self,
-        needs: Needs,
-        context_policy: Policy | None,
-        generation_policy: Policy | None,
-        local: LocalPrefill,
-        turns: Turns,
-    ) -> None:
+    __slots__ = ("_context_policy", "_estimator", "_generation_policy", "_local", "_needs", "_turns")
+
+    def __init__(self, placer: Placer, needs: Needs) -> None:
         self._needs = needs
-        self._context_policy = context_policy
-        self._generation_policy = generation_policy
-        self._local = local
-        self._turns = turns
-        self._estimator = Estimator(needs.asked(needs.session), num_tokens_left=needs.num_tokens_left)
+        self._context_policy = placer.context_policy
+        self._generation_policy = placer.generation_policy
+        self._local = placer.local
+        self._turns = placer.turns
+        self._estimator = Estimator(needs.num_prompt_tokens, needs.block_hashes, num_tokens_left=needs.num_tokens_left)
 
     def place(self, context: Sequence[Server], generation: Sequence[Server]) -> Placement | NotYet:
+        needs = self._needs
         prefillers = [server for server in context if server.is_ready]
-        if self._needs.num_tokens_left == 1 and prefillers:
+        if needs.num_tokens_left == 1 and prefillers:
             return self._on_context_alone(prefillers)
         decoders = [server for server in generation if server.is_ready]
         if not decoders:
@@ -123,12 +115,15 @@ class _Placing:
         roomy = self._with_room(well or decoders)
         if not roomy:
             return NotYet(f"all {len(decoders)} generation servers are full")
-        able = [server for server in roomy if server.description.can_prefill]
-        must_be_local = self._needs.must_be_local if prefillers else "no context server"
-        short = [server for server in able if self._why_local(server)]
-        if must_be_local and (able or not prefillers):
-            return self._on_generation_alone(able, must_be_local)
-        return self._on_generation_alone(short, "") if short else self._on_both(prefillers, roomy)
+        if not prefillers or needs.must_be_local:
+            able = [server for server in roomy if server.can_prefill]
+            if able or not prefillers:
+                return self._on_generation_alone(able, needs.must_be_local if prefillers else "no context server")
+        if self._local.num_uncached_max:
+            short = [server for server in roomy if server.can_prefill and self._why_local(server)]
+            if short:
+                return self._on_generation_alone(short, "")
+        return self._on_both(prefillers, roomy)
 
     def _why_local(self, server: Server) -> str:
         return self._local.why(self._estimator, self._needs.num_prompt_tokens, server)
@@ -137,21 +132,26 @@ class _Placing:
 
     def _on_both(self, prefillers: Sequence[Server], roomy: Sequence[Server]) -> Placement | NotYet:
         free = self._free(prefillers)
-        able = [server for server in roomy if server.description.can_prefill] if self._local.balances else []
+        able = [server for server in roomy if server.can_prefill] if self._local.balances else []
         if not free and not able:
             return self._all_busy(prefillers)
-        first = _Hop(self._context_policy if free else None, free or prefillers, self)
-        second = _Hop(self._generation_policy, roomy, self)
+        first = self._hop(self._context_policy if free else None, free or prefillers)
+        second = self._hop(self._generation_policy, roomy)
         if not able and first.choice is not None and second.choice is not None:
             why = f"context: {first.choice.why}; generation: {second.choice.why}"
-            scored = [*first.scored("context"), *second.scored("generation")]
+            scored = (*_scored(first.choice, is_context=True), *_scored(second.choice, is_context=False))
             return self._placement(first.servers[0], second.servers[0], why, scored)
-        pairs = self._estimator.pairs(self._estimator.prefills(first.servers, roomy), second.servers)
-        alone = self._estimator.alone([server for server in second.servers if server in able])
-        best = self._best(pairs, alone)
+        estimator, turns = self._estimator, self._turns
+        prefills = turns.prefills(estimator.prefills(first.servers, roomy))
+        both = pairs(prefills, turns.decodes(estimator.decodes(second.servers)))
+        alone = self._alone([server for server in second.servers if server in able])
+        best = self._best(both, alone)
         if best.context is not None and not free:
             return self._all_busy(prefillers)  # Waiting for one of them costs less than a prefill elsewhere.
-        return self._estimated(best, pairs + alone, first, second)
+        return self._estimated(best, both + alone, first, second)
+
+    def _alone(self, servers: Sequence[Server]) -> list[Estimate]:
+        return self._estimator.alone(self._turns.prefills(self._estimator.prefills(servers))) if servers else []
 
     def _best(self, pairs: Sequence[Estimate], alone: Sequence[Estimate]) -> Estimate:
         """A generation server alone must be cheaper by a tenth: an estimate is no promise, and it disturbs."""
@@ -166,30 +166,31 @@ class _Placing:
         free = self._free(prefillers)
         if not free:
             return self._all_busy(prefillers)
-        hop = _Hop(self._context_policy, free, self)
+        hop = self._hop(self._context_policy, free)
         if hop.choice is not None:
             why = f"one token is wanted; context: {hop.choice.why}"
-            return self._placement(hop.servers[0], None, why, hop.scored("context"))
-        estimates = self._estimator.one_token(self._estimator.prefills(hop.servers))
+            return self._placement(hop.servers[0], None, why, _scored(hop.choice, is_context=True))
+        estimates = one_token(self._turns.prefills(self._estimator.prefills(hop.servers)))
         best = self._turns.least(estimates)
         assert best is not None, "a server has room, and no estimate was made"
-        return self._estimated(best, estimates, hop, hop, why="one token is wanted; ")
+        return self._estimated(best, estimates, hop, why="one token is wanted; ")
 
     def _on_generation_alone(self, able: Sequence[Server], because: str) -> Placement | NotYet:
         if not able:
             return NotYet(
                 "no context server is ready and no generation server can prefill", is_for_want_of_servers=True
             )
-        hop = _Hop(self._generation_policy, able, self)
+        hop = self._hop(self._generation_policy, able)
         if hop.choice is not None:
             because = because or self._why_local(hop.servers[0])
             why = f"prefilled there: {because}; generation: {hop.choice.why}"
-            return self._placement(None, hop.servers[0], why, hop.scored("generation"))
-        estimates = self._estimator.alone(hop.servers)
+            return self._placement(None, hop.servers[0], why, _scored(hop.choice, is_context=False))
+        estimates = self._alone(hop.servers)
         best = self._turns.least(estimates)
         assert best is not None, "a server has room, and no estimate was made"
-        because = because or self._why_local(best.prefill.server)
-        return self._estimated(best, estimates, hop, hop, why=f"prefilled there: {because}; ")
+        assert best.generation is not None, "prefilled on no generation server"
+        because = because or self._why_local(best.generation)
+        return self._estimated(best, estimates, hop, why=f"prefilled there: {because}; ")
 
     # Who is asked.
 
@@ -204,13 +205,22 @@ class _Placing:
         return free + self._with_room(busy, num_steps=STEPS_AHEAD_MAX)
 
     def _with_room(self, servers: Sequence[Server], **patience: int) -> list[Server]:
-        return [server for server in servers if server.has_room(num_blocks=self._num_blocks(server), **patience)]
+        """For the prompt and the first step; a sequence that outgrows it is the engine's to preempt."""
+        num_tokens = self._needs.num_prompt_tokens + 1
+        return [
+            server for server in servers if server.takes(num_blocks=-(-num_tokens // server.block_size), **patience)
+        ]
 
-    def _num_blocks(self, server: Server) -> int:
-        """Room for the prompt and the first step; a sequence that outgrows it is the engine's to preempt."""
-        return -(-(self._needs.num_prompt_tokens + 1) // server.block_size)
+    def _hop(self, policy: Policy | None, servers: Sequence[Server]) -> _Hop:
+        avoid = self._needs.avoid
+        if policy is None:
+            return _Hop(
+                [server for server in servers if server.instance_id not in avoid] or servers if avoid else servers
+            )
+        choice = self._choice(policy, servers)
+        return _Hop([next(server for server in servers if server.instance_id == choice.instance_id)], choice)
 
-    def policy_choice(self, policy: Policy, servers: Sequence[Server]) -> Choice:
+    def _choice(self, policy: Policy, servers: Sequence[Server]) -> Choice:
         needs = self._needs
         session = needs.context_session if policy is self._context_policy else needs.session
         candidates = [self._candidate(server, policy) for server in servers]
@@ -220,28 +230,23 @@ class _Placing:
         held = self._estimator.num_held(server) // server.block_size if self._needs.block_hashes else 0
         return server.as_candidate(num_cached_blocks=held, counts_tokens=policy.wants_tokens)
 
-    def not_avoided(self, servers: Sequence[Server]) -> Sequence[Server]:
-        avoid = self._needs.avoid
-        return [server for server in servers if server.instance_id not in avoid] or servers if avoid else servers
-
     # What is taken.
 
-    def _estimated(
-        self, best: Estimate, estimates: Sequence[Estimate], first: _Hop, second: _Hop, why: str = ""
-    ) -> Placement:
-        reasons = [hop.choice.why for hop in dict.fromkeys((first, second)) if hop.choice is not None]
-        prefill = best.prefill
-        cached = f", {prefill.num_cached} tokens cached" if prefill.num_cached else ""
-        least = f"least of {len(estimates)}: first token in {1000 * prefill.ttft_s:.1f} ms{cached}"
+    def _estimated(self, best: Estimate, estimates: list[Estimate], *hops: _Hop, why: str = "") -> Placement:
+        reasons = [hop.choice.why + "; " for hop in hops if hop.choice is not None]
         where = "" if best.context is not None or why else "prefilled there: "
+        cached = f", {best.num_cached} tokens cached" if best.num_cached else ""
+        least = f"least of {len(estimates)}: first token in {1000 * best.ttft_s:.1f} ms{cached}"
         self._turns.taken(best)
-        others = sorted((each for each in estimates if each is not best), key=_score)[: CANDIDATES_KEPT - 1]
+        others = [estimate for estimate in estimates if estimate is not best]
+        if len(others) >= CANDIDATES_KEPT:
+            others = heapq.nsmallest(CANDIDATES_KEPT - 1, others, key=_score)
         return self._placement(
             best.context,
             best.generation,
-            why + where + "; ".join([*reasons, least]),
-            [best.scored(), *(estimate.scored() for estimate in others)],
-            ttft_s=prefill.ttft_s,
+            f"{why}{where}{''.join(reasons)}{least}",
+            tuple([estimate.fields_of_scored for estimate in (best, *others)]),
+            ttft_s=best.ttft_s,
         )
 
     def _placement(
@@ -249,38 +254,29 @@ class _Placing:
         context: Server | None,
         generation: Server | None,
         why: str,
-        scored: Sequence[Scored],
+        weighed: tuple[tuple[object, ...], ...],
         *,
         ttft_s: float | None = None,
     ) -> Placement:
         server = context or generation
         assert server is not None, "a placement without a server"
         held = self._estimator.num_held(server) if server.known_blocks.is_followed else None
-        decision = Decision(candidates=tuple(scored), num_cached_tokens=held, ttft_s=ttft_s)
-        return Placement(context=context, generation=generation, why=why, decision=decision)
+        return Placement(context, generation, why, Decision(weighed, held, ttft_s))
+
+
+class _Hop(NamedTuple):
+    """The servers that one hop may go to: those with room, or the one that its policy has chosen of them."""
+
+    servers: Sequence[Server]
+    choice: Choice | None = None
 
 
 def _score(estimate: Estimate) -> float:
     return estimate.score_s
 
 
-class _Hop:
-    """The servers that one hop may go to: those with room, or the one that its policy has chosen of them."""
-
-    def __init__(self, policy: Policy | None, servers: Sequence[Server], placing: _Placing) -> None:
-        self.choice = placing.policy_choice(policy, servers) if policy is not None and servers else None
-        if self.choice is None:
-            self.servers = placing.not_avoided(servers)
-        else:
-            instance_id = self.choice.instance_id
-            self.servers = [next(server for server in servers if server.instance_id == instance_id)]
-
-    def scored(self, role: str) -> list[Scored]:
-        if self.choice is None:
-            return []
-        mine = self.choice.instance_id
-        names = sorted(self.choice.scores, key=lambda name: name != mine)[:CANDIDATES_KEPT]
-        score_of = self.choice.scores
-        if role == "context":
-            return [Scored(context=name, generation="", score=score_of[name], parts={}) for name in names]
-        return [Scored(context="", generation=name, score=score_of[name], parts={}) for name in names]
+def _scored(choice: Choice, *, is_context: bool) -> tuple[Scored, ...]:
+    """The chosen one first, then others as the policy told them."""
+    mine, scores = choice.instance_id, choice.scores
+    names = [mine, *[name for name in scores if name != mine]][:CANDIDATES_KEPT] if mine in scores else []
+    return tuple([Scored(name, "", scores[name]) if is_context else Scored("", name, scores[name]) for name in names])

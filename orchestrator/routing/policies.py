@@ -27,8 +27,7 @@ class RoundRobin:
 
     def next_of(self, names: Collection[str]) -> str:
         """Whose turn it is."""
-        ordered = sorted(names)
-        self._last = next((name for name in ordered if name > self._last), ordered[0])
+        self._last = min([name for name in names if name > self._last] or names)
         return self._last
 
 

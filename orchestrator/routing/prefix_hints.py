@@ -20,6 +20,8 @@ def prefix_hint(
 
     hashes: made with `context`'s own block size. Of equals the first one; None when nobody holds more.
     """
+    if not hashes:
+        return None
     block_size = context.description.layout.block_size
     most, holder = context.known_blocks.num_held(hashes), None
     for server in generation:

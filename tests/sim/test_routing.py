@@ -150,6 +150,27 @@ def test_a_slow_context_server_gets_fewer_prompts_and_clients_wait_less() -> Non
     assert 1 <= places["context-0"] <= 4, "it is tried until its speed is known"
 
 
+def test_a_server_whose_first_prompt_took_long_is_not_left_idle_for_ever() -> None:
+    """One client at a time: no queue says that the other server is there."""
+
+    async def play() -> None:
+        cluster = FakeCluster(9, num_context=2, num_generation=1, temper=TEMPER)
+        cold = cluster.servers["context-0"]
+        async with scene(cluster, **routed(cluster, "least_ttft")) as stage:
+            chats = Chats(stage)
+            cold.slowness = 2.0
+            await chats.ask([1] * 200, max_tokens=2)
+            cold.slowness = 1.0
+            for number in range(24):
+                await chats.ask([(number * 77 + position) % 997 for position in range(200)], max_tokens=2)
+                await asyncio.sleep(5.0)
+            places = Counter(story.attempts[0].context_instance for story in chats.stories)
+            assert chats.stories[0].attempts[0].context_instance == "context-0"
+            assert places["context-0"] >= 8, places
+
+    run_in_virtual_time(play())
+
+
 def test_of_a_burst_each_server_gets_what_it_can_do() -> None:
     async def play() -> None:
         cluster = FakeCluster(4, num_context=3, num_generation=2, temper=dataclasses.replace(TEMPER, cache_blocks=0))

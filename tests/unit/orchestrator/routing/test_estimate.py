@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.block_hash import block_hashes
 from disaggregated.v1 import control_pb2
-from orchestrator.routing.candidate import Asked
-from orchestrator.routing.estimate import HAND_OFF_S, ROWS_TO_COME, Estimator
+from orchestrator.routing.estimate import HAND_OFF_S, ROWS_TO_COME, Estimator, pairs
 from orchestrator.routing.local_prefill import LocalPrefill
 from orchestrator.routing.placement import Needs, NotYet, Placement, Placer
 from orchestrator.routing.policies import RoundRobin
@@ -18,7 +19,6 @@ from tests.unit.orchestrator.routing.servers import context, generation, holds, 
 
 PROMPT = list(range(640))
 HASHES = list(block_hashes(PROMPT, 16))
-ASKED = Asked(num_tokens=640, block_hashes=HASHES)
 FAST = {"has_step_cost": True, "step_fixed_s": 0.001, "step_token_s": 1e-4}
 SLOW = {"has_step_cost": True, "step_fixed_s": 0.001, "step_token_s": 3e-4}
 
@@ -39,11 +39,11 @@ def where(placement: Placement) -> tuple[str, str]:
 
 def test_a_prompt_costs_its_uncached_part_in_whole_steps() -> None:
     one = context(heartbeat=FAST)
-    (cold,) = Estimator(ASKED, num_tokens_left=10).prefills([one])
+    (cold,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
     assert (cold.num_cached, cold.queue_s) == (0, 0.0)
     assert cold.compute_s == pytest.approx(10 * 0.001 + 640 * 1e-4)
     holds(one, HASHES[:30])
-    (warm,) = Estimator(ASKED, num_tokens_left=10).prefills([one])
+    (warm,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
     assert warm.num_cached == 480
     assert warm.compute_s == pytest.approx(3 * 0.001 + 160 * 1e-4)
 
@@ -51,24 +51,24 @@ def test_a_prompt_costs_its_uncached_part_in_whole_steps() -> None:
 def test_the_last_token_is_computed_though_all_of_the_prompt_is_held() -> None:
     one = context(heartbeat=FAST)
     holds(one, HASHES)
-    (prefill,) = Estimator(ASKED, num_tokens_left=10).prefills([one])
+    (prefill,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
     assert prefill.num_cached == 624
 
 
 def test_what_waits_there_comes_before_it() -> None:
     one = context(heartbeat=FAST)
     one.take(1, share(num_tokens=128, num_prefill_tokens=64))
-    (prefill,) = Estimator(ASKED, num_tokens_left=10).prefills([one])
+    (prefill,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
     assert prefill.queue_s == pytest.approx(0.001 + 64 * 1e-4)
 
 
 def test_blocks_that_a_generation_server_holds_are_brought_where_that_is_quicker() -> None:
     one, holder = context(heartbeat=SLOW), generation()
     holds(holder, HASHES[:39])
-    (alone,) = Estimator(ASKED, num_tokens_left=10).prefills([one], [holder])
+    (alone,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one], [holder])
     assert alone.num_cached == 0, "it does not pull back"
     one.pulls_back = True
-    (brought,) = Estimator(ASKED, num_tokens_left=10).prefills([one], [holder])
+    (brought,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one], [holder])
     assert (brought.num_cached, brought.num_held) == (624, 0)
     assert brought.compute_s < alone.compute_s / 5
 
@@ -105,6 +105,23 @@ def test_servers_that_cost_the_same_take_turns_in_both_pools() -> None:
         seen.append(where(found))
     assert [first for first, _ in seen] == ["c0", "c1", "c0", "c1"]
     assert [second for _, second in seen] == ["g0", "g1", "g0", "g1"]
+
+
+def test_all_servers_of_large_pools_have_their_turn() -> None:
+    """Only a few of a side are made pairs of, and these are not always the same."""
+    contexts = [context(f"c{number}", heartbeat=FAST) for number in range(10)]
+    generations = [generation(f"g{number}") for number in range(12)]
+    placer = Placer(None, None)
+    seen = [placer.place(needs(), contexts, generations) for _ in range(60)]
+    firsts, seconds = zip(*(where(found) for found in seen if isinstance(found, Placement)), strict=True)
+    assert set(Counter(firsts).values()) == {6}
+    assert set(Counter(seconds).values()) == {5}
+
+
+def test_of_many_the_one_that_holds_the_prompt_is_found() -> None:
+    contexts = [context(f"c{number}", heartbeat=FAST) for number in range(10)]
+    holds(contexts[9], HASHES[:20])
+    assert where(placed(contexts, [generation()]))[0] == "c9"
 
 
 def test_of_equals_the_one_with_the_emptiest_cache_is_taken() -> None:
@@ -153,13 +170,13 @@ def test_alone_nothing_travels_and_those_who_decode_there_pay() -> None:
     one = generation()
     one.take(1, share(is_decoding=True))
     one.take(2, share(is_decoding=True))
-    estimator = Estimator(ASKED, num_tokens_left=10)
-    (alone,) = estimator.alone([one])
-    (pair,) = estimator.pairs(estimator.prefills([context()]), [one])
-    assert alone.harm_s == pytest.approx(2 * alone.prefill.compute_s)
+    estimator = Estimator(640, HASHES, num_tokens_left=10)
+    (alone,) = estimator.alone(estimator.prefills([one]))
+    (pair,) = pairs(estimator.prefills([context()]), estimator.decodes([one]))
+    assert alone.harm_s == pytest.approx(2 * alone.compute_s)
     assert pair.gap_s - alone.gap_s == pytest.approx(HAND_OFF_S)
-    (idle,) = estimator.alone([generation()])
-    assert idle.harm_s == pytest.approx(ROWS_TO_COME * idle.prefill.compute_s)
+    (idle,) = estimator.alone(estimator.prefills([generation()]))
+    assert idle.harm_s == pytest.approx(ROWS_TO_COME * idle.compute_s)
 
 
 def test_a_long_prompt_goes_to_a_context_server_and_one_of_a_burst_to_an_idle_generation_server() -> None:
@@ -228,6 +245,12 @@ def test_a_decision_keeps_the_best_candidates_the_chosen_one_first() -> None:
     parts = ("queue_s", "compute_s", "gap_s", "harm_s")
     assert all(each["score"] == pytest.approx(sum(each[name] for name in parts)) for each in told["candidates"])
     assert [each["score"] for each in others] == sorted(each["score"] for each in others)
+
+
+def test_a_decision_keeps_names_and_not_the_servers_with_all_that_they_hold() -> None:
+    found = placed([context()], [generation()])
+    kept = [value for weighed in found.decision.weighed for value in weighed]
+    assert not [value for value in kept if isinstance(value, Server)]
 
 
 def test_nothing_is_predicted_of_a_server_that_does_not_tell_its_blocks() -> None:

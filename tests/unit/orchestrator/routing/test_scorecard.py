@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from disaggregated.request_life import RequestLife
-from orchestrator.routing.decision import Decision, Scored
+from orchestrator.routing.decision import Decision
 from orchestrator.routing.scorecard import Scorecard, cached_verdict
 from orchestrator.story import AttemptStory, RequestStory
 from orchestrator.waterfall import candidates
@@ -21,7 +21,7 @@ def attempt(predicted: int | None, found: int, *, pulled: int = 0, first_token_s
         generation_instance="generation-2-b",
         why="least of 2",
         decision=Decision(
-            candidates=(Scored("context-1-a", "generation-2-b", 0.25, {"queue_s": 0.25, "num_cached_tokens": 32.0}),),
+            weighed=(("context-1-a", "generation-2-b", 0.25, 0.25, 0.0, 0.0, 0.0, 32),),
             num_cached_tokens=predicted,
             ttft_s=0.4,
         ),
@@ -74,7 +74,10 @@ def test_the_story_tells_the_candidates_and_a_reader_sees_them_as_a_table() -> N
                 "generation": "generation-2-b",
                 "score": 0.25,
                 "queue_s": 0.25,
-                "num_cached_tokens": 32.0,
+                "compute_s": 0.0,
+                "gap_s": 0.0,
+                "harm_s": 0.0,
+                "num_cached_tokens": 32,
             }
         ],
     }
@@ -83,7 +86,7 @@ def test_the_story_tells_the_candidates_and_a_reader_sees_them_as_a_table() -> N
     text = out.getvalue()
     assert "least of 2; cached tokens predicted: 32, found: 32" in " ".join(text.split())
     assert "times in ms" in " ".join(text.split())
-    assert text.splitlines()[-1].split() == ["context-1", "generation-2", "0.25", "250.0", "32"]
+    assert text.splitlines()[-1].split() == ["context-1", "generation-2", "0.25", "250.0", "0.0", "0.0", "0.0", "32"]
 
 
 def test_the_candidates_of_the_cost_model_are_readable_in_80_columns() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disaggregated.v1 import control_pb2
-from orchestrator.routing.speed import LINK_BYTES_PER_S, ROW_S, TOKEN_S, ServerSpeed
+from orchestrator.routing.speed import ROW_S, TOKEN_S, PoolSpeed, ServerSpeed
 from orchestrator.server import Elsewhere
 from tests.unit.orchestrator.routing.servers import context, generation, share
 
@@ -17,7 +17,7 @@ def beat(**fields: float) -> control_pb2.Heartbeat:
 def test_a_server_of_which_nothing_is_known_is_as_quick_as_any_other() -> None:
     speed = ServerSpeed()
     assert speed.prompt.step_s(100, 0) == pytest.approx(100 * TOKEN_S)
-    assert speed.link_bytes_per_s("c0") == LINK_BYTES_PER_S
+    assert speed.link_rates == {}
 
 
 def test_what_a_server_measured_of_its_steps_is_believed() -> None:
@@ -55,8 +55,7 @@ def test_a_link_is_as_fast_as_its_last_transfers() -> None:
     speed = ServerSpeed()
     links = [control_pb2.LinkStatistics(peer_id="c0", recent_bytes_per_s=5e8), control_pb2.LinkStatistics(peer_id="c1")]
     speed.heard(control_pb2.Heartbeat(epoch=1, links=links), now_s=1.0)
-    assert speed.link_bytes_per_s("c0") == 5e8
-    assert speed.link_bytes_per_s("c1") == LINK_BYTES_PER_S
+    assert speed.link_rates == {"c0": 5e8}
 
 
 def test_what_was_learnt_is_forgotten_with_the_connection() -> None:
@@ -64,6 +63,49 @@ def test_what_was_learnt_is_forgotten_with_the_connection() -> None:
     assert one.speed.prompt.token_s == 1.0
     one.unreachable("it does not answer")
     assert one.speed.prompt.token_s == pytest.approx(TOKEN_S)
+
+
+# What one server measured beside what its pool measured.
+
+
+def measured(token_s: float, step: int) -> control_pb2.Heartbeat:
+    return control_pb2.Heartbeat(epoch=1, step=step, has_step_cost=True, step_token_s=token_s)
+
+
+def test_a_first_step_that_was_slow_is_believed_little() -> None:
+    pool = PoolSpeed()
+    cold, warm = ServerSpeed(pool), ServerSpeed(pool)
+    warm.heard(measured(1e-3, step=40), now_s=0.0)
+    cold.heard(measured(2e-3, step=1), now_s=0.0)
+    assert cold.prompt.token_s < 1.25 * warm.prompt.token_s
+
+
+def test_what_a_server_goes_on_measuring_is_believed() -> None:
+    pool = PoolSpeed()
+    slow, fast = ServerSpeed(pool), ServerSpeed(pool)
+    for number in range(1, 40):
+        slow.heard(measured(4e-3, step=number), now_s=0.1 * number)
+        fast.heard(measured(1e-3, step=4 * number), now_s=0.1 * number)
+    assert slow.prompt.token_s > 3.3 * fast.prompt.token_s
+    assert fast.prompt.token_s < 1.1e-3
+
+
+def test_a_server_that_is_idle_comes_back_to_what_its_pool_measures() -> None:
+    pool = PoolSpeed()
+    slow, fast = ServerSpeed(pool), ServerSpeed(pool)
+    slow.heard(measured(4e-3, step=5), now_s=0.0)
+    for number in range(1, 40):
+        fast.heard(measured(1e-3, step=20 * number), now_s=10.0 * number)
+        slow.heard(measured(4e-3, step=5), now_s=10.0 * number)
+    assert slow.prompt.token_s == pytest.approx(fast.prompt.token_s, rel=0.05)
+
+
+def test_a_new_server_is_as_quick_as_its_pool() -> None:
+    pool = PoolSpeed()
+    ServerSpeed(pool).heard(measured(1e-3, step=50), now_s=0.0)
+    new = ServerSpeed(pool)
+    new.heard(beat(), now_s=0.0)
+    assert new.prompt.token_s == pytest.approx(1e-3)
 
 
 # Other orchestrators.
