@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CODE := disaggregated kvtransfer context_server generation_server orchestrator tests benchmarks tools
 
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench bench-transfer bench-router bench-engine soak gpu stubs docs clean
 
@@ -16,7 +18,7 @@ demo: $(VENV)/run.stamp ## Chat with a real model served disaggregated, and see 
 
 test: check ## Everything CI runs: check, then unit, contract, sim and system tests
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -m "not soak and not gpu" --durations=10
+	@$(BIN)/python -m pytest -m "not soak and not gpu" $(TWO_WORKERS) --durations=10
 
 check: $(VENV)/dev.stamp ## Linters, types, import layers, generated code
 	@echo "== ruff"
