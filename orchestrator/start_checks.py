@@ -13,14 +13,14 @@ from typing import Final
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.load import check_can_start
-from disaggregated.errors import ConfigError
+from disaggregated.config.server import CacheTransceiverConfig
 from disaggregated.security import secret, tls
-from kvtransfer.negotiate import DEFAULT, Preference
 from orchestrator.admission.api_keys import read_keys
 from orchestrator.admission.http_tls import front_door_tls
 from orchestrator.routing.make import make_placer
 
-_BACKEND: Final = "cache_transceiver_config.backend"
+_NEGOTIATED: Final = CacheTransceiverConfig().backend
+"""Every process can honour it."""
 
 
 def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -37,11 +37,12 @@ def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.enviro
     front_door_tls(config.door)
     if config.door.api_keys_file:
         read_keys(Path(config.door.api_keys_file))
-    preferences = {pool.server.role: _preference(pool) for pool in _started_here(config)}
-    _check_they_meet(preferences)
-    reasons = {each.backend: reason for each in preferences.values() if (reason := each.check())}
-    so = "the next best is used, since fallback is true"
-    return tuple(f"{_BACKEND}: {name} {reason}; {so}" for name, reason in reasons.items())
+    transceivers = {pool.server.role: pool.server.cache_transceiver_config for pool in _started_here(config)}
+    if all(each.backend == _NEGOTIATED for each in transceivers.values()):
+        return ()
+    from orchestrator.transport_checks import check_transports  # which takes 18 MB, numpy's for the most part
+
+    return check_transports(transceivers)
 
 
 def _started_here(config: DeploymentConfig) -> list[PoolConfig]:
@@ -49,18 +50,3 @@ def _started_here(config: DeploymentConfig) -> list[PoolConfig]:
     if config.context.num_instances == 0:
         return []  # Context servers that come later are told the same when they start.
     return [pool for pool in (config.context, config.generation) if not pool.urls]
-
-
-def _preference(pool: PoolConfig) -> Preference:
-    transceiver = pool.server.cache_transceiver_config
-    return Preference(transceiver.backend, transceiver.fallback)
-
-
-def _check_they_meet(preferences: Mapping[str, Preference]) -> None:
-    named = {role: each for role, each in preferences.items() if each.backend != DEFAULT and not each.fallback}
-    if len({each.backend for each in named.values()}) > 1:
-        context, generation = named["context"].backend, named["generation"].backend
-        raise ConfigError(
-            f"generation_servers.{_BACKEND}: is {generation}, but context_servers.{_BACKEND} is {context}: blocks can "
-            "never travel; name one for both, or set cache_transceiver_config.fallback: true in one of them"
-        )
