@@ -22,6 +22,7 @@ _CHOICES: Final[Mapping[str, Literal["none", "auto", "required"]]] = {
     "none": "none", "auto": "auto", "required": "required", "any": "required"
 }  # fmt: skip
 """Mistral's clients say "any"."""
+_CHOICES_OF_ANTHROPIC: Final = [{"type": name} for name in _CHOICES]
 
 NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
 
@@ -180,6 +181,8 @@ def _read_choice(choice: object, param: str, *, is_legacy: bool) -> tuple[str, l
         if mode in ("auto", "required") and isinstance(tools, list):
             return mode, [_chosen_name(tool, param) for tool in tools]
         raise InvalidRequest(f"{param}.allowed_tools must have a mode (auto or required) and tools", param=param)
+    if isinstance(choice, dict) and choice in _CHOICES_OF_ANTHROPIC:
+        return _CHOICES[choice["type"]], []
     if isinstance(choice, dict):
         return "named", [_chosen_name({"function": choice} if is_legacy else choice, param)]
     known = "none, auto, required or an object that names a function"

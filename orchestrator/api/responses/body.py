@@ -9,7 +9,7 @@ from typing import Any, Final
 from disaggregated.errors import InvalidRequest
 from orchestrator.api.fields import Fields, shown, wrong_type
 from orchestrator.api.responses.input_items import Message, messages_of
-from orchestrator.api.responses.tools import chat_tool_choice, chat_tools
+from orchestrator.api.responses.tools import OfferedTools, chat_tool_choice, offered_tools
 
 METADATA_MAX: Final = 16
 OUTPUT_TOKENS_MAX: Final = 2**31 - 1
@@ -72,6 +72,7 @@ class ResponsesBody:
     """Everything that was said, without the instructions, which are not handed on to later requests."""
     input_items: Any
     stores: bool
+    tools: OfferedTools
     echo: dict[str, Any]
     """What the answer repeats of the request."""
 
@@ -87,7 +88,7 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
         raise InvalidRequest("input is missing", param="input")
     conversation = messages_of(fields.get("input"), "input", before=before)
     instructions = fields.text("instructions")
-    tools = chat_tools(fields.get("tools", []))
+    tools = offered_tools(fields.get("tools", []))
     choice, left = chat_tool_choice(fields.get("tool_choice", "auto"), tools)
     max_output_tokens = fields.integer("max_output_tokens", low=1, high=OUTPUT_TOKENS_MAX)
     text, reasoning = _read_text(fields), _read_reasoning(fields)
@@ -97,7 +98,7 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
         "max_completion_tokens": max_output_tokens,
         "response_format": _response_format(text["format"]),
         "reasoning_effort": reasoning["effort"],
-        **({"tools": left, "tool_choice": choice} if tools else {}),
+        **({"tools": left, "tool_choice": choice} if tools.chat or choice not in ("auto", "none") else {}),
         **_read_logprobs(fields),
         **({"stream_options": {"include_usage": True}} if fields.get("stream") is True else {}),
     }
@@ -106,6 +107,7 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
         conversation=conversation,
         input_items=fields.get("input"),
         stores=fields.flag("store", default=True),
+        tools=tools,
         echo={
             "instructions": instructions,
             "max_output_tokens": max_output_tokens,
@@ -133,15 +135,14 @@ def _refuse(fields: Fields) -> None:
 
 
 def _with_instructions(instructions: str | None, conversation: Sequence[Message]) -> Sequence[Message]:
-    """Templates want one system message at most: what a client put at the beginning itself is joined to it."""
-    if instructions is None:
-        return conversation
+    """Templates want one system message at most: what a client put at the beginning is joined, and to it."""
     num_leading = next(
         (index for index, message in enumerate(conversation) if message["role"] not in ("system", "developer")),
         len(conversation),
     )
-    texts = [instructions, *(message["content"] for message in conversation[:num_leading])]
-    return [{"role": "system", "content": "\n\n".join(texts)}, *conversation[num_leading:]]
+    texts = [] if instructions is None else [instructions]
+    texts += [message["content"] for message in conversation[:num_leading]]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *conversation[num_leading:]] if texts else conversation
 
 
 def _read_text(fields: Fields) -> dict[str, Any]:

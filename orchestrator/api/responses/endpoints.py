@@ -54,6 +54,9 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
         job = await chat_job_of(draft, shape, param="input")
     except InvalidRequest as error:
         raise _in_our_names(error) from error
+    if body.tools.left_out:
+        named = (job.headers.get("x-disagg-ignored"), *body.tools.left_out)
+        job.headers["x-disagg-ignored"] = ",".join(name for name in named if name)[:1000]
     return await answer(door, http, job)
 
 
@@ -122,7 +125,7 @@ def _shape(door: FrontDoor, draft: Draft, body: ResponsesBody, *, owner: str) ->
         if body.stores:
             loop.call_soon_threadsafe(door.responses.put, response_id, _to_store(ended, body, owner))
 
-    return ResponsesShape(response, keep=keep)
+    return ResponsesShape(response, keep=keep, tools=body.tools)
 
 
 async def _conversation_before(door: FrontDoor, http: web.Request, fields: Fields) -> Sequence[Message]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from orchestrator.api.responses.output import CallItem, Grown, Item, ItemStatus, MessageItem
+from orchestrator.api.responses.output import CallItem, CustomCallItem, Grown, Item, ItemStatus, MessageItem
 
 
 class EventWriter:
@@ -45,7 +45,10 @@ class EventWriter:
         if item is None:
             return b""
         kind, place = f"{item.event}.done", _place(item)
-        if isinstance(item, CallItem):
+        if isinstance(item, CustomCallItem):
+            events = self.event(f"{item.event}.delta", **place, delta=item.text)
+            events += self.event(kind, **place, input=item.text)
+        elif isinstance(item, CallItem):
             events = self.event(kind, **place, name=item.name, arguments=item.text)
         else:
             logprobs = {"logprobs": item.logprobs} if isinstance(item, MessageItem) else {}

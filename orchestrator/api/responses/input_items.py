@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
 from orchestrator.api.fields import json_type, shown, wrong_type
+from orchestrator.api.responses.tools import chat_name, custom_arguments
 
 Message = dict[str, Any]
 
@@ -48,8 +49,10 @@ class _Conversation:
         match kind:
             case "message":
                 self._add_message(item, name)
-            case "function_call" | "custom_tool_call":
-                self._add_call(item, name, "arguments" if kind == "function_call" else "input")
+            case "function_call":
+                self._add_call(item, name, _text_field(item, "arguments", name))
+            case "custom_tool_call":
+                self._add_call(item, name, custom_arguments(_text_field(item, "input", name)))
             case "function_call_output" | "custom_tool_call_output":
                 self._add_call_output(item, name)
             case "reasoning":
@@ -75,9 +78,10 @@ class _Conversation:
         if text := _text_of(parts, f"{name}.content") if parts else "":
             self._assistant("reasoning_content", "content", "tool_calls")["reasoning_content"] = text
 
-    def _add_call(self, item: Mapping[str, Any], name: str, arguments_name: str) -> None:
+    def _add_call(self, item: Mapping[str, Any], name: str, arguments: str) -> None:
         call_id, function = _text_field(item, "call_id", name), _text_field(item, "name", name)
-        arguments = _text_field(item, arguments_name, name)
+        if item.get("namespace") is not None:
+            function = chat_name(function, _text_field(item, "namespace", name))
         self._call_ids.add(call_id)
         call = {"id": call_id, "type": "function", "function": {"name": function, "arguments": arguments}}
         message = self._assistant()

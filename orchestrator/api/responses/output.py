@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
+from orchestrator.api.responses.tools import OfferedTools, custom_input
 from orchestrator.parsers import CallArguments, CallStart, Content, Delta, Reasoning
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -58,19 +59,36 @@ class ReasoningItem(_Item):
 class CallItem(_Item):
     event: ClassVar[str] = "response.function_call_arguments"
     prefix: ClassVar[str] = "fc"
+    kind: ClassVar[str] = "function_call"
+    told_as: ClassVar[str] = "arguments"
 
     call_id: str
     name: str
+    namespace: str | None = None
 
     def as_json(self, status: ItemStatus) -> dict[str, Any]:
         return {
             "id": self.item_id,
-            "type": "function_call",
+            "type": self.kind,
             "status": status,
             "call_id": self.call_id,
             "name": self.name,
-            "arguments": "" if status == "in_progress" else self.text,
+            **({} if self.namespace is None else {"namespace": self.namespace}),
+            self.told_as: "" if status == "in_progress" else self.text,
         }
+
+
+class CustomCallItem(CallItem):
+    """Its input is known as a whole only: the model writes it within JSON."""
+
+    event: ClassVar[str] = "response.custom_tool_call_input"
+    prefix: ClassVar[str] = "ctc"
+    kind: ClassVar[str] = "custom_tool_call"
+    told_as: ClassVar[str] = "input"
+
+    @property
+    def text(self) -> str:
+        return custom_input("".join(self.pieces))
 
 
 Item = MessageItem | ReasoningItem | CallItem
@@ -88,7 +106,8 @@ class Grown:
 class Output:
     """The items of one reply, in the order in which the model began them. White space around calls is nobody's item."""
 
-    def __init__(self) -> None:
+    def __init__(self, tools: OfferedTools) -> None:
+        self._tools = tools
         self._logprobs: list[dict[str, Any]] = []
         """Of tokens whose text is not out yet; they belong to the message that grows next."""
         self.items: list[Item] = []
@@ -104,14 +123,14 @@ class Output:
             case Reasoning(text):
                 return [self._grow(ReasoningItem, text)]
             case CallStart(index, call_id, name):
-                item_id = _new_id(CallItem.prefix)
-                call = CallItem(output_index=len(self.items), item_id=item_id, call_id=call_id, name=name)
+                call = self._new_call(call_id, name)
                 self._calls[index] = call
                 self.items.append(call)
                 return [Grown(call, "")]
             case CallArguments(index, text):
-                self._calls[index].pieces.append(text)
-                return [Grown(self._calls[index], text)]
+                call = self._calls[index]
+                call.pieces.append(text)
+                return [Grown(call, "" if isinstance(call, CustomCallItem) else text)]
 
     def add_all(self, deltas: Iterable[Delta], logprobs: Sequence[dict[str, Any]] = ()) -> list[Grown]:
         """What grew; `logprobs`, of the tokens that came with it, belong to the last message among that."""
@@ -137,6 +156,17 @@ class Output:
         return [
             item.as_json("incomplete" if is_cut and item.output_index == last else "completed") for item in self.items
         ]
+
+    def _new_call(self, call_id: str, name: str) -> CallItem:
+        tool = self._tools.called(name)
+        make = CustomCallItem if tool.is_custom else CallItem
+        return make(
+            output_index=len(self.items),
+            item_id=_new_id(make.prefix),
+            call_id=call_id,
+            name=tool.name,
+            namespace=tool.namespace,
+        )
 
     def _add_content(self, text: str) -> list[Grown]:
         if not (self.items and type(self.items[-1]) is MessageItem):

@@ -11,6 +11,7 @@ import orjson
 from disaggregated.errors import DisaggregatedError
 from orchestrator.api.responses.events import EventWriter
 from orchestrator.api.responses.output import Output
+from orchestrator.api.responses.tools import OfferedTools
 from orchestrator.api.shapes import Reply, Usage
 from orchestrator.parsers import Content, Delta
 
@@ -23,12 +24,12 @@ class ResponsesShape:
     closing = b""
     """The last event says that it is the last one."""
 
-    def __init__(self, response: Mapping[str, Any], *, keep: Keep) -> None:
+    def __init__(self, response: Mapping[str, Any], *, keep: Keep, tools: OfferedTools | None = None) -> None:
         """`response`: every field whose value is known before the first token. `keep` gets the response when it has
-        ended, before its client does."""
+        ended, before its client does. `tools`: that the client gave, in whose words calls are told."""
         self._response = response
         self._keep = keep
-        self._output = Output()
+        self._output = Output(tools or OfferedTools())
         self._events = EventWriter()
         self._finish_reason = ""
 

@@ -61,7 +61,11 @@ CASES: list[Case] = [
     ({"input": "x", "top_logprobs": 21}, "top_logprobs", "must be at most 20"),
     ({"input": "x", "tools": {}}, "tools", "tools must be an array of tools"),
     ({"input": "x", "tools": [5]}, "tools[0]", "must be an object"),
-    ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type", "must be 'function', is 'web_search'"),
+    (
+        {"input": "x", "tools": [{"type": "file_search"}]},
+        "tools[0].type",
+        "must be function, custom or namespace, is 'file_search'",
+    ),
     ({"input": "x", "tools": [{"type": "function"}]}, "tools[0].name", "is missing"),
     ({"input": "x", "tools": [TOOL], "tool_choice": 5}, "tool_choice", "must be a string or an object"),
     ({"input": "x", "tools": [TOOL], "tool_choice": {"type": "mcp"}}, "tool_choice", "is 'mcp'"),
