@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any, Final
+
+import msgspec
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar
@@ -22,8 +24,7 @@ PENALTY_MAX: Final = 100.0
 BIAS_MAX: Final = 100.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Checked by the orchestrator, in the client's words; a server looks once more at what comes to it.
 
     The random number for the token at position `p` of a sequence (prompt included) depends on `(seed, p)` alone, and
@@ -82,34 +83,47 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         return self.needs_known_tokens or bool(self.logit_bias or self.allowed_token_ids)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Of the model's own logits."""
+        return self.is_greedy and not self.edits_logits
+
     def after(self, num_tokens: int) -> SamplingParams:
         """What is left to do once `num_tokens`, at least one, have been generated elsewhere."""
-        return dataclasses.replace(
-            self,
+        return self.but(
             max_tokens=self.max_tokens - num_tokens,
             min_tokens=max(0, self.min_tokens - num_tokens),
             num_emitted=self.num_emitted + num_tokens,
             prompt_logprobs=None,  # They came with the first token.
         )
 
+    def but(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed."""
+        return msgspec.structs.replace(self, **changes)
+
     def to_proto(self) -> control_pb2.SamplingParams:
-        return control_pb2.SamplingParams(
-            **{name: getattr(self, name) for name in (*_AS_THEY_ARE, *_MAY_BE_ABSENT)},
-            repetition_penalty=self.repetition_penalty,
-            stop_token_ids=sorted(self.stop_token_ids),
-            bias_token_ids=[token_id for token_id, _ in self.logit_bias],
-            biases=[bias for _, bias in self.logit_bias],
-            allowed_token_ids=sorted(self.allowed_token_ids),
-            bad_words=[control_pb2.TokenSequence(token_ids=word) for word in self.bad_words],
-            grammar=None if self.grammar is None else self.grammar.to_proto(),
+        message = control_pb2.SamplingParams(
+            **dict(zip(_AS_THEY_ARE, _as_they_are(self), strict=True)), stop_token_ids=sorted(self.stop_token_ids)
         )
+        if self.edits_logits:
+            self._add_edits(message)
+        return message
+
+    def _add_edits(self, message: control_pb2.SamplingParams) -> None:
+        """What few requests ask for."""
+        message.bias_token_ids.extend([token_id for token_id, _ in self.logit_bias])
+        message.biases.extend([bias for _, bias in self.logit_bias])
+        message.allowed_token_ids.extend(sorted(self.allowed_token_ids))
+        message.bad_words.extend(control_pb2.TokenSequence(token_ids=word) for word in self.bad_words)
+        if self.grammar is not None:
+            message.grammar.CopyFrom(self.grammar.to_proto())
 
     @classmethod
     def from_proto(cls, message: control_pb2.SamplingParams) -> SamplingParams:
         """Raises InvalidRequest for values that no orchestrator of ours sends."""
         _check(message)
         return cls(
-            **{name: getattr(message, name) for name in _AS_THEY_ARE},
+            **{name: getattr(message, name) for name in _ALWAYS_THERE},
             **{name: getattr(message, name) for name in _MAY_BE_ABSENT if message.HasField(name)},
             repetition_penalty=message.repetition_penalty or 1.0,
             stop_token_ids=frozenset(message.stop_token_ids),
@@ -120,12 +134,14 @@ class SamplingParams:
         )
 
 
-_AS_THEY_ARE: Final = (
+_ALWAYS_THERE: Final = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "presence_penalty",
     "frequency_penalty", "num_emitted",
 )  # fmt: skip
-"""Fields that travel under their own name and with their own value."""
 _MAY_BE_ABSENT: Final = ("logprobs", "prompt_logprobs")
+_AS_THEY_ARE: Final = (*_ALWAYS_THERE, *_MAY_BE_ABSENT, "repetition_penalty")
+"""Fields that travel under their own name and with their own value."""
+_as_they_are: Final = operator.attrgetter(*_AS_THEY_ARE)
 
 
 def _check(message: control_pb2.SamplingParams) -> None:

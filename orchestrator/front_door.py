@@ -14,6 +14,7 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import ModelUnavailable, NoServerAvailable
 from orchestrator.admission.make import make_gate
 from orchestrator.admission.quotas import Levels
+from orchestrator.api.forms import Forms
 from orchestrator.dispatch import Dispatcher
 from orchestrator.grammar_check import GrammarCheck
 from orchestrator.loop_lag import LoopLag
@@ -97,6 +98,7 @@ class FrontDoor:
 
     def _serve_model(self, model: ServedModel) -> None:
         self._model = self.pools.model = model
+        self.forms = {is_chat: Forms(model, is_chat=is_chat) for is_chat in (True, False)}
         self.reply_formats = ReplyFormats.choose(self.config.tool_parser, self.config.reasoning_parser, model.tokenizer)
         log.info("model_loaded", model=model.name)
 

@@ -85,3 +85,9 @@ class DeploymentConfig:
     """One line for each key that was taken but has no effect, or another one than its name says."""
     not_built: tuple[str, ...] = ()
     """One line for each thing the file asks for that does not exist yet. A file with any loads, but does not start."""
+
+    @property
+    def routes_by_session(self) -> bool:
+        """Somebody wants to know which conversation a request belongs to."""
+        return "conversation" in (self.context.router.type, self.generation.router.type)
+

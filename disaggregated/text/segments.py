@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import threading
 from array import array
 from collections.abc import Callable
 from typing import Any, Final
 
 import tokenizers
+
+from disaggregated.bounded_cache import BoundedCache
 
 SEGMENT_CHARACTERS_MAX: Final = 1 << 14
 """A longer one is not kept: it would push out many that come again."""
@@ -25,40 +26,6 @@ KEPT_CHARACTERS_MAX: Final = 1 << 20
 Encode = Callable[[str], list[int]]
 
 
-class SegmentCache:
-    """Segments and their ids, up to KEPT_CHARACTERS_MAX: then those that came first are forgotten.
-
-    Methods may be called from any thread.
-    """
-
-    def __init__(self, encode: Encode) -> None:
-        self._encode = encode
-        self._ids: dict[str, array[int]] = {}
-        self._num_characters = 0
-        self._lock = threading.Lock()
-
-    def ids_of(self, segment: str) -> array[int] | list[int]:
-        found = self._ids.get(segment)
-        return self._encoded(segment) if found is None else found
-
-    def _encoded(self, segment: str) -> list[int]:
-        ids = self._encode(segment)
-        if len(segment) <= SEGMENT_CHARACTERS_MAX:
-            with self._lock:
-                self._keep(segment, array("I", ids))
-        return ids
-
-    def _keep(self, segment: str, ids: array[int]) -> None:
-        if segment in self._ids:
-            return  # Another thread was faster.
-        self._ids[segment] = ids
-        self._num_characters += len(segment)
-        while self._num_characters > KEPT_CHARACTERS_MAX:
-            oldest = next(iter(self._ids))
-            del self._ids[oldest]
-            self._num_characters -= len(oldest)
-
-
 class SegmentedEncoder:
     """Encodes text by its segments. Equal to encoding it whole, which `make` has to find out from the tokenizer."""
 
@@ -66,7 +33,8 @@ class SegmentedEncoder:
         self._added_ids = {text: [token_id] for text, token_id in added_ids.items()}
         longest_first = sorted(added_ids, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
-        self._cache = SegmentCache(encode)
+        self._encode = encode
+        self._kept: BoundedCache[str, array[int]] = BoundedCache(KEPT_CHARACTERS_MAX, entry_max=SEGMENT_CHARACTERS_MAX)
 
     @classmethod
     def make(cls, backend: tokenizers.Tokenizer, encode: Encode) -> SegmentedEncoder | None:
@@ -80,9 +48,14 @@ class SegmentedEncoder:
         return cls(added_ids, encode)
 
     def encode(self, text: str) -> list[int]:
-        added, ids_of = self._added_ids, self._cache.ids_of
-        parts = [added.get(part) or ids_of(part) for part in self._cut(text) if part]
+        added, kept = self._added_ids, self._kept
+        parts = [added.get(part) or kept.get(part) or self._encoded(part) for part in self._cut(text) if part]
         return list(itertools.chain.from_iterable(parts))
+
+    def _encoded(self, segment: str) -> list[int]:
+        ids = self._encode(segment)
+        self._kept.keep(segment, array("I", ids), size=len(segment))
+        return ids
 
 
 def _is_a_plain_cut(token: tokenizers.AddedToken) -> bool:

@@ -28,75 +28,109 @@ _TAIL_CHARACTERS: Final = 64
 class Chat:
     token_ids: list[int]
     plan: ReplyPlan
-    calls_functions: bool
-    """The client speaks the API before tools."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Rendering:
-    """Everything that goes into the prompt."""
+class ChatForm:
+    """What a chat's fields say beside its messages."""
 
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]]
+    tools: ToolUse | None
+    wanted: Wanted
     variables: Mapping[str, Any]
+    """The template's."""
     add_generation_prompt: bool
     template: str | None
+    """The client's own."""
 
     @classmethod
-    def read(cls, fields: Fields, tools: ToolUse | None, *, allows_template: bool) -> _Rendering:
+    def read(cls, fields: Fields, *, grammar: Grammar | None, allows_template: bool) -> ChatForm:
+        """
+        Raises:
+            InvalidRequest: names the field or the tool that is wrong.
+        """
+        tools = read_tools(fields, has_grammar=grammar is not None)
         return cls(
-            messages=checked_messages(fields.get("messages")),
-            tools=tools.tools if tools else (),
+            tools=tools,
+            wanted=_wanted(fields, tools, grammar),
             variables=_template_variables(fields),
             add_generation_prompt=_adds_generation_prompt(fields),
             template=_read_template(fields, allows_template=allows_template),
         )
 
-    def run(self, model: ServedModel) -> tuple[list[int], str]:
-        """The prompt's ids and the end of its text."""
+    def with_messages(self, messages: object, model: ServedModel, formats: ReplyFormats) -> Chat:
+        """
+        Raises:
+            InvalidRequest: names the message that is wrong, or says what the model's template has against it.
+        """
+        ids, tail = self._prompt(checked_messages(messages), model)
+        plan = plan_reply(self.wanted, formats, tail if self.add_generation_prompt else "")
+        if plan.grammar is not None and (num_bytes := len(plan.grammar.text.encode())) > TEXT_BYTES_MAX:
+            raise InvalidRequest(
+                f"tools: their schemas make a grammar of {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}",
+                param="tools",
+            )
+        return Chat(token_ids=ids, plan=plan)
+
+    def _prompt(self, messages: Sequence[Mapping[str, Any]], model: ServedModel) -> tuple[list[int], str]:
+        """Its ids and the end of its text."""
         if self.template is None:
             text = model.tokenizer.render_chat(
-                self.messages,
-                tools=self.tools,
+                messages,
+                tools=self.tools.tools if self.tools else (),
                 add_generation_prompt=self.add_generation_prompt,
                 template_kwargs=self.variables,
             )
         else:
-            text = self._rendered_by_client(self.template, model)
+            text = self._rendered_by_client(self.template, messages, model)
         ids = model.tokenizer.encode(text, add_special_tokens=False, param="messages")
         if not ids:
             raise InvalidRequest("messages: the chat template made an empty prompt of them", param="messages")
         return ids, text[-_TAIL_CHARACTERS:]
 
-    def _rendered_by_client(self, source: str, model: ServedModel) -> str:
+    def _rendered_by_client(self, source: str, messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
         try:
             template = model.tokenizer.chat_template_of(source)
         except ModelUnavailable as error:
             raise InvalidRequest(f"chat_template: {error}", param="chat_template") from error
         return template.render(
-            self.messages,
-            tools=self.tools,
+            messages,
+            tools=self.tools.tools if self.tools else (),
             add_generation_prompt=self.add_generation_prompt,
             template_kwargs=self.variables,
             timeout_s=TEMPLATE_TIMEOUT_S,
         )
 
 
+async def read_chat_form(fields: Fields, *, grammar: Grammar | None, allows_template: bool) -> ChatForm:
+    """Many tools are read on a thread. Raises as `ChatForm.read` does."""
+
+    def read() -> ChatForm:
+        return ChatForm.read(fields, grammar=grammar, allows_template=allows_template)
+
+    is_quick = is_small([fields.get(name) for name in ("tools", "functions")], INLINE_CHARACTERS_MAX)
+    return read() if is_quick else await asyncio.to_thread(read)
+
+
+async def read_messages(form: ChatForm, fields: Fields, model: ServedModel, formats: ReplyFormats) -> Chat:
+    """What is long, or a stranger's, is read on a thread. Raises as `ChatForm.with_messages` does."""
+    messages = fields.get("messages")
+    tools = form.tools.tools if form.tools else ()
+    is_short = fields.num_bytes <= INLINE_CHARACTERS_MAX or is_small([messages, tools], INLINE_CHARACTERS_MAX)
+    if is_short and form.template is None:
+        return form.with_messages(messages, model, formats)
+    return await asyncio.to_thread(form.with_messages, messages, model, formats)
+
+
 async def read_chat(
     fields: Fields, model: ServedModel, formats: ReplyFormats, *, grammar: Grammar | None, allows_template: bool
 ) -> Chat:
-    """`grammar`: that the client asks for, besides its tools. What is long, or a stranger's, is read on a thread.
+    """`grammar`: that the client asks for, besides its tools.
 
     Raises:
         InvalidRequest: names the message or the tool that is wrong, or says what the model's template has against it.
     """
-
-    def read() -> Chat:
-        return _read(fields, model, formats, grammar=grammar, allows_template=allows_template)
-
-    told = [fields.get(name) for name in ("messages", "tools", "functions")]
-    is_quick = fields.get("chat_template") is None and is_small(told, INLINE_CHARACTERS_MAX)
-    return read() if is_quick else await asyncio.to_thread(read)
+    form = await read_chat_form(fields, grammar=grammar, allows_template=allows_template)
+    return await read_messages(form, fields, model, formats)
 
 
 def is_small(value: Any, num_characters: int) -> bool:
@@ -112,25 +146,6 @@ def is_small(value: Any, num_characters: int) -> bool:
         elif isinstance(value, dict):
             waiting.extend(value.values())
     return True
-
-
-def _read(
-    fields: Fields, model: ServedModel, formats: ReplyFormats, *, grammar: Grammar | None, allows_template: bool
-) -> Chat:
-    tools = read_tools(fields, has_grammar=grammar is not None)
-    wanted = _wanted(fields, tools, grammar)
-    rendering = _Rendering.read(fields, tools, allows_template=allows_template)
-    ids, tail = rendering.run(model)
-    plan = plan_reply(wanted, formats, tail if rendering.add_generation_prompt else "")
-    if plan.grammar is not None and (num_bytes := len(plan.grammar.text.encode())) > TEXT_BYTES_MAX:
-        raise InvalidRequest(
-            f"tools: their schemas make a grammar of {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}", param="tools"
-        )
-    return Chat(
-        token_ids=ids,
-        plan=plan,
-        calls_functions=tools is not None and tools.is_legacy,
-    )
 
 
 async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
@@ -164,6 +179,10 @@ def _template_variables(fields: Fields) -> dict[str, Any]:
     effort = fields.get("reasoning_effort")
     if isinstance(effort, str) and effort != "none":
         variables["reasoning_effort"] = effort
+    if (documents := fields.get("documents")) is not None:
+        if not (isinstance(documents, list) and all(isinstance(document, dict) for document in documents)):
+            raise wrong_type("documents", "an array of objects", documents)
+        variables["documents"] = documents
     return variables | dict(fields.mapping("chat_template_kwargs") or {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Final
@@ -24,9 +25,11 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 class Fields:
     """A JSON object from a client. A field that is null counts as absent."""
 
-    def __init__(self, values: Mapping[str, Any], *, prefix: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], *, prefix: str = "", num_bytes: float = math.inf) -> None:
         """prefix: before each field's name when it is told."""
         self.values = values
+        self.num_bytes = num_bytes
+        """They have at most so many, as JSON."""
         self._prefix = prefix
 
     @classmethod
@@ -43,7 +46,7 @@ class Fields:
             raise InvalidRequest(f"the body must be a JSON object, is {json_type(values)}")
         if body.count(b"{") + body.count(b"[") > NESTING_MAX and _is_nested_deeper(values, NESTING_MAX):
             raise InvalidRequest(f"the body is nested deeper than {NESTING_MAX} levels")
-        return cls(values)
+        return cls(values, num_bytes=len(body))
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.values.get(name)

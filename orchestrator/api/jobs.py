@@ -15,12 +15,13 @@ from disaggregated.text import ChoiceText
 from orchestrator.admission.gate import Visit
 from orchestrator.admission.make import caller_of
 from orchestrator.api.beside import Beside, beside_of
-from orchestrator.api.chat import read_chat
+from orchestrator.api.chat import read_chat_form, read_messages
 from orchestrator.api.fields import Fields
-from orchestrator.api.generation_fields import GenerationFields, read_generation_fields
+from orchestrator.api.forms import Form
+from orchestrator.api.generation_fields import GenerationFields
 from orchestrator.api.prompts import completion_prompts, prompt_texts
 from orchestrator.api.request_ids import request_id_of
-from orchestrator.api.sampling_fields import TOKENS_MAX
+from orchestrator.api.sampling_fields import read_seed
 from orchestrator.api.sessions import Sessions, sessions_of
 from orchestrator.api.shapes import ChatShape, CompletionShape, Shape
 from orchestrator.api.structured import grammar_field
@@ -31,8 +32,6 @@ from orchestrator.parsers.choose import ReplyPlan
 from orchestrator.request_run import TokenRequest
 from orchestrator.served_model import ServedModel
 
-COMPLETION_TOKENS_DEFAULT: Final = 16
-"""OpenAI's, for text completions; a chat may fill what its prompt leaves."""
 SEQUENCES_MAX: Final = 512
 """Of one HTTP request."""
 PROMPT_TOLD_MAX: Final = 500_000
@@ -83,7 +82,7 @@ async def chat_job(door: FrontDoor, http: web.Request) -> Job:
     Raises:
         InvalidRequest: names the field and the limit.
     """
-    draft = await Draft.read(door, http, max_tokens_default=TOKENS_MAX)
+    draft = await Draft.read(door, http, is_chat=True)
     shape = ChatShape(
         f"chatcmpl-{draft.request_id}",
         draft.model.name,
@@ -100,13 +99,12 @@ async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") ->
     Raises:
         InvalidRequest: names the field and the limit.
     """
-    chat = await read_chat(
-        draft.body,
-        draft.model,
-        draft.door.reply_formats,
-        grammar=draft.fields.sampling.grammar,
-        allows_template=draft.door.config.allow_request_chat_template,
-    )
+    form, door = draft.form, draft.door
+    if form.chat is None:
+        allows_template = door.config.allow_request_chat_template
+        grammar = form.fields.sampling.grammar
+        form.chat = await read_chat_form(draft.body, grammar=grammar, allows_template=allows_template)
+    chat = await read_messages(form.chat, draft.body, draft.model, door.reply_formats)
     await draft.check_grammar(chat.plan.grammar)
     return draft.job(shape, [chat.token_ids], param, chat.plan)
 
@@ -116,7 +114,7 @@ async def completion_job(door: FrontDoor, http: web.Request) -> Job:
     Raises:
         InvalidRequest: names the field and the limit.
     """
-    draft = await Draft.read(door, http, max_tokens_default=COMPLETION_TOKENS_DEFAULT, is_chat=False)
+    draft = await Draft.read(door, http, is_chat=False)
     refuse_tools(draft.body)
     await draft.check_grammar(draft.fields.sampling.grammar)
     prompts = await completion_prompts(draft.body, draft.model)
@@ -138,40 +136,37 @@ class Draft:
     arrived_s: float
     body: Fields
     model: ServedModel
-    fields: GenerationFields
+    form: Form
+    seed: int
     visit: Visit
     sessions: Sessions
 
     @classmethod
-    async def read(cls, door: FrontDoor, http: web.Request, *, max_tokens_default: int, is_chat: bool = True) -> Draft:
+    async def read(cls, door: FrontDoor, http: web.Request, *, is_chat: bool) -> Draft:
         arrived_s = door.clock()
         body = Fields.parse(await http.read())
-        return cls.of(door, http, body, arrived_s=arrived_s, max_tokens_default=max_tokens_default, is_chat=is_chat)
+        return cls.of(door, http, body, arrived_s=arrived_s, is_chat=is_chat)
 
     @classmethod
-    def of(
-        cls,
-        door: FrontDoor,
-        http: web.Request,
-        body: Fields,
-        *,
-        arrived_s: float,
-        max_tokens_default: int,
-        is_chat: bool = True,
-    ) -> Draft:
+    def of(cls, door: FrontDoor, http: web.Request, body: Fields, *, arrived_s: float, is_chat: bool = True) -> Draft:
         """Of a body that is there already."""
         model = known_model(door, body)
-        fields = read_generation_fields(body, model, max_tokens_default=max_tokens_default, is_chat=is_chat)
+        form = door.forms[is_chat].of(body)
         return cls(
             door=door,
             request_id=request_id_of(http),
             arrived_s=arrived_s,
             body=body,
             model=model,
-            fields=fields,
-            visit=_visit(door, http, body, fields.priority),
+            form=form,
+            seed=read_seed(body),
+            visit=_visit(door, http, body, form.fields.priority),
             sessions=sessions_of(door.config, http, body),
         )
+
+    @property
+    def fields(self) -> GenerationFields:
+        return self.form.fields
 
     async def check_grammar(self, grammar: Grammar | None) -> None:
         """What the client's field or its tools ask for. Raises InvalidRequest when it cannot be compiled."""
@@ -209,24 +204,25 @@ class Draft:
         ]
 
     def _request(self, prompt: Sequence[int], request_id: str, param: str, plan: ReplyPlan) -> TokenRequest:
-        if self.fields.truncate_prompt_tokens is not None:
-            prompt = prompt[-self.fields.truncate_prompt_tokens :]
-        wanted = self.fields.sampling.max_tokens
+        fields = self.fields
+        if fields.truncate_prompt_tokens is not None:
+            prompt = prompt[-fields.truncate_prompt_tokens :]
+        wanted = fields.sampling.max_tokens
         _check_length(prompt, self.door.config.door.prompt_tokens_max, param)
-        _check_told(prompt, self.fields, param)
+        _check_told(prompt, fields, param)
         room = _room(prompt, self.door.num_tokens_max(self.model), param)
         return TokenRequest(
             request_id=request_id,
             token_ids=prompt,
-            sampling=dataclasses.replace(self.fields.sampling, max_tokens=min(wanted, room), grammar=plan.grammar),
+            sampling=fields.sampling.but(max_tokens=min(wanted, room), seed=self.seed, grammar=plan.grammar),
             arrived_s=self.arrived_s,
             deadline_s=self.arrived_s + self.visit.timeout_s(self.door.config.request_timeout_s),
-            priority=self.fields.priority,
-            cache_salt=self.fields.cache_salt,
+            priority=fields.priority,
+            cache_salt=fields.cache_salt,
             ticket=self.visit.ticket(),
             session=self.sessions.generation,
             context_session=self.sessions.context,
-            may_end_anywhere=plan.may_end_anywhere or bool(self.fields.stop),
+            may_end_anywhere=plan.may_end_anywhere or bool(fields.stop),
         )
 
 
@@ -246,7 +242,7 @@ def _check_told(prompt: Sequence[int], fields: GenerationFields, param: str) -> 
 
 def _with_seed(request: TokenRequest, number: int) -> TokenRequest:
     seed = (request.sampling.seed + number) % 2**64
-    return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
+    return dataclasses.replace(request, sampling=request.sampling.but(seed=seed))
 
 
 def known_model(door: FrontDoor, body: Fields, *, is_optional: bool = False) -> ServedModel:

@@ -48,7 +48,7 @@ class ReplyFields:
             logprobs = 0
         if self.echo and self.logprobs is not None:
             prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
-        return dataclasses.replace(sampling, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return sampling.but(logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
 def read_reply_fields(fields: Fields, *, is_chat: bool, stream: bool) -> ReplyFields:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -34,6 +34,10 @@ SAMPLING_FIELDS: Final = frozenset(
 )  # fmt: skip
 
 
+_SEEDS: Final = random.Random()
+"""They are nobody's secret, and the system's own randomness costs a call of the kernel."""
+
+
 def read_sampling(fields: Fields, model: ServedModel, *, max_tokens: int) -> SamplingParams:
     """All but what is told beside the tokens. `max_tokens` is what the client wants, or the default.
 
@@ -52,7 +56,7 @@ def read_sampling(fields: Fields, model: ServedModel, *, max_tokens: int) -> Sam
     return SamplingParams(
         **chosen,
         max_tokens=max_tokens,
-        seed=_read_seed(fields),
+        seed=read_seed(fields),
         stop_token_ids=_read_stop_token_ids(fields, model),
         min_tokens=min(fields.integer("min_tokens", low=0, high=TOKENS_MAX) or 0, max_tokens),
         presence_penalty=fields.number("presence_penalty", low=-2.0, high=2.0) or 0.0,
@@ -82,10 +86,10 @@ def read_stop(fields: Fields) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _read_seed(fields: Fields) -> int:
+def read_seed(fields: Fields) -> int:
     """Without one we choose it: a sequence must be able to go on elsewhere with the same tokens."""
     seed = fields.integer("seed", low=-(2**63), high=2**64 - 1)
-    return secrets.randbits(63) if seed is None else seed % 2**64
+    return _SEEDS.getrandbits(63) if seed is None else seed % 2**64
 
 
 def _read_stop_token_ids(fields: Fields, model: ServedModel) -> frozenset[int]:

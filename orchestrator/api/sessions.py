@@ -29,7 +29,12 @@ class Sessions:
     generation: str = ""
 
 
+NO_SESSIONS: Final = Sessions()
+
+
 def sessions_of(config: DeploymentConfig, http: web.Request, body: Fields) -> Sessions:
+    if not config.routes_by_session:
+        return NO_SESSIONS
     own = next(filter(None, (_READERS[source](http, body) for source in config.session_sources)), "")
     parent = _named("agent", http.headers.get(config.subagent_header)) if config.subagent_header else ""
     if not parent:

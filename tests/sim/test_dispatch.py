@@ -162,7 +162,7 @@ def test_a_first_token_that_ends_the_sequence_cancels_the_admission() -> None:
         async with scene(FakeCluster(3, num_context=1, num_generation=1)) as stage:
             request = stage.request()
             first = oracle(request.token_ids, request.sampling)[0][0]
-            sampling = dataclasses.replace(request.sampling, stop_token_ids=frozenset({first}))
+            sampling = request.sampling.but(stop_token_ids=frozenset({first}))
             client, _ = await stage.serve(dataclasses.replace(request, sampling=sampling))
             assert (client.tokens, client.reason) == ([first], "stop")
             await stage.check_nothing_left()

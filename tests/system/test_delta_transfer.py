@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import signal
 from collections.abc import AsyncIterator
 
@@ -18,7 +17,7 @@ from tests.support.servers import Pair, generation_server, random_prompt, server
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_p=0.95, seed=7)
-FIRST = dataclasses.replace(SAMPLED, max_tokens=1)
+FIRST = SAMPLED.but(max_tokens=1)
 BLOCK = 16
 LONG = 1600
 """Tokens that take the slow model most of a second to compute, and a pull a few milliseconds."""

@@ -49,7 +49,7 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
     known_model(door, fields)
     body = read_body(fields, await _conversation_before(door, http, fields))
     try:
-        draft = Draft.of(door, http, Fields(body.chat), arrived_s=arrived_s, max_tokens_default=TOKENS_MAX)
+        draft = Draft.of(door, http, Fields(body.chat), arrived_s=arrived_s)
         shape = _shape(door, draft, body, owner=_owner(http))
         job = await chat_job_of(draft, shape, param="input")
     except InvalidRequest as error:

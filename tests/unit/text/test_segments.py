@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import tokenizers
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.model_files import resolve
-from disaggregated.text import Tokenizer, segments
-from disaggregated.text.segments import SegmentCache, SegmentedEncoder
+from disaggregated.text import Tokenizer
+from disaggregated.text.segments import SegmentedEncoder
 from tests.unit.text import tiny_tokenizers
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>")
@@ -97,7 +98,7 @@ def test_a_token_that_takes_its_neighbours_with_it_forbids_cutting(kind: str) ->
         (tokenizers.normalizers.Strip(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)),
     ],
 )
-def test_a_tokenizer_that_treats_beginnings_apart_is_not_cut(normalizer: object, pre_tokenizer: object) -> None:
+def test_a_tokenizer_that_treats_beginnings_apart_is_not_cut(normalizer: Any, pre_tokenizer: Any) -> None:
     backend = bytes_alone()
     backend.add_special_tokens(["<|x|>"])
     backend.pre_tokenizer = pre_tokenizer
@@ -114,21 +115,6 @@ def test_a_normalizer_of_unicode_works_on_each_segment_as_on_the_whole() -> None
     assert by_segments is not None
     for text in ("e\u0301<|x|>\u0301e", "<|x|>\u0301"):
         assert by_segments.encode(text) == whole(backend)(text)
-
-
-def test_the_cache_forgets_the_oldest_and_keeps_no_long_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "KEPT_CHARACTERS_MAX", 10)
-    monkeypatch.setattr(segments, "SEGMENT_CHARACTERS_MAX", 5)
-    asked: list[str] = []
-
-    def encode(text: str) -> list[int]:
-        asked.append(text)
-        return [len(text)]
-
-    cache = SegmentCache(encode)
-    for segment in ("aaaa", "bbbb", "aaaa", "cccc", "bbbb", "aaaa", "long segment", "long segment"):
-        assert list(cache.ids_of(segment)) == [len(segment)]
-    assert asked == ["aaaa", "bbbb", "cccc", "aaaa", "long segment", "long segment"]
 
 
 def test_half_a_surrogate_pair_is_still_told(backend: tokenizers.Tokenizer) -> None:

@@ -1,0 +1,69 @@
+"""What bodies ask for beside their prompts, read once for all that ask for the same.
+
+A client sends the same fields with every request, an agent the same thirty tools with every turn: what they come to
+depends on nothing else, so the second time it is looked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import orjson
+
+from disaggregated.bounded_cache import BoundedCache
+from orchestrator.api.chat import ChatForm
+from orchestrator.api.fields import Fields
+from orchestrator.api.generation_fields import GenerationFields, read_generation_fields
+from orchestrator.api.sampling_fields import TOKENS_MAX
+from orchestrator.served_model import ServedModel
+
+COMPLETION_TOKENS_DEFAULT: Final = 16
+"""OpenAI's, for text completions; a chat may fill what its prompt leaves."""
+
+KEPT_BYTES_MAX: Final = 1 << 20
+"""Of the fields as JSON; what they are read as may take ten times as much."""
+FORM_BYTES_MAX: Final = 1 << 16
+OF_ONE_REQUEST: Final = frozenset(
+    {
+        "messages", "prompt", "seed", "user", "metadata", "request_id", "safety_identifier", "prompt_cache_key",
+        "session_id", "conversation_id", "conversation_params",
+    }
+)  # fmt: skip
+"""Fields that no form has anything of: each request reads them itself."""
+
+
+@dataclasses.dataclass(slots=True)
+class Form:
+    fields: GenerationFields
+    """But for its seed, which is another request's."""
+    chat: ChatForm | None = None
+    """Of a chat, once that was read."""
+
+
+class Forms:
+    """Of one model, and of chats or of text completions."""
+
+    def __init__(self, model: ServedModel, *, is_chat: bool) -> None:
+        self._model = model
+        self._is_chat = is_chat
+        self._kept: BoundedCache[bytes, Form] = BoundedCache(KEPT_BYTES_MAX, entry_max=FORM_BYTES_MAX)
+
+    def of(self, body: Fields) -> Form:
+        """
+        Raises:
+            InvalidRequest: names the field that is wrong.
+        """
+        try:
+            key = orjson.dumps({name: value for name, value in body.values.items() if name not in OF_ONE_REQUEST})
+        except orjson.JSONEncodeError:  # Text that is not Unicode: whoever reads the field says so.
+            return Form(self._read(body))
+        form = self._kept.get(key)
+        if form is None:
+            form = Form(self._read(body))
+            self._kept.keep(key, form, size=len(key))
+        return form
+
+    def _read(self, body: Fields) -> GenerationFields:
+        max_tokens = TOKENS_MAX if self._is_chat else COMPLETION_TOKENS_DEFAULT
+        return read_generation_fields(body, self._model, max_tokens_default=max_tokens, is_chat=self._is_chat)
