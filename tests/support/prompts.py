@@ -58,6 +58,11 @@ def forty_prompts(text: Text) -> list[Prompt]:
     return prompts
 
 
+def short_prompts(text: Text, count: int) -> list[Prompt]:
+    """Different ones of up to 400 tokens, about half of them chats."""
+    return [Prompt(name=each.name, token_ids=each.token_ids[-400:]) for each in forty_prompts(text)[:count]]
+
+
 def _passages() -> list[str]:
     """One long stretch of prose for each prompt, none the beginning of another."""
     names = sorted(topics)

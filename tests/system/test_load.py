@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import time
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import pytest
@@ -15,21 +15,10 @@ from disaggregated import model_files
 from disaggregated.text import Tokenizer
 from tests.support.completions import Completion, complete
 from tests.support.deployment import Deployment, deployed, is_idle
-from tests.support.prompts import Prompt, forty_prompts
+from tests.support.prompts import Prompt, short_prompts
 
 MODEL: Final = "smollm2-135m-instruct"
 NUM_NEW: Final = 32
-
-
-def document() -> dict[str, Any]:
-    section = {"num_instances": 1, "max_num_tokens": 256}
-    return {"model": MODEL, "context_servers": section, "generation_servers": dict(section)}
-
-
-def chats(count: int) -> list[Prompt]:
-    """Different prompts of up to 400 tokens, about half of them chats."""
-    text = Tokenizer.load(model_files.resolve(MODEL).path)
-    return [Prompt(name=p.name, token_ids=p.token_ids[-400:]) for p in forty_prompts(text)[:count]]
 
 
 async def run_load(deployment: Deployment, prompts: list[Prompt], seconds: float) -> tuple[list[Completion], list[str]]:
@@ -59,20 +48,14 @@ async def run_load(deployment: Deployment, prompts: list[Prompt], seconds: float
     return seen, wrong
 
 
-@pytest.mark.timeout(180)
-async def test_six_streams_at_once_give_the_tokens_they_give_alone(tmp_path: pathlib.Path) -> None:
-    async with deployed(tmp_path, document()) as deployment:
-        seen, wrong = await run_load(deployment, chats(6), seconds=0)
-        assert len(seen) == 6
-        assert not wrong
-        assert is_idle(left := await deployment.wait_idle()), left
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 async def test_thirty_two_streams_for_two_minutes(tmp_path: pathlib.Path) -> None:
-    async with deployed(tmp_path, document()) as deployment:
-        seen, wrong = await run_load(deployment, chats(32), seconds=120)
+    section = {"num_instances": 1, "max_num_tokens": 256}
+    document = {"model": MODEL, "context_servers": section, "generation_servers": section}
+    prompts = short_prompts(Tokenizer.load(model_files.resolve(MODEL).path), 32)
+    async with deployed(tmp_path, document) as deployment:
+        seen, wrong = await run_load(deployment, prompts, seconds=120)
         left = await deployment.wait_idle()
     tokens = sum(len(completion.token_ids) for completion in seen)
     gaps = [gap for completion in seen for gap in completion.gaps_s]

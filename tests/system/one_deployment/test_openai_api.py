@@ -4,44 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import pathlib
 import sys
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import aiohttp
 import openai
 import pytest
-import pytest_asyncio
 
 from tests.support.completions import complete
-from tests.support.deployment import Deployment, deployed, is_idle
+from tests.support.deployment import Deployment
 
 MODEL: Final = "smollm2-135m-instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 LONG: Final = "The quick brown fox jumps over the lazy dog. " * 12
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
-    section = {"num_instances": 1, "max_num_tokens": 64, "max_seq_len": 1024, "kv_cache_config": {"max_tokens": 4096}}
-    document = {
-        "model": MODEL,
-        "conditional_disagg_config": {"max_local_prefill_length": 12},
-        "context_servers": section,
-        "generation_servers": {**section, "router": {"type": "load_balancing"}},
-    }
-    folder: pathlib.Path = tmp_path_factory.mktemp("deployment")
-    async with deployed(folder, document) as running:
-        yield running
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(deployment: Deployment) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=deployment.api, api_key="none", max_retries=0) as made:
-        yield made
+pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
 
 
 async def test_a_chat_is_answered_rightly(client: openai.AsyncOpenAI, deployment: Deployment) -> None:
@@ -299,9 +276,8 @@ async def test_the_model_is_known_by_its_full_name_and_its_basename(client: open
         await client.completions.create(model="smollm", prompt="x")
 
 
-async def test_afterwards_nothing_is_held_anywhere(client: openai.AsyncOpenAI, deployment: Deployment) -> None:
+async def test_afterwards_nothing_is_held_anywhere(client: openai.AsyncOpenAI) -> None:
+    """The fixture of every test here sees to that; these are many at once."""
     async with asyncio.TaskGroup() as group:
         for seed in range(6):
             group.create_task(client.completions.create(model=MODEL, prompt=f"{seed} {LONG}", max_tokens=12, seed=seed))
-    left = await deployment.wait_idle(timeout_s=2.0)
-    assert is_idle(left), left

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import pathlib
 import re
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import openai
 import pytest
-import pytest_asyncio
-
-from tests.support.deployment import Deployment, deployed, is_idle
 
 MODEL: Final = "smollm2-135m-instruct"
 QUESTION: Any = [{"role": "user", "content": "Describe a person named Ann who likes red and blue, as JSON."}]
@@ -30,28 +25,7 @@ PERSON: Final = {
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
-    """Long prompts are prefilled by the one server and continued by the other; short ones stay with the other."""
-    section = {"num_instances": 1, "max_num_tokens": 64, "max_seq_len": 1024, "kv_cache_config": {"max_tokens": 4096}}
-    document = {
-        "model": MODEL,
-        "conditional_disagg_config": {"max_local_prefill_length": 12},
-        "context_servers": section,
-        "generation_servers": {**section, "speculative_config": {"decoding_type": "NGram", "max_draft_len": 4}},
-    }
-    folder: pathlib.Path = tmp_path_factory.mktemp("deployment")
-    async with deployed(folder, document) as running:
-        yield running
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(deployment: Deployment) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=deployment.api, api_key="none", max_retries=0) as made:
-        yield made
+pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
 
 
 def is_person(text: str) -> bool:
@@ -147,7 +121,3 @@ async def test_a_grammar_that_cannot_be_compiled_is_the_clients_mistake(client: 
         await client.chat.completions.create(model=MODEL, messages=QUESTION, response_format=format_)
     assert caught.value.param == "response_format"
     assert "cannot be compiled: Invalid type: thing" in str(caught.value)
-
-
-async def test_nothing_is_left_behind(deployment: Deployment) -> None:
-    assert is_idle(await deployment.get_json("/ledger"))
