@@ -17,6 +17,7 @@ from disaggregated import logs
 from disaggregated.config.server import ServerConfig
 from disaggregated.engine.api import OverlappingRunner, ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.fingerprint import (
     NUMERICS_VERSION,
     fingerprint,
@@ -127,19 +128,23 @@ def load_engine(
     return LoadedEngine(
         engine=LLMEngine(
             runner,
-            num_blocks=layout.num_blocks,
-            block_size=layout.block_size,
-            max_num_tokens=config.max_num_tokens,
-            max_batch_size=config.max_batch_size,
-            max_seq_len=max_seq_len,
-            vocab_size=model_config.vocab_size,
-            max_prefill_tokens_beside_decode=_max_prefill_tokens_beside_decode(config),
-            enable_block_reuse=config.kv_cache_config.enable_block_reuse,
-            speculation=speculation,
-            overlap=_overlaps(config, runner, speculation),
-            grammar_source=grammar_compiler(config, files, model_config),
-            copier=_copier(kv_cache, size.num_host_slots, device),
-            event_buffer_max_size=config.kv_cache_config.event_buffer_max_size,
+            EngineLimits(
+                num_blocks=layout.num_blocks,
+                block_size=layout.block_size,
+                max_num_tokens=config.max_num_tokens,
+                max_batch_size=config.max_batch_size,
+                max_seq_len=max_seq_len,
+                vocab_size=model_config.vocab_size,
+                max_prefill_tokens_beside_decode=_max_prefill_tokens_beside_decode(config),
+                enable_block_reuse=config.kv_cache_config.enable_block_reuse,
+            ),
+            EngineOptions(
+                speculation=speculation,
+                overlap=_overlaps(config, runner, speculation),
+                grammars=grammar_compiler(config, files, model_config),
+                copier=_copier(kv_cache, size.num_host_slots, device),
+                event_buffer_max_size=config.kv_cache_config.event_buffer_max_size,
+            ),
         ),
         runner=runner,
         kv_cache=kv_cache,

@@ -17,19 +17,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection
 from collections.abc import Sequence as AnySequence
-from typing import Final
 
-from disaggregated.engine.block_events import BlockLabel
 from disaggregated.engine.block_pool import BlockPool, HoldingKind
 from disaggregated.engine.ranked_queue import RankedQueue
 from disaggregated.engine.scheduler_limits import Chunk, SchedulerLimits
 from disaggregated.engine.sequence import Phase, Sequence
+from disaggregated.engine.sequence_blocks import HOLDING_NO_MORE, SequenceBlocks
 from disaggregated.engine.speculation import Speculation
-from disaggregated.engine.tiered_cache import CachedRun
 from disaggregated.errors import PoolExhausted
-
-_HOLDING_NO_MORE: Final = frozenset({Phase.WAITING, Phase.QUARANTINED, Phase.ENDING})
-"""Whoever decodes here wants no other block in these phases."""
 
 
 class Scheduler:
@@ -43,13 +38,12 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: SchedulerLimits, speculation: Speculation | None = None) -> None:
         self.pool = pool
         self.limits = limits
+        self._blocks = SequenceBlocks(pool, limits)
         self.preemptions_total = 0
         self._speculation = speculation
         self._waiting = RankedQueue()
         self._landed = RankedQueue()
         self._running = RankedQueue()
-        self._num_growing = 0
-        """Sequences that hold blocks and will want more."""
         self._num_waiting_tokens = 0
         self._head_wants = 0
         """Blocks kept for the first in the queue, which was preempted or refused; 0 while it has not been."""
@@ -72,7 +66,7 @@ class Scheduler:
     @property
     def num_blocks_unpromised(self) -> int:
         """Free blocks that neither a growing sequence nor the first in the queue is counting on."""
-        return max(0, self.pool.num_free - max(self._num_growing, self._head_wants))
+        return max(0, self.pool.num_free - max(self._blocks.num_growing, self._head_wants))
 
     @property
     def has_work(self) -> bool:
@@ -88,7 +82,9 @@ class Scheduler:
         if self.pool.num_free >= len(self._running) + len(self._landed):
             return False
         candidates = itertools.chain(self._running, self._landed)
-        num_wanted = sum(s.num_to_compute == 1 and not s.is_complete and not self._has_room(s) for s in candidates)
+        num_wanted = sum(
+            s.num_to_compute == 1 and not s.is_complete and not self._blocks.has_room(s) for s in candidates
+        )
         return num_wanted > self.pool.num_free
 
     # What happens to sequences.
@@ -107,13 +103,13 @@ class Scheduler:
             PoolExhausted: there are too few, or those that there are belong to the first in the queue.
         """
         num_tokens = sequence.num_prompt_tokens
-        cached = self._find_cached(sequence, num_tokens // self.limits.block_size)
+        cached = self._blocks.find_cached(sequence, num_tokens // self.limits.block_size)
         num_new = self.limits.num_blocks_for(num_tokens) - len(cached)
         wanted = self.pool.num_wanted(cached, num_new)
         free = self.num_blocks_unpromised
         if wanted > free:
             raise PoolExhausted.of(wanted=wanted, free=free)
-        self._hold(sequence, HoldingKind.RESERVED, cached, num_new, now_s)
+        self._blocks.hold(sequence, HoldingKind.RESERVED, cached, num_new, now_s)
         sequence.advance(Phase.RESERVED, now_s=now_s)
 
     def land(self, sequence: Sequence, *, now_s: float) -> None:
@@ -123,7 +119,7 @@ class Scheduler:
         """
         assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
         sequence.num_computed = sequence.num_prompt_tokens
-        self._offer_to_cache(sequence, sequence.num_computed)
+        self._blocks.computed(sequence, sequence.num_computed)
         self.pool.change_kind(sequence.holding, HoldingKind.SEQUENCE, now_s=now_s)
         sequence.advance(Phase.LANDED, now_s=now_s)
         self._landed.add(sequence)
@@ -137,10 +133,7 @@ class Scheduler:
 
     def quarantine(self, sequence: Sequence, *, now_s: float) -> None:
         """A reservation is given up while its transfer may still write."""
-        assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
-        num_shared = sequence.num_cached_prompt_tokens // self.limits.block_size
-        self.pool.quarantine(sequence.holding, num_shared=num_shared, now_s=now_s)
-        self._num_growing -= 1
+        self._blocks.quarantine(sequence, now_s=now_s)
         sequence.advance(Phase.QUARANTINED, now_s=now_s)
 
     def end(self, sequence: Sequence, *, now_s: float) -> None:
@@ -150,13 +143,13 @@ class Scheduler:
         self._landed.discard(sequence)
         if sequence.num_launched:
             if sequence.phase is Phase.RUNNING:
-                self._num_growing -= sequence.can_grow
+                self._blocks.grows_no_more(sequence)
             sequence.advance(Phase.ENDING, now_s=now_s)
             return
         if sequence.phase is Phase.WAITING:
             self._leave_queue(sequence)
             self.pool.drop_swap(sequence.request_id)
-        self._give_back(sequence)
+        self._blocks.give_back(sequence)
         sequence.advance(Phase.ENDED, now_s=now_s)
 
     # What to do next.
@@ -173,8 +166,7 @@ class Scheduler:
 
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
         """The KV of the first `num_tokens` tokens is in the pool; blocks that they fill can be found from now on."""
-        if num_tokens // self.limits.block_size > sequence.num_findable_blocks:
-            self._offer_to_cache(sequence, num_tokens)
+        self._blocks.computed(sequence, num_tokens)
 
     def check_integrity(self, sequences: Collection[Sequence]) -> None:
         """`sequences`: all that have begun and not ended."""
@@ -193,8 +185,8 @@ class Scheduler:
             queue.check_integrity()
         num_queued = sum(map(len, queues.values()))
         assert num_queued == sum(s.phase in queues for s in sequences), f"{num_queued} queued: somebody twice"
-        num_growing = sum(s.can_grow and s.phase not in _HOLDING_NO_MORE for s in sequences)
-        assert num_growing == self._num_growing, f"{self._num_growing} counted, {num_growing} grow"
+        num_growing = sum(s.can_grow and s.phase not in HOLDING_NO_MORE for s in sequences)
+        assert num_growing == self._blocks.num_growing, f"{self._blocks.num_growing} counted, {num_growing} grow"
         waiting_tokens = sum(sequence.num_to_compute for sequence in self._waiting)
         assert waiting_tokens == self._num_waiting_tokens, f"{self._num_waiting_tokens} counted, {waiting_tokens} wait"
         assert len(self._running) <= self.limits.max_rows, f"{len(self._running)} rows of {self.limits.max_rows}"
@@ -223,17 +215,13 @@ class Scheduler:
         decoding = [s for s in self._running if s.num_to_compute == s.num_computable == 1 and not s.is_complete]
         return [Chunk(sequence, 1) for sequence in decoding if self._make_room(sequence, now_s)]
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        return sequence.num_computed < len(sequence.block_table) * self.limits.block_size
-
     def _make_room(self, sequence: Sequence, now_s: float) -> bool:
         """A block for its next token, if need be taken from the worst rank; False when that is `sequence` itself."""
         while sequence.phase is Phase.RUNNING:
-            if self._has_room(sequence):
+            if self._blocks.has_room(sequence):
                 return True
             if self.pool.num_free > 0:
-                assert sequence.holding is not None
-                self.pool.grow(sequence.holding)
+                self._blocks.grow(sequence)
                 return True
             worst = [next((s for s in reversed(queue) if s.can_grow), None) for queue in (self._running, self._landed)]
             self._preempt(max((s for s in worst if s is not None), key=lambda s: s.rank), now_s)
@@ -267,26 +255,18 @@ class Scheduler:
             drafts: AnySequence[int] = ()
             if left and sequence.num_generated and sequence.can_grow:
                 drafts = speculation.draft(sequence, left, num_tokens_in_step=num_tokens)
-                drafts = drafts[: self._num_slots_ahead(sequence, len(drafts))]
+                promised = max(self._blocks.num_growing, self._head_wants)
+                drafts = drafts[: self._blocks.num_slots_ahead(sequence, len(drafts), num_promised=promised)]
                 left -= len(drafts)
             chunks.append(Chunk(sequence, one, drafts))
         return chunks
-
-    def _num_slots_ahead(self, sequence: Sequence, wanted: int) -> int:
-        """Slots after its next token; another block only if it is promised to nobody."""
-        first = sequence.num_computed + 1
-        promised = max(self._num_growing, self._head_wants)
-        while len(sequence.block_table) * self.limits.block_size < first + wanted and self.pool.num_free > promised:
-            assert sequence.holding is not None
-            self.pool.grow(sequence.holding)
-        return min(wanted, len(sequence.block_table) * self.limits.block_size - first)
 
     def _preempt(self, sequence: Sequence, now_s: float) -> None:
         """Back to the head of the queue without blocks. The cache may still have them when it returns."""
         assert sequence.num_launched == 0, f"{sequence.request_id} is preempted while a step computes it"
         self._running.discard(sequence)
         self._landed.discard(sequence)
-        self._swap_out(sequence, now_s)
+        self._blocks.swap_out(sequence, now_s=now_s)
         sequence.num_computed = 0
         self.enqueue(sequence, now_s=now_s)
         if self._waiting.first is sequence:
@@ -313,15 +293,15 @@ class Scheduler:
         The last token is always computed, even when all of the prompt is cached: its logits choose the next one.
         """
         num_tokens = len(sequence.token_ids)
-        cached = self._find_cached(sequence, (num_tokens - 1) // self.limits.block_size)
+        cached = self._blocks.find_cached(sequence, (num_tokens - 1) // self.limits.block_size)
         num_new = self.limits.num_blocks_for(num_tokens) - len(cached)
-        wanted = self.pool.num_wanted(cached, num_new) + self._num_growing
+        wanted = self.pool.num_wanted(cached, num_new) + self._blocks.num_growing
         if wanted > self.pool.num_free:
             self._head_wants = wanted
             self._head_refused_at = self.pool.num_returns
             return False
         self._leave_queue(sequence)
-        self._hold(sequence, HoldingKind.SEQUENCE, cached, num_new, now_s)
+        self._blocks.hold(sequence, HoldingKind.SEQUENCE, cached, num_new, now_s)
         sequence.num_computed = cached.num_tokens(self.limits.block_size)
         self._run(sequence, now_s)
         return True
@@ -347,48 +327,3 @@ class Scheduler:
     def _note_new_head(self) -> None:
         self._head_wants = 0
         self._head_refused_at = -1
-
-    def _find_cached(self, sequence: Sequence, num_blocks_max: int) -> CachedRun:
-        may_find = self.limits.enable_block_reuse and not sequence.wants_prompt_logprobs
-        num_blocks = num_blocks_max if may_find else 0
-        return self.pool.find(sequence.hash_blocks(num_blocks, self.limits.block_size), owner=sequence.request_id)
-
-    def _hold(self, sequence: Sequence, kind: HoldingKind, cached: CachedRun, num_new: int, now_s: float) -> None:
-        sequence.holding = self.pool.hold(sequence.request_id, kind, cached=cached, num_new=num_new, now_s=now_s)
-        sequence.num_findable_blocks = cached.num_findable
-        if not sequence.was_started:
-            sequence.num_cached_prompt_tokens = len(cached) * self.limits.block_size
-            sequence.was_started = True
-        self._num_growing += sequence.can_grow
-
-    def _swap_out(self, sequence: Sequence, now_s: float) -> None:
-        """Its blocks are back; where the host tier has room, they are found again when it returns."""
-        assert sequence.holding is not None, f"{sequence.request_id} is {sequence.phase}"
-        self.pool.swap_out(
-            sequence.holding,
-            sequence.hash_blocks(sequence.num_findable_blocks, self.limits.block_size),
-            num_tokens=sequence.num_computed,
-            num_blocks=self.limits.num_blocks_for(sequence.num_computed),
-            now_s=now_s,
-        )
-        sequence.holding = None
-        self._num_growing -= sequence.can_grow
-
-    def _give_back(self, sequence: Sequence) -> None:
-        if sequence.holding is None:
-            return
-        grows = sequence.can_grow and sequence.phase not in _HOLDING_NO_MORE
-        self.pool.give_back(sequence.holding)
-        sequence.holding = None
-        self._num_growing -= grows
-
-    def _offer_to_cache(self, sequence: Sequence, num_computed: int) -> None:
-        """Blocks that are full and computed by now. Those of a reservation are offered when they have landed."""
-        if not self.limits.enable_block_reuse:
-            return
-        num_full = num_computed // self.limits.block_size
-        hashes = sequence.hash_blocks(num_full, self.limits.block_size)
-        for index in range(sequence.num_findable_blocks, num_full):
-            parent = hashes[index - 1] if index else None
-            self.pool.make_findable(sequence.block_table[index], BlockLabel(hashes[index], parent, index))
-        sequence.num_findable_blocks = num_full

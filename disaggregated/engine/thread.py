@@ -47,7 +47,7 @@ class EngineThread:
         num_commands_max: int = 4096,
     ) -> None:
         self._engine = engine
-        engine.run_soon = self._put
+        engine.call_between_steps_by(self._put)
         self.block_feed = BlockFeed(engine.event_buffer_max_size)
         """Tells watchers on other threads what the prefix cache gains and loses."""
         self._on_events = on_events

@@ -12,6 +12,7 @@ import pytest
 
 from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.sampling_params import SamplingParams
 from tests.support.engine_workload import Foresight, Workload
 from tests.support.fake_device import FakeDevice
@@ -65,12 +66,14 @@ def test_the_same_holds_for_ten_minutes_of_seeds(capsys: pytest.CaptureFixture[s
 def engine_of_a_server(draw: random.Random, left: list[int], *, max_seq_len: int) -> LLMEngine:
     return LLMEngine(
         FakeDevice(num_blocks=20, block_size=4),
-        num_blocks=20,
-        block_size=4,
-        max_num_tokens=draw.choice([1, 5, 64]),
-        max_batch_size=2,
-        max_seq_len=max_seq_len,
-        speculation=Foresight(draw, lambda _: left) if draw.random() < 0.8 else None,
+        EngineLimits(
+            num_blocks=20,
+            block_size=4,
+            max_num_tokens=draw.choice([1, 5, 64]),
+            max_batch_size=2,
+            max_seq_len=max_seq_len,
+        ),
+        EngineOptions(speculation=Foresight(draw, lambda _: left) if draw.random() < 0.8 else None),
         clock=lambda: 0.0,
     )
 

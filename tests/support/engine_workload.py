@@ -19,6 +19,7 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.sequence import Sequence
 from disaggregated.engine.speculation import Speculation
 from disaggregated.errors import AdmissionError, InvalidRequest
@@ -79,16 +80,22 @@ class Workload:
         )
         self.engine = LLMEngine(
             self.runner,
-            num_blocks=num_blocks,
-            block_size=self.block_size,
-            max_num_tokens=self.runner.max_num_tokens,
-            max_batch_size=self.runner.max_batch_size,
-            max_seq_len=MAX_SEQ_LEN,
-            max_prefill_tokens_beside_decode=self.draw.choice([None, 1, 4]),
-            enable_block_reuse=self.draw.random() < 0.8,
-            speculation=Foresight(self.draw, lambda name: self.lives[name].tokens) if mode == "speculation" else None,
-            overlap=mode == "overlap",
-            copier=FakeHostMemory(self.runner, num_slots=num_host_slots) if num_host_slots else None,
+            EngineLimits(
+                num_blocks=num_blocks,
+                block_size=self.block_size,
+                max_num_tokens=self.runner.max_num_tokens,
+                max_batch_size=self.runner.max_batch_size,
+                max_seq_len=MAX_SEQ_LEN,
+                max_prefill_tokens_beside_decode=self.draw.choice([None, 1, 4]),
+                enable_block_reuse=self.draw.random() < 0.8,
+            ),
+            EngineOptions(
+                speculation=Foresight(self.draw, lambda name: self.lives[name].tokens)
+                if mode == "speculation"
+                else None,
+                overlap=mode == "overlap",
+                copier=FakeHostMemory(self.runner, num_slots=num_host_slots) if num_host_slots else None,
+            ),
             clock=lambda: self.now_s,
         )
         lateness = self.draw.choice([0.0, 0.5, 1.0])

@@ -14,6 +14,7 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.speculation import Speculation
 from disaggregated.sampling_params import SamplingParams
 from tests.support.fake_copier import FakeBlockCopier
@@ -52,19 +53,18 @@ class EngineDriver:
         self.copier = FakeBlockCopier(self.runner, num_host_slots)
         self.engine = LLMEngine(
             self.runner,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_tokens=max_num_tokens,
-            max_batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
-            max_prefill_tokens_beside_decode=max_prefill_tokens_beside_decode,
-            enable_block_reuse=enable_block_reuse,
-            speculation=speculation,
-            overlap=overlap,
-            num_waiting_max=num_waiting_max,
-            vocab_size=vocab_size,
-            copier=self.copier,
-            grammar_source=grammars,
+            EngineLimits(
+                num_blocks=num_blocks,
+                block_size=block_size,
+                max_num_tokens=max_num_tokens,
+                max_batch_size=max_batch_size,
+                max_seq_len=max_seq_len,
+                max_prefill_tokens_beside_decode=max_prefill_tokens_beside_decode,
+                enable_block_reuse=enable_block_reuse,
+                num_waiting_max=num_waiting_max,
+                vocab_size=vocab_size,
+            ),
+            EngineOptions(speculation=speculation, overlap=overlap, copier=self.copier, grammars=grammars),
             clock=clock,
         )
         self.grammars = grammars

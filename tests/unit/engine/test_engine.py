@@ -16,6 +16,7 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits
 from disaggregated.errors import InvalidRequest, PoolExhausted, PromptTooLong, QueueFull, TransferError
 from disaggregated.sampling_params import SamplingParams
 from tests.support.fake_runner import VOCAB_SIZE
@@ -325,7 +326,9 @@ def test_what_the_runner_raises_leaves_the_step_as_it_is() -> None:
         def execute(self, batch: Sequence[ScheduledSequence]) -> Sequence[Sequence[int]]:
             raise RuntimeError("device lost")
 
-    engine = LLMEngine(BrokenRunner(), num_blocks=4, block_size=4, max_num_tokens=4, max_batch_size=1, max_seq_len=16)
+    engine = LLMEngine(
+        BrokenRunner(), EngineLimits(num_blocks=4, block_size=4, max_num_tokens=4, max_batch_size=1, max_seq_len=16)
+    )
     engine.submit(
         EngineRequest(request_id="one", kind=RequestKind.FULL, token_ids=[1], sampling=SamplingParams(max_tokens=1))
     )

@@ -30,7 +30,7 @@ def driver_with(
     driver = EngineDriver(
         grammars=FakeGrammars(is_slow=is_slow), num_blocks=64, overlap=overlap, speculation=speculation
     )
-    driver.engine.run_soon = lambda command: command()
+    driver.engine.call_between_steps_by(lambda command: command())
     return driver
 
 
@@ -239,7 +239,7 @@ def test_in_any_crowd_and_order_every_text_is_the_one_it_is_alone(seed: int) -> 
         speculation=None if overlap or rng.random() < 0.5 else drafts(),
         max_batch_size=rng.randrange(1, 5),
     )
-    driver.engine.run_soon = lambda command: command()
+    driver.engine.call_between_steps_by(lambda command: command())
     assert driver.grammars is not None
     cancelled = set()
     for index in range(12):

@@ -18,6 +18,7 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits
 from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import Draining, PoolExhausted, PromptTooLong, QueueFull, ServerLost
 from disaggregated.sampling_params import SamplingParams
@@ -74,7 +75,7 @@ class Server:
     def __init__(self, *, num_commands_max: int = 100) -> None:
         self.runner = GatedRunner()
         self.engine = CountingEngine(
-            self.runner, num_blocks=16, block_size=4, max_num_tokens=8, max_batch_size=4, max_seq_len=60
+            self.runner, EngineLimits(num_blocks=16, block_size=4, max_num_tokens=8, max_batch_size=4, max_seq_len=60)
         )
         self.events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
         self.crashes: queue.SimpleQueue[BaseException] = queue.SimpleQueue()

@@ -27,6 +27,7 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits
 from disaggregated.engine.load import LoadedEngine, load_engine
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.native_isa import runnable_isas
@@ -109,9 +110,17 @@ class Server:
         recorder = RecordingRunner(self.loaded.runner)
         layout = self.loaded.layout
         engine = LLMEngine(
-            recorder, num_blocks=layout.num_blocks, block_size=layout.block_size, max_num_tokens=chunk,
-            max_batch_size=min(chunk, 32), max_seq_len=512, vocab_size=VOCAB_SIZE, enable_block_reuse=reuse,
-        )  # fmt: skip
+            recorder,
+            EngineLimits(
+                num_blocks=layout.num_blocks,
+                block_size=layout.block_size,
+                max_num_tokens=chunk,
+                max_batch_size=min(chunk, 32),
+                max_seq_len=512,
+                vocab_size=VOCAB_SIZE,
+                enable_block_reuse=reuse,
+            ),
+        )
         return engine, recorder
 
     def alone(self, prompt: Sequence[int] = PROMPT, num_new: int = NUM_NEW) -> list[torch.Tensor]:

@@ -49,7 +49,7 @@ class Watcher:
 def watched(*wanted: str, overlap: bool = False) -> tuple[EngineDriver, Watcher, LayeredFake]:
     driver, watcher = EngineDriver(overlap=overlap), Watcher(set(wanted))
     runner = LayeredFake(driver.runner)
-    driver.engine._runner = runner
+    driver.engine._steps._runner = runner
     assert driver.engine.watch_layers(watcher) is not overlap
     return driver, watcher, runner
 

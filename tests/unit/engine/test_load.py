@@ -210,7 +210,7 @@ def test_the_weights_take_what_was_reckoned(tmp_path: Path, family: str, name: s
     config = server(tiny, dtype=name)
     loaded = load_engine(config, allocate=allocate)
     reckoned = weight_bytes(loaded.config, precision_of(config, torch.device("cpu")))
-    held = sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors_of(loaded.engine)}.values())
+    held = sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors_of(loaded.runner)}.values())
     assert reckoned <= held <= reckoned * 1.2
 
 
@@ -249,8 +249,8 @@ def test_the_size_of_its_files_tells_how_a_large_checkpoint_is_stored(
 
 
 def tensors_of(root: object) -> Iterator[torch.Tensor]:
-    """Every weight that the engine's model holds."""
-    pending = [root._runner._model._weights]  # type: ignore[attr-defined]
+    """Every weight that the model of an engine's runner holds."""
+    pending = [root._model._weights]  # type: ignore[attr-defined]
     while pending:
         item = pending.pop()
         if isinstance(item, torch.Tensor):

@@ -6,6 +6,7 @@ import pytest
 
 from disaggregated.engine.api import FinishReason, RequestKind, TokensSampled
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.sampling_params import SamplingParams
 from tests.support.fake_runner import FakeModelRunner
 from tests.unit.engine.engine_driver import EngineDriver
@@ -154,4 +155,8 @@ def test_an_event_has_one_token_and_its_position() -> None:
 def test_a_runner_that_cannot_launch_is_refused_at_start() -> None:
     runner = FakeModelRunner(num_blocks=4, block_size=4)
     with pytest.raises(AssertionError, match="can't launch a step ahead"):
-        LLMEngine(runner, num_blocks=4, block_size=4, max_num_tokens=4, max_batch_size=1, max_seq_len=16, overlap=True)
+        LLMEngine(
+            runner,
+            EngineLimits(num_blocks=4, block_size=4, max_num_tokens=4, max_batch_size=1, max_seq_len=16),
+            EngineOptions(overlap=True),
+        )

@@ -15,6 +15,7 @@ import pytest
 
 from disaggregated.engine.api import ChunkComputed, EngineEvent, EngineRequest, RequestKind, TokensSampled
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.speculation import Speculation
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.token_logprobs import TokenLogprob
@@ -82,13 +83,15 @@ def engine_of(server: Server, *, chunk: int = 512, speculation: Speculation | No
     layout = server.loaded.layout
     return LLMEngine(
         server.loaded.runner,
-        num_blocks=layout.num_blocks,
-        block_size=layout.block_size,
-        max_num_tokens=chunk,
-        max_batch_size=min(chunk, 32),
-        max_seq_len=512,
-        vocab_size=VOCAB_SIZE,
-        speculation=speculation,
+        EngineLimits(
+            num_blocks=layout.num_blocks,
+            block_size=layout.block_size,
+            max_num_tokens=chunk,
+            max_batch_size=min(chunk, 32),
+            max_seq_len=512,
+            vocab_size=VOCAB_SIZE,
+        ),
+        EngineOptions(speculation=speculation),
     )
 
 

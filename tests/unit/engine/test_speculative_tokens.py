@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.ops.native import load as load_native
 from disaggregated.engine.runner import TorchModelRunner, accepted
 from disaggregated.engine.speculation import Speculation
@@ -28,12 +29,8 @@ def run(
     """The tokens of each request, all served together."""
     engine = LLMEngine(
         runner,
-        num_blocks=num_blocks,
-        block_size=16,
-        max_num_tokens=48,
-        max_batch_size=8,
-        max_seq_len=600,
-        speculation=speculation,
+        EngineLimits(num_blocks=num_blocks, block_size=16, max_num_tokens=48, max_batch_size=8, max_seq_len=600),
+        EngineOptions(speculation=speculation),
         clock=lambda: 0.0,
     )
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}

@@ -11,6 +11,7 @@ import pytest
 
 from disaggregated.engine.api import EngineEvent, ScheduledSequence, TokensSampled
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits
 from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import DisaggregatedError, Draining, PoolExhausted, RequestCancelled, ServerLost
 from disaggregated.llm import SamplingParams
@@ -33,9 +34,15 @@ class Engine:
         self.runner = runner
         self.router = EventRouter()
         self.inner = LLMEngine(
-            runner, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_tokens=32, max_batch_size=8,
-            max_seq_len=max_seq_len,
-        )  # fmt: skip
+            runner,
+            EngineLimits(
+                num_blocks=NUM_BLOCKS,
+                block_size=BLOCK_SIZE,
+                max_num_tokens=32,
+                max_batch_size=8,
+                max_seq_len=max_seq_len,
+            ),
+        )
         self.thread = EngineThread(self.inner, self.router.on_events, self.router.on_crash)
         self.inbox: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
 

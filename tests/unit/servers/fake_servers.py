@@ -13,6 +13,7 @@ from disaggregated import rpc
 from disaggregated.config.server import CacheTransceiverConfig, ServerConfig
 from disaggregated.engine.api import ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.serving.role import LoadedServer, Role, ServerIdentity
 from disaggregated.engine.serving.service import ServerService
 from disaggregated.kv_layout import KVLayout
@@ -85,14 +86,15 @@ async def serving(
     runner = HeldRunner()
     engine = LLMEngine(
         runner,
-        num_blocks=LAYOUT.num_blocks,
-        block_size=LAYOUT.block_size,
-        max_num_tokens=16,
-        max_batch_size=8,
-        max_seq_len=200,
-        enable_block_reuse=enable_block_reuse,
-        copier=FakeBlockCopier(runner, num_host_slots),
-        event_buffer_max_size=event_buffer_max_size,
+        EngineLimits(
+            num_blocks=LAYOUT.num_blocks,
+            block_size=LAYOUT.block_size,
+            max_num_tokens=16,
+            max_batch_size=8,
+            max_seq_len=200,
+            enable_block_reuse=enable_block_reuse,
+        ),
+        EngineOptions(copier=FakeBlockCopier(runner, num_host_slots), event_buffer_max_size=event_buffer_max_size),
     )
     crashes: list[BaseException] = []
     loaded: Any = FakeLoadedEngine(engine=engine)

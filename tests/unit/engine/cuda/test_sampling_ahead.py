@@ -12,6 +12,7 @@ import pytest
 from disaggregated.engine.api import EngineRequest, RequestKind, TokensSampled
 from disaggregated.engine.cuda.runner import CudaModelRunner
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.runner import TorchModelRunner
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.token_logprobs import TokenLogprob
@@ -34,9 +35,17 @@ Told = tuple[list[int], list[TokenLogprob], list[TokenLogprob]]
 def served(runner: TorchModelRunner, *, overlap: bool, chunk: int) -> list[Told]:
     """What each request was told."""
     engine = LLMEngine(
-        runner, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_tokens=chunk, max_batch_size=8, max_seq_len=60,
-        overlap=overlap, vocab_size=VOCAB_SIZE,
-    )  # fmt: skip
+        runner,
+        EngineLimits(
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            max_num_tokens=chunk,
+            max_batch_size=8,
+            max_seq_len=60,
+            vocab_size=VOCAB_SIZE,
+        ),
+        EngineOptions(overlap=overlap),
+    )
     told: list[Told] = [([], [], []) for _ in ASKED]
     for number, asked in enumerate(ASKED):
         sampling = SamplingParams(max_tokens=9 + number, seed=number, stop_token_ids=frozenset(range(50, 60)), **asked)
