@@ -20,6 +20,7 @@ from benchmarks.engines.measurement import CONTEXT_LEN, DECODE_STEPS
 from benchmarks.engines.ours import make_engine, requests
 from disaggregated.engine.api import EngineRequest, RequestKind, ScheduledSequence
 from disaggregated.engine.engine import LLMEngine
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.ops.native import NativeOps
 from disaggregated.engine.speculation import Speculation
 from disaggregated.engine.step_layout import step_tensors
@@ -53,12 +54,14 @@ def median_us(measure: Callable[[], float]) -> float:
 def decoding_engine(runner: InstantRunner, batch_size: int, speculation: Speculation | None) -> LLMEngine:
     engine = LLMEngine(
         runner,
-        num_blocks=batch_size * 64,
-        block_size=BLOCK_SIZE,
-        max_num_tokens=512,
-        max_batch_size=batch_size,
-        max_seq_len=4096,
-        speculation=speculation,
+        EngineLimits(
+            num_blocks=batch_size * 64,
+            block_size=BLOCK_SIZE,
+            max_num_tokens=512,
+            max_batch_size=batch_size,
+            max_seq_len=4096,
+        ),
+        EngineOptions(speculation=speculation),
     )
     for number in range(batch_size):
         prompt = [(number * 7919 + position * 31) % 49_000 for position in range(PROMPT_TOKENS)]
@@ -119,13 +122,11 @@ class KernelTime:
 def real_row(precision: str, batch_size: int) -> report.Row:
     """What of a step of the bundled model is not spent in kernels."""
     engine = make_engine(MODEL, precision, threads=1)
-    model = engine._runner._model  # type: ignore[attr-defined]
+    model = engine._steps._runner._model  # type: ignore[attr-defined]
     if not isinstance(model.ops, NativeOps):
         return report.Row(what=f"{precision}, batch {batch_size}", seen=f"no native kernels here: {model.ops.name}")
     kernels = KernelTime()
-    kernels.stand_in(model._program, "_run")
-    for name in ("linear", "rms_norm", "argmax"):
-        kernels.stand_in(model.ops._kernels, name)
+    kernels.stand_in(model.decode, "_run")
     for request in requests(RequestKind.FROM_REMOTE, batch_size, CONTEXT_LEN, DECODE_STEPS + 8, 1):
         engine.reserve(request)
         engine.admit(request.request_id, first_token=1000)

@@ -75,8 +75,11 @@ class ChunkComputed:
     finished_s: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class TokensSampled:
+    """Nobody changes one. It is not frozen because one is made for each row of each step: that would take three times
+    as long."""
+
     request_id: str
     first_position: int
     """Index in the sequence, prompt included, of `token_ids[0]`."""
@@ -121,9 +124,10 @@ class WantedLogprobs:
     """Of `prompt_targets`."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ScheduledSequence:
-    """One row of a forward pass: `token_ids` at positions `first_position…` of one sequence."""
+    """One row of a forward pass: `token_ids` at positions `first_position…` of one sequence. Not frozen for the reason
+    that `TokensSampled` gives."""
 
     request_id: str
     token_ids: Sequence[int]

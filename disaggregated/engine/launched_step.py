@@ -22,9 +22,10 @@ class ExecutedStep:
         return self.sampled
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class LaunchedRow:
-    """What was asked of one sequence; the sequence itself may be steps ahead by now."""
+    """What was asked of one sequence; the sequence itself may be steps ahead by now. Not frozen for the reason that
+    `TokensSampled` gives."""
 
     sequence: Sequence
     num_tokens: int

@@ -1,6 +1,7 @@
 """One forward pass of a batch of scheduled sequences, from their token ids to the next token of each.
 
-The host lays the step out (`step_layout.py`) and waits for the device once: when the sampled tokens come back.
+The host lays the step out (`step_layout.py`) and waits for the device once: when the sampled tokens come back. A step
+of nothing but decoding takes the model's shorter way, where it has one.
 
 Legend as in `ops/api.py`.
 """
@@ -16,6 +17,7 @@ from disaggregated.engine.kv_cache import KVCache
 from disaggregated.engine.layer_progress import LayerProgress
 from disaggregated.engine.logprobs import StepLogprobs, step_logprobs
 from disaggregated.engine.models.decoder import Model
+from disaggregated.engine.ops.api import DecodeProgram, DecodeRows
 from disaggregated.engine.sample_row import sample_rows
 from disaggregated.engine.sampler import sample
 from disaggregated.engine.step_layout import step_tensors
@@ -45,6 +47,8 @@ class TorchModelRunner:
         return logits
 
     def _execute(self, batch: Sequence[ScheduledSequence], progress: LayerProgress | None) -> Sequence[Sequence[int]]:
+        if progress is None and (decode := self._model.decode) is not None and all(map(_only_decodes, batch)):
+            return self._decode(batch, decode)
         told = step_logprobs(batch, self._model.ops)
         with torch.inference_mode():
             logits = self._logits(batch, progress, told)
@@ -53,6 +57,18 @@ class TorchModelRunner:
                 told.tell()
         sampled = iter(chosen)
         return [[] if row.sampling is None else accepted(row.draft_token_ids, sampled) for row in batch]
+
+    def _decode(self, batch: Sequence[ScheduledSequence], decode: DecodeProgram) -> Sequence[Sequence[int]]:
+        rows = DecodeRows(
+            [row.token_ids[0] for row in batch],
+            [row.first_position for row in batch],
+            [row.block_table for row in batch],
+        )
+        if all(map(_takes_likeliest, batch)):
+            return [[token] for token in decode.likeliest(rows, self._kv_cache.layers)]
+        logits_RV = decode.logits(rows, self._kv_cache.layers)
+        with torch.inference_mode():
+            return [[token] for token in sample(logits_RV, sample_rows(batch), self._model.ops)]
 
     def _chosen(
         self, logits_RV: torch.Tensor, batch: Sequence[ScheduledSequence], told: StepLogprobs | None
@@ -78,6 +94,17 @@ class TorchModelRunner:
         if last_tokens.numel() < token_ids.numel():  # A step of nothing but decoding samples after each of its tokens.
             hidden = hidden.index_select(0, last_tokens)
         return self._model.logits(hidden)
+
+
+def _only_decodes(row: ScheduledSequence) -> bool:
+    """One token, sampled after, and nothing to be told beside the next one."""
+    samples = row.sampling is not None and row.logprobs is None
+    return samples and len(row.token_ids) == 1 and not row.draft_token_ids
+
+
+def _takes_likeliest(row: ScheduledSequence) -> bool:
+    assert row.sampling is not None
+    return row.sampling.takes_likeliest and not row.forbidden_token_ids and row.masks is None
 
 
 def accepted(draft_token_ids: Sequence[int], sampled: Iterator[int]) -> list[int]:

@@ -10,9 +10,9 @@ from disaggregated.engine.token_history import TokenHistory
 from disaggregated.sampling_params import SamplingParams
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class SampleRow:
-    """One token to be chosen."""
+    """One token to be chosen. Not frozen for the reason that `TokensSampled` gives."""
 
     sampling: SamplingParams
     position: int

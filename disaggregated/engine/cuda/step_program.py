@@ -40,6 +40,11 @@ class FusedStep:
         self._shape = shape
         self._weights = weights
 
+    @property
+    def decode(self) -> None:
+        """The device has it as a captured graph instead."""
+        return None
+
     def __call__(
         self,
         token_ids_T: torch.Tensor,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from disaggregated.engine.layer_progress import LayerProgress, layer_ranges
-from disaggregated.engine.ops.api import AttentionBatch, LayerPool, Ops
+from disaggregated.engine.ops.api import AttentionBatch, DecodeProgram, LayerPool, Ops
 from disaggregated.model_files import ModelConfig
 
 
@@ -27,6 +27,10 @@ class Model(Protocol):
     @property
     def ops(self) -> Ops:
         """The table it computes with."""
+
+    @property
+    def decode(self) -> DecodeProgram | None:
+        """A shorter way for steps of nothing but decoding; None: there is none."""
 
     def forward(
         self,
@@ -110,6 +114,10 @@ class Decoder:
     def ops(self) -> Ops:
         """The table it computes with."""
         return self._ops
+
+    @property
+    def decode(self) -> DecodeProgram | None:
+        return None if self._program is None else self._program.decode
 
     def forward(
         self,

@@ -45,6 +45,10 @@ class TransformersModel:
     def ops(self) -> Ops:
         return self._ops
 
+    @property
+    def decode(self) -> None:
+        return None
+
     def forward(
         self,
         token_ids_T: torch.Tensor,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -77,6 +77,28 @@ class StepProgram(Protocol):
 
         A program whose kernels run after it has returned tells no progress.
         """
+
+    @property
+    def decode(self) -> DecodeProgram | None:
+        """None: decoding has no way of its own here."""
+
+
+class DecodeRows(NamedTuple):
+    """At least one row, of one token each; no block table is empty."""
+
+    token_ids: list[int]
+    positions: list[int]
+    block_tables: list[Sequence[int]]
+
+
+class DecodeProgram(Protocol):
+    """A step in which every row is one token, sampled after: the bits of the way over tensors, in less time."""
+
+    def likeliest(self, rows: DecodeRows, pools: Sequence[LayerPool]) -> list[int]:
+        """The next token of each row. Each layer's keys and values are in `pools` then."""
+
+    def logits(self, rows: DecodeRows, pools: Sequence[LayerPool]) -> torch.Tensor:
+        """(R, V) instead: the caller's to change, until the next call works in the same memory."""
 
 
 class Ops(Protocol):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from disaggregated.engine.ops import native_kv, native_linear, native_sample, native_step
+from disaggregated.engine.ops import native_decode, native_kv, native_linear, native_sample, native_step
 from disaggregated.engine.ops.api import AttentionBatch, AttentionSpec, LayerPool, Ops, StepProgram
 from disaggregated.engine.ops.native_build import library
 from disaggregated.engine.ops.native_checks import check_floats, check_indices, check_shape, token_stride
@@ -48,6 +48,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "rope": (c_int64, [c_void_p] + [c_int64] * 4 + [c_void_p] * 2 + [c_int64, c_void_p]),
     **native_kv.SIGNATURES,
     **native_step.SIGNATURES,
+    **native_decode.SIGNATURES,
 }
 """Return type and arguments of each function of the library; csrc/ says what they mean."""
 

@@ -5,6 +5,8 @@ Each structure is valid as long as the tensors it was made of; whoever makes one
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from typing import Any, Final
 
@@ -76,6 +78,23 @@ def kv_pool(pool: LayerPool) -> KVPool:
         block_size=block_size,
         head_dim=head_dim,
     )
+
+
+class PoolTable:
+    """The pools of all layers as C reads them: described once, since a KV cache gives the same list at every step."""
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        self._num_layers, self._num_kv_heads, self._head_dim = num_layers, num_kv_heads, head_dim
+        self._known: tuple[Sequence[LayerPool], ctypes.Array[KVPool]] | None = None
+
+    def of(self, pools: Sequence[LayerPool]) -> ctypes.Array[KVPool]:
+        if self._known is None or self._known[0] is not pools:
+            assert len(pools) == self._num_layers, f"{len(pools)} pools, {self._num_layers} layers"
+            for pool in pools:
+                size = (len(pools[0].values), 2, self._num_kv_heads, pools[0].values.shape[3])
+                check_shape(pool.values, (*size, self._head_dim))
+            self._known = (pools, (KVPool * len(pools))(*map(kv_pool, pools)))
+        return self._known[1]
 
 
 def _to_scales(pool: LayerPool) -> int:

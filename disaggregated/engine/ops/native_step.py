@@ -21,13 +21,14 @@ from disaggregated.engine.models.decoder import DecoderShape, DecoderWeights, La
 from disaggregated.engine.models.mlp import GatedMlp
 from disaggregated.engine.ops.api import AttentionBatch, LayerPool
 from disaggregated.engine.ops.native_checks import check_floats, check_indices, check_shape
+from disaggregated.engine.ops.native_decode import NativeDecode
 from disaggregated.engine.ops.native_kv import (
     AttentionNumbers,
     BatchPlaces,
     KVPool,
+    PoolTable,
     attention_numbers,
     batch_places,
-    kv_pool,
     takes_head_dim,
     unsound_row,
 )
@@ -115,7 +116,10 @@ class NativeStepProgram:
             embedding_scale=shape.embedding_scale,
             epsilon=shape.rms_norm_eps,
         )
-        self._pools: tuple[Sequence[LayerPool], ctypes.Array[KVPool]] | None = None
+        self._pools = PoolTable(len(self._layers), shape.num_kv_heads, shape.head_dim)
+        self.decode: NativeDecode | None = None
+        if shape.final_softcap is None:
+            self.decode = NativeDecode(kernels, team, self._model, weights, self._pools)
 
     def __call__(
         self,
@@ -133,7 +137,7 @@ class NativeStepProgram:
             positions=batch.positions.data_ptr(),
             slots=batch.slots.data_ptr(),
             places=batch_places(batch, num_tokens),
-            pools=self._native_pools(pools),
+            pools=self._pools.of(pools),
             to=hidden_TH.data_ptr(),
         )
         where = c_int64(-1)
@@ -143,16 +147,6 @@ class NativeStepProgram:
             if progress is not None:
                 progress.written(step.end_layer)
         return hidden_TH
-
-    def _native_pools(self, pools: Sequence[LayerPool]) -> ctypes.Array[KVPool]:
-        """A KV cache gives the same list at every step, so it is described once."""
-        if self._pools is None or self._pools[0] is not pools:
-            assert len(pools) == len(self._layers), f"{len(pools)} pools, {len(self._layers)} layers"
-            for pool in pools:
-                size = (len(pools[0].values), 2, self._shape.num_kv_heads, pools[0].values.shape[3])
-                check_shape(pool.values, (*size, self._shape.head_dim))
-            self._pools = (pools, (KVPool * len(pools))(*map(kv_pool, pools)))
-        return self._pools[1]
 
     def _in_words(
         self, wrong: int, where: int, token_ids_T: torch.Tensor, batch: AttentionBatch, num_blocks: int

@@ -3,7 +3,7 @@
    "Largest" is torch's: NaN is larger than all else, 0 and -0 are equal, and of equals the first one wins. A row is the
    work of one member, and all is comparing and copying, so results are the same everywhere. */
 
-#include "threads.h"
+#include "sample.h"
 #include "vector.h"
 
 #include <stdlib.h>

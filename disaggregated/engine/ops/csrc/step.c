@@ -6,37 +6,9 @@
    threads' sleep. Only the elementwise work on q, k and v is taken together: norms, rope and the pool's slots, token by
    token while they are in the cache. */
 
-#include "attention.h"
+#include "step.h"
+
 #include "elementwise.h"
-#include "linear.h"
-
-enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1 };
-
-/* One layer; mirrored by StepLayer in native_step.py. A norm that is not there is NULL. */
-typedef struct {
-    const float *input_norm, *q_norm, *k_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;
-    linear_weight qkv, out, gate_up, down;
-    const float *cos, *sin; /* (num_positions, head_dim / 2) */
-    int64_t num_positions, activation;
-    attention_numbers attention;
-} step_layer;
-
-/* A model; mirrored by StepModel in native_step.py. */
-typedef struct {
-    const float *embedding; /* (vocabulary, hidden) */
-    int64_t vocabulary, hidden, num_layers;
-    const step_layer *layers;
-    float embedding_scale, epsilon;
-} step_model;
-
-/* One step; mirrored by Step in native_step.py. */
-typedef struct {
-    const int64_t *token_ids, *positions, *slots; /* (num_tokens) each */
-    batch_places places;
-    const kv_pool *pools; /* one a layer */
-    float *to;            /* (num_tokens, hidden): what the layers before `first_layer` left, and what the last one leaves */
-    int64_t first_layer, end_layer; /* to compute now; the embedding belongs to layer 0 */
-} step;
 
 typedef struct {
     team *team;
@@ -148,8 +120,6 @@ static void feed_forward_part(const pass *pass, const step_layer *layer)
     add(pass, layer->mlp_post_norm);
 }
 
-enum { SOUND = 0, WRONG_TOKEN_ID, WRONG_POSITION, WRONG_SLOT, WRONG_ROW };
-
 /* What of the step would reach outside the memory of its tables; `where`: the first token or row of that kind. All pools
    have the same shape. */
 static int64_t first_wrong(const step_model *model, const step *step, int64_t *where)
@@ -168,8 +138,6 @@ static int64_t first_wrong(const step_model *model, const step *step, int64_t *w
     return SOUND;
 }
 
-/* Returns SOUND, or what is wrong; then nothing was read or written. Nothing but `to` and the pools goes from one range
-   of layers to the next. */
 EXPORT int64_t run_step(team *team, const step_model *model, const step *step, int64_t *where)
 {
     int64_t wrong = first_wrong(model, step, where);
