@@ -7,7 +7,8 @@ from typing import Any, Final
 from disaggregated.sampling_params import LOGPROBS_MAX, PENALTY_MAX
 from disaggregated.structured.readers import CHOICES_MAX, TEXT_BYTES_MAX
 from disaggregated.text.bad_words import BAD_WORDS_MAX
-from orchestrator.api.generation_fields import CACHE_SALT_CHARACTERS_MAX, IGNORED, NEUTRAL
+from orchestrator.api.generation_fields import CACHE_SALT_CHARACTERS_MAX
+from orchestrator.api.known_fields import IGNORED, NEUTRAL
 from orchestrator.api.messages import ROLES
 from orchestrator.api.openapi.kinds import (
     Schema,
@@ -124,7 +125,8 @@ COMMON: Final[dict[str, Schema]] = {
     "model": ref("ModelName"),
     "stream": flag("The answer comes in events."),
     "stream_options": mapping(
-        "Only when stream is true.", properties={"include_usage": flag("The last event but one counts tokens.")}
+        "Only when stream is true. include_obfuscation has no effect, continuous_usage_stats is refused.",
+        properties={"include_usage": flag("The last event but one counts tokens.")},
     ),
     "priority": integer("A lower one is served earlier.", low=-(2**31), high=2**31),
     "cache_salt": text("Prompts are found in caches with the same one only.", maxLength=CACHE_SALT_CHARACTERS_MAX),
@@ -156,6 +158,7 @@ TEMPLATE: Final[dict[str, Schema]] = {
     "enable_thinking": {"description": "Whether to reason."},
     "chat_template": text("Refused unless the deployment allows it."),
     "chat_template_kwargs": mapping("Variables for the chat template."),
+    "documents": array("For templates that show them.", {"type": "object"}),
     "add_generation_prompt": flag("The prompt ends where the assistant begins.", default=True),
 }
 """What goes into the prompt of a chat besides its messages."""

@@ -33,6 +33,11 @@ NOT_HERE: Final[Mapping[str, tuple[Any, ...]]] = {
     "truncation": ("disabled",),
     "context_management": ([],),
     "moderation": (),
+    "access_programs": (),
+    "image": (),
+    "personality": (),
+    "previous_input_messages": (),
+    "enable_response_messages": (False,),
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -56,7 +61,7 @@ INCLUDES: Final = frozenset(
 )
 """All but the last are about things that no answer has here."""
 
-_OWN: Final = frozenset(
+OWN: Final = frozenset(
     {
         "input", "instructions", "previous_response_id", "max_output_tokens", "max_tool_calls", "text", "reasoning",
         "include", "store", "metadata", "tools", "tool_choice", "top_logprobs", "stream_options",
@@ -93,7 +98,7 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
     max_output_tokens = fields.integer("max_output_tokens", low=1, high=OUTPUT_TOKENS_MAX)
     text, reasoning = _read_text(fields), _read_reasoning(fields)
     chat = {
-        **{name: value for name, value in fields.values.items() if name not in _OWN},
+        **{name: value for name, value in fields.values.items() if name not in OWN},
         "messages": _with_instructions(instructions, conversation),
         "max_completion_tokens": max_output_tokens,
         "response_format": _response_format(text["format"]),

@@ -51,9 +51,9 @@ async def test_what_cannot_be_answered_is_refused_by_its_name(door: Door, agent:
 
 
 async def test_a_search_that_nobody_could_run_is_left_out_and_named(door: Door) -> None:
-    async with door.http.post(f"{door.url}/v1/responses", json=CODEX) as answer:
+    async with door.http.post(f"{door.url}/v1/responses", json={**CODEX, "my_own": 1}) as answer:
         await answer.read()
-    assert answer.headers["x-disagg-ignored"] == "client_metadata,tools[2].web_search"
+    assert answer.headers["x-disagg-ignored"] == "my_own,tools[2].web_search"
 
 
 def calling(name: str, arguments: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import pytest
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
 from orchestrator.api.chat import read_chat
-from orchestrator.api.generation_fields import IGNORED, NEUTRAL, TAKEN, read_generation_fields
+from orchestrator.api.generation_fields import read_generation_fields
+from orchestrator.api.known_fields import IGNORED, NEUTRAL, TAKEN
 from orchestrator.api.openapi import bodies
 from orchestrator.api.openapi.document import document
 from orchestrator.api.responses.body import read_body
