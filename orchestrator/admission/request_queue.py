@@ -8,6 +8,9 @@ arrival                   within one tenant
 A request that comes back because its server was lost is never refused: it was admitted once. A newcomer is refused when
 the queue is full, unless somebody else has many more in it: then that one's last request makes way. So a flood of one
 tenant's never shuts the others out.
+
+Most requests come when nobody waits, and are dispatched at once. For them there are no lines and no turns: whoever is
+alone stands in no line until a second one comes.
 """
 
 from __future__ import annotations
@@ -27,13 +30,16 @@ _DEBTORS_MAX: Final = 4096
 
 class RequestQueue(Generic[Item]):
     """Invariant: `len(queue)` is the number of places that are not gone, and at most `depth_max` except for what was
-    put back; `num_waiting_of` counts the same, by tenant.
+    put back; `num_waiting_of` counts the same, by tenant. Whoever is alone in it stands in no line, and nobody owes
+    anything while the queue was empty.
     """
 
     def __init__(self, depth_max: int, *, tenant_depth_max: int = 0) -> None:
         """tenant_depth_max: of one tenant; 0: as many as there is room for."""
         self.depth_max = depth_max
         self.tenant_depth_max = tenant_depth_max or depth_max
+        self._alone: Waiting[Item] | None = None
+        self._alone_has_turn = False
         self._turns: dict[int, TenantTurns[Item]] = {}
         self._returned: list[tuple[int, int, Waiting[Item]]] = []
         self._by_start: list[tuple[float, int, Waiting[Item]]] = []
@@ -47,10 +53,12 @@ class RequestQueue(Generic[Item]):
         return self._length
 
     def num_waiting_of(self, tenant: str) -> int:
+        self._line_up()
         return self._counts[tenant]
 
     @property
     def num_tenants(self) -> int:
+        self._line_up()
         return len(self._counts)
 
     @property
@@ -66,19 +74,41 @@ class RequestQueue(Generic[Item]):
         Raises:
             QueueFull: too many wait already, of this tenant or in all.
         """
-        tenant, priority = newcomer.tenant, newcomer.priority
+        tenant = newcomer.tenant
         if self._length >= self.depth_max:
             raise QueueFull(f"{self._length} requests are waiting, the limit is {self.depth_max}")
+        if not self._length:
+            newcomer.arrival = next(self._arrivals)
+            self._alone, self._alone_has_turn = newcomer, False
+            self._length, self._num_tokens = 1, newcomer.cost
+            return
+        self._line_up()
         if self._counts[tenant] >= self.tenant_depth_max:
             raise QueueFull(f"{self._counts[tenant]} of your requests wait already, that is the limit")
         newcomer.arrival = next(self._arrivals)
-        turns = self._turns.setdefault(priority, TenantTurns())
-        turns.push(newcomer, debt=self._debts.pop((priority, tenant), 0.0))
+        self._stand_in_line(newcomer)
+
+    def _line_up(self) -> None:
+        """Whoever was alone until now, and was said to be the first, has its turn and keeps it."""
+        if self._alone is None:
+            return
+        alone, self._alone = self._alone, None
+        self._length = self._num_tokens = 0
+        self._stand_in_line(alone)
+        if self._alone_has_turn:
+            self._turns[alone.priority].first()
+
+    def _stand_in_line(self, newcomer: Waiting[Item]) -> None:
+        turns = self._turns.get(newcomer.priority)
+        if turns is None:
+            turns = self._turns[newcomer.priority] = TenantTurns()
+        turns.push(newcomer, debt=self._debts.pop((newcomer.priority, newcomer.tenant), 0.0))
         self._entered(newcomer)
 
     def put_back(self, waiting: Waiting[Item], *, start_by_s: float, now_s: float) -> Waiting[Item]:
         """A request whose dispatch came to nothing waits again, before all that have not begun; it is paid for."""
         assert waiting.is_gone, "it waits already"
+        self._line_up()
         again = dataclasses.replace(waiting, is_gone=False, is_returned=True, start_by_s=start_by_s, since_s=now_s)
         heapq.heappush(self._returned, (again.priority, again.arrival, again))
         self._entered(again)
@@ -93,8 +123,9 @@ class RequestQueue(Generic[Item]):
     def who_makes_way(self, tenant: str, *, priority: int) -> Waiting[Item] | None:
         """For a newcomer of `tenant`, when the queue is full: the last one of whoever has most in it, if that tenant
         keeps more than the newcomer's has even so, and it has no better priority. The caller removes and tells it."""
-        if self._length < self.depth_max or not self._counts:
+        if self._length < self.depth_max or not self._length:
             return None
+        self._line_up()
         longest, count = self._counts.most_common(1)[0]
         if count <= self._counts[tenant] + 1:
             return None
@@ -107,6 +138,9 @@ class RequestQueue(Generic[Item]):
 
     def first(self) -> Waiting[Item] | None:
         """Who is served next; it stays. Look at `late()` before."""
+        if self._alone is not None or not self._length:
+            self._alone_has_turn = True
+            return self._alone
         while self._returned and self._returned[0][2].is_gone:
             heapq.heappop(self._returned)
         best = min(self._turns, default=None)
@@ -118,6 +152,12 @@ class RequestQueue(Generic[Item]):
 
     def late(self, *, now_s: float) -> list[Waiting[Item]]:
         """Those for whom it is too late to be started. They wait no longer; the caller tells them."""
+        alone = self._alone
+        if alone is not None:
+            if alone.start_by_s > now_s:
+                return []
+            self.remove(alone)
+            return [alone]
         late = []
         while self._by_start and (self._by_start[0][0] <= now_s or self._by_start[0][2].is_gone):
             waiting = heapq.heappop(self._by_start)[2]
@@ -128,7 +168,7 @@ class RequestQueue(Generic[Item]):
 
     def take(self, waiting: Waiting[Item]) -> None:
         """The first one is being dispatched, and its tenant pays what it is expected to cost."""
-        if not waiting.is_returned:
+        if not waiting.is_returned and waiting is not self._alone:
             self._turns[waiting.priority].lines[waiting.tenant].deficit -= waiting.cost
         self.remove(waiting)
 
@@ -137,6 +177,9 @@ class RequestQueue(Generic[Item]):
         if waiting.is_gone:
             return
         waiting.is_gone = True
+        if waiting is self._alone:
+            self._alone, self._length, self._num_tokens = None, 0, 0
+            return
         self._length -= 1
         self._num_tokens -= waiting.cost
         self._counts[waiting.tenant] -= 1
@@ -178,6 +221,7 @@ class RequestQueue(Generic[Item]):
     def tokens_ahead(self, tenant: str, *, priority: int) -> int:
         """Tokens that are served before a newcomer of `tenant` is: all of better priorities, and of its own priority
         as much of every tenant as of its own."""
+        self._line_up()
         ahead = sum(each.cost for _, _, each in self._returned if not each.is_gone)
         for each, turns in self._turns.items():
             if each > priority:
@@ -188,6 +232,11 @@ class RequestQueue(Generic[Item]):
         return ahead
 
     def check_integrity(self) -> None:
+        if self._alone is not None:
+            assert not self._alone.is_gone, "who is gone is thought to be alone here"
+            assert (self._length, self._num_tokens) == (1, self._alone.cost), "whoever is alone is miscounted"
+            assert not (self._turns or self._counts or self._debts), "whoever is alone is not"
+            return
         for turns in self._turns.values():
             assert len(turns), "a priority without lines"
             turns.check_integrity()

@@ -31,11 +31,16 @@ class Objectives:
         Raises:
             InvalidRequest: names the header and the limit.
         """
+        if TIMEOUT_HEADER not in headers and TTFT_HEADER not in headers and TPOT_HEADER not in headers:
+            return NO_OBJECTIVES
         return cls(
             timeout_s=_positive(headers, TIMEOUT_HEADER, unit_s=1.0),
             ttft_s=_positive(headers, TTFT_HEADER, unit_s=1e-3),
             tpot_s=_positive(headers, TPOT_HEADER, unit_s=1e-3),
         )
+
+
+NO_OBJECTIVES: Final = Objectives()
 
 
 def _positive(headers: Mapping[str, str], name: str, *, unit_s: float) -> float | None:
@@ -67,7 +72,11 @@ class Ticket:
 
     tenant: str = ""
     weight: float = 1.0
-    objectives: Objectives = Objectives()
+    objectives: Objectives = NO_OBJECTIVES
     charge: Callable[[int], Settle] = lambda num_tokens: settle_nothing
     """Called once, before it is begun, with the tokens that it is expected to take, prompt and answer together. Raises
     QuotaExceeded when they are not to be had."""
+
+
+ANONYMOUS: Final = Ticket()
+"""Of all who name no tenant, have no key and ask for nothing."""

@@ -23,9 +23,9 @@ from orchestrator.story import RequestStory
 _IN_TIME: Final = "it would be served too late"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, eq=False, kw_only=True)
 class Visitor(Generic[Item]):
-    """Who asks to wait. Times are on the orchestrator's monotonic clock."""
+    """Who asks to wait; nothing of it changes. Times are on the orchestrator's monotonic clock."""
 
     item: Item
     ticket: Ticket
@@ -117,6 +117,8 @@ class WaitingRoom(Generic[Item]):
 
     def first(self, *, now_s: float) -> Waiting[Item] | None:
         """Who is served next; whoever is too late by now was told."""
+        if not len(self.queue):
+            return None
         for late in self.queue.late(now_s=now_s):
             words = f"{_IN_TIME}: waited {now_s - late.since_s:.1f} s in the queue"
             self._turn_away(late.item, Overloaded(words, retry_after_s=self.retry_after_s(now_s=now_s)))

@@ -265,3 +265,37 @@ def test_two_who_both_wait_are_never_served_a_turn_and_a_request_apart(seed: int
         served[first.tenant] += first.cost
         shares = [served[tenant] / weight for tenant, weight in weights.items()]
         assert max(shares) - min(shares) <= 2 * QUANTUM_TOKENS + cost_max * (1 / min(weights.values()) + 1)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whoever_is_alone_is_served_as_if_it_stood_in_a_line(seed: int) -> None:
+    """Two queues live through the same, and in one of them everybody is made to stand in line at once."""
+    chance = random.Random(seed)
+    queues: list[RequestQueue[int]] = [RequestQueue(6), RequestQueue(6)]
+    waiting: list[dict[int, Waiting[int]]] = [{}, {}]
+    for number in range(200):
+        what, tenant, priority = chance.randrange(4), chance.choice("abc"), chance.randrange(2)
+        cost, comes_back = chance.choice([1, 100, 5000]), chance.random() < 0.2
+        firsts = [queue.first() for queue in queues] if chance.random() < 0.7 or what == 3 else [None, None]
+        assert len({first and first.item for first in firsts}) == 1
+        for queue, there, first in zip(queues, waiting, firsts, strict=True):
+            if what < 2 and len(queue) < 6:
+                there[number] = put_one = Waiting(
+                    item=number, tenant=tenant, priority=priority, since_s=0.0, cost=cost, start_by_s=number + 40.0
+                )
+                queue.put(put_one)
+            elif what == 2:
+                assert all(there.pop(late.item) for late in queue.late(now_s=number))
+            elif first is not None:
+                queue.take(first)
+                gone = there.pop(first.item)
+                if comes_back:
+                    there[first.item] = queue.put_back(gone, start_by_s=number + 40.0, now_s=0.0)
+                else:
+                    queue.settle(gone, num_tokens=3 * cost)
+        queues[1].num_waiting_of(tenant)
+        assert waiting[0].keys() == waiting[1].keys()
+        assert len(queues[0]) == len(queues[1])
+        assert queues[0].num_tokens == queues[1].num_tokens
+        for queue in queues:
+            queue.check_integrity()
