@@ -1,8 +1,12 @@
 """Conversations stay where they are: TensorRT-LLM's `conversation` rule, by real block hashes.
 
-a session is named         the server it was last on, if that can take it
+a session is named                the server it was last on, if that can take it; else the one that its name draws,
+                                  unless that has far more requests than the others
 a prompt begins as one before     the server that got that one, if enough of the prompt is the same
-neither                    the server with the fewest active tokens
+neither                           the server with the fewest active tokens
+
+What a session was last on is this orchestrator's own knowledge. A name draws the same server everywhere, so the turns
+of a chat find each other's blocks whichever orchestrator, or worker of one, they come to.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Final
 from disaggregated.block_hash import BlockHash
 from orchestrator.routing.candidate import Asked, Candidate, Choice, preferred
 from orchestrator.routing.policies import LeastLoaded
+from orchestrator.routing.rendezvous import rendezvous
 from orchestrator.routing.sessions import BeginningTable, SessionTable
 
 BLOCKS_MAX: Final = 200_000
@@ -45,26 +50,35 @@ class Conversation:
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         allowed = preferred(candidates, avoid)
-        choice = self._sticky(asked, allowed) or self._least.choose(asked, allowed)
         if asked.session:
+            choice = self._of_session(asked, allowed)
             self._sessions.bind(asked.session, choice.instance_id, now_s=asked.now_s)
         else:
+            choice = self._of_beginning(asked, allowed) or self._least.choose(asked, allowed)
             self._beginnings.sent(asked.block_hashes, choice.instance_id)
         return choice
 
-    def _sticky(self, asked: Asked, allowed: Sequence[Candidate]) -> Choice | None:
-        if asked.session:
-            instance_id = self._sessions.find(asked.session, now_s=asked.now_s)
-            why = "its session is there"
-        else:
-            depth, instance_id = self._beginnings.deepest(asked.block_hashes)
-            if not self._is_same_conversation(depth, asked.block_hashes, allowed[0].block_size):
-                return None
-            why = f"{depth} of its {len(asked.block_hashes)} blocks were sent there before"
-        is_there = any(candidate.instance_id == instance_id for candidate in allowed)
-        return Choice(instance_id, why) if instance_id and is_there else None
+    def _of_session(self, asked: Asked, allowed: Sequence[Candidate]) -> Choice:
+        instance_id = self._sessions.find(asked.session, now_s=asked.now_s)
+        if instance_id is not None and _is_among(instance_id, allowed):
+            return Choice(instance_id, "its session is there")
+        drawn = rendezvous(asked.session, allowed).instance_id
+        loads = {candidate.instance_id: float(candidate.num_requests) for candidate in allowed}
+        return Choice(drawn, f"its session's name draws it from {len(allowed)}", loads)
+
+    def _of_beginning(self, asked: Asked, allowed: Sequence[Candidate]) -> Choice | None:
+        depth, instance_id = self._beginnings.deepest(asked.block_hashes)
+        if not self._is_same_conversation(depth, asked.block_hashes, allowed[0].block_size):
+            return None
+        if not _is_among(instance_id, allowed):
+            return None
+        return Choice(instance_id, f"{depth} of its {len(asked.block_hashes)} blocks were sent there before")
 
     def _is_same_conversation(self, depth: int, hashes: Sequence[BlockHash], block_size: int) -> bool:
         num_skipped = -(-self._hash_skip_count // block_size) if block_size else 0
         num_telling = len(hashes) - num_skipped
         return num_telling > 0 and depth - num_skipped >= self._match_threshold * num_telling
+
+
+def _is_among(instance_id: str, candidates: Sequence[Candidate]) -> bool:
+    return any(candidate.instance_id == instance_id for candidate in candidates)

@@ -14,6 +14,7 @@ from orchestrator.routing.candidate import Asked, Candidate
 from orchestrator.routing.conversation import Conversation
 from orchestrator.routing.kv_cache_aware import KvCacheAware
 from orchestrator.routing.policies import PowerOfTwo
+from orchestrator.routing.rendezvous import rendezvous
 from orchestrator.routing.sessions import BeginningTable, SessionTable
 from orchestrator.routing.weighted import Weighted
 
@@ -119,6 +120,38 @@ def test_a_session_whose_server_is_away_moves_and_stays_there() -> None:
     assert policy.choose(asked("s"), idle(other)).instance_id == other
     assert policy.choose(asked("s"), idle("a", "b")).instance_id == other
     assert policy.choose(asked("s"), idle("a", "b"), avoid={other}).instance_id == first
+
+
+def test_workers_that_share_no_table_send_a_session_to_the_same_server() -> None:
+    """Each turn comes to another worker, and loads look a little different from each of them."""
+    workers = [Conversation() for _ in range(4)]
+    dice = random.Random(3)
+    for number in range(100):
+        loads = [Candidate(name, dice.randint(0, 2), dice.randint(0, 999)) for name in "abcd"]
+        assert len({worker.choose(asked(f"chat-{number}"), loads).instance_id for worker in workers}) == 1
+
+
+def test_sessions_are_drawn_evenly_and_only_those_of_a_server_that_left_move() -> None:
+    before = {f"s{n}": rendezvous(f"s{n}", idle("a", "b", "c", "d")).instance_id for n in range(2000)}
+    assert all(420 < count < 580 for count in Counter(before.values()).values()), Counter(before.values())
+    after = {session: rendezvous(session, idle("a", "b", "d")).instance_id for session in before}
+    assert all(after[session] == name for session, name in before.items() if name != "c")
+
+
+@given(loads=st.lists(st.integers(0, 200), min_size=1, max_size=8), session=st.text(max_size=20))
+def test_a_session_is_never_drawn_to_a_hot_spot(loads: list[int], session: str) -> None:
+    candidates = [Candidate(f"server-{number}", load, 0) for number, load in enumerate(loads)]
+    drawn = rendezvous(session, candidates)
+    assert drawn.num_requests <= 1.5 * sum(loads) / len(loads) + 2
+
+
+def test_a_session_whose_server_is_a_hot_spot_begins_elsewhere_and_stays_there() -> None:
+    policy = Conversation()
+    drawn = rendezvous("s", idle("a", "b")).instance_id
+    crowded = [Candidate(name, 40 if name == drawn else 0, 0) for name in "ab"]
+    first = policy.choose(asked("s"), crowded).instance_id
+    assert first != drawn
+    assert policy.choose(asked("s"), idle("a", "b")).instance_id == first
 
 
 def test_a_prompt_that_begins_as_one_before_goes_where_that_one_went() -> None:

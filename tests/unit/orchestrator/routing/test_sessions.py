@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from disaggregated.config.deployment import DeploymentConfig, PoolConfig
+from disaggregated.config.deployment import DeploymentConfig, PoolConfig, RouterConfig
 from disaggregated.config.server import ServerConfig
 from orchestrator.api.fields import Fields
 from orchestrator.api.sessions import Sessions, sessions_of
 
 
 def config(**changes: Any) -> DeploymentConfig:
-    pool = PoolConfig(server=ServerConfig(model="m", role=""))
+    pool = PoolConfig(server=ServerConfig(model="m", role=""), router=RouterConfig(type="conversation"))
     return DeploymentConfig(context=pool, generation=pool, **changes)
 
 
@@ -60,6 +60,12 @@ def test_an_agents_request_goes_where_its_parents_session_is() -> None:
     assert named({}, headers, subagent_header="x-parent") == Sessions("agent:p", "session:own")
     both = named({}, headers, subagent_header="x-parent", subagent_scope="both")
     assert both == Sessions("agent:p", "agent:p")
+
+
+def test_nobody_reads_names_where_no_router_wants_them() -> None:
+    pool = PoolConfig(server=ServerConfig(model="m", role=""))
+    request = make_mocked_request("POST", "/", {"x-session-id": "h"})
+    assert sessions_of(DeploymentConfig(context=pool, generation=pool), request, Fields({"user": "u"})) == Sessions()
 
 
 def test_names_are_cut() -> None:
