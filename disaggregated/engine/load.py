@@ -109,6 +109,7 @@ def load_engine(
     is_narrow = not is_dummy and isinstance(ops, NativeOps) and ops.may_be_narrow
     is_half = is_narrow and is_stored_in_half(files, model_config)
     _check_weights_fit(model_config, device, precision, is_half=is_half)
+    grammars = grammar_compiler(config, files, model_config)  # Its library is loaded beside the weights.
     model = load_model(
         files.path,
         model_config,
@@ -141,7 +142,7 @@ def load_engine(
             EngineOptions(
                 speculation=speculation,
                 overlap=_overlaps(config, runner, speculation),
-                grammars=grammar_compiler(config, files, model_config),
+                grammars=grammars,
                 copier=_copier(kv_cache, size.num_host_slots, device),
                 event_buffer_max_size=config.kv_cache_config.event_buffer_max_size,
             ),
