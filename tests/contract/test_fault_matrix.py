@@ -10,15 +10,18 @@ import pytest
 
 from kvtransfer import registry
 from kvtransfer.registry import TRANSPORTS
-from tests.support.fault_lab.cells import CHUNK_OF, Cell, Fault, Moment, Side, all_cells
-from tests.support.fault_lab.play import lab
+from tests.support.fault_lab.cells import CHUNK_OF, Cell, Fault, Moment, Side, Verdict, all_cells
+from tests.support.fault_lab.play import Lab, Pace, lab
 
-SLOW = (Fault.STOP, Fault.DELAYED)
-"""Each costs its own time; one moment of each is played here."""
+SLOW = (Fault.KILL, Fault.STOP, Fault.DELAYED)
+"""Each costs its own time, or a process that has to be started again; one moment of each is played here."""
 NUM_TRANSFERS = 10_000
 FAULTY_SHARE = 0.05
-STOPPED_S = 0.8
-"""In the marathon: longer than the progress timeout."""
+UNHURRIED = Pace(progress_timeout_s=1.5, found_within_s=8.0, stopped_s=2.0)
+"""What is measured of time is the benchmark's affair."""
+NUM_ATTEMPTS = 3
+BRISK = Pace(stopped_s=0.8)
+"""Of the marathon: longer than the progress timeout."""
 
 
 def played_here(cell: Cell) -> bool:
@@ -31,15 +34,20 @@ def test_the_matrix_has_every_fault_on_either_side_at_four_moments() -> None:
     assert {moment for moment in Moment if moment not in CHUNK_OF} == {Moment.BEFORE_ACK}
 
 
-@pytest.mark.timeout(240)
+async def played(ours: Lab, cell: Cell) -> Verdict:
+    """What only takes long may be the machine's doing, but not again and again."""
+    for _ in range(NUM_ATTEMPTS):
+        verdict = await ours.play(cell)
+        if not verdict.may_be_the_machines:
+            break
+    return verdict
+
+
+@pytest.mark.timeout(400)
 async def test_no_fault_makes_a_wrong_token_a_leak_or_a_hang(transport_name: str) -> None:
-    complaints = []
-    async with lab(transport_name) as ours:
-        for cell in filter(played_here, all_cells(transport_name)):
-            verdict = await ours.play(cell)
-            if verdict.was_only_late:  # The machine's doing, perhaps; never so twice.
-                verdict = await ours.play(cell)
-            complaints += [f"{cell}: {complaint}" for complaint in verdict.complaints]
+    async with lab(transport_name, UNHURRIED) as ours:
+        verdicts = [await played(ours, cell) for cell in all_cells(transport_name) if played_here(cell)]
+    complaints = [f"{verdict.cell}: {each}" for verdict in verdicts for each in verdict.complaints]
     assert complaints == [], "\n".join(complaints)
 
 
@@ -52,7 +60,7 @@ async def test_ten_thousand_transfers_with_faults_leave_nothing(transport: str) 
     dice = random.Random(transport)
     cells = list(all_cells(transport))
     complaints = []
-    async with lab(transport, stopped_s=STOPPED_S) as ours:
+    async with lab(transport, BRISK) as ours:
         for _ in range(20):
             complaints += await ours.succeed()
         at_first = await ours.held()

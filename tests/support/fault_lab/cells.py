@@ -60,8 +60,8 @@ def all_cells(transport: str) -> Iterator[Cell]:
         yield Cell(transport, fault, side, moment)
 
 
-LATE = "found after"
-NOT_READ = "the next transfer was not read in time"
+HARM: Final = "harm: "
+"""How a complaint begins that no machine is too slow for: bytes are wrong, or where nobody wanted them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,6 +79,6 @@ class Verdict:
         return not self.complaints
 
     @property
-    def was_only_late(self) -> bool:
-        """Nothing was wrong but how long something took."""
-        return bool(self.complaints) and all(complaint.startswith((LATE, NOT_READ)) for complaint in self.complaints)
+    def may_be_the_machines(self) -> bool:
+        """Something took too long, or was given up for that reason, and nothing came to harm."""
+        return bool(self.complaints) and not any(complaint.startswith(HARM) for complaint in self.complaints)

@@ -19,24 +19,33 @@ from disaggregated import rpc
 from disaggregated.errors import DisaggregatedError
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.transports import mpirun
-from tests.support.fault_lab.cells import LATE, NOT_READ, NUM_CHUNKS, Cell, Fault, Side, Verdict
+from tests.support.fault_lab.cells import HARM, NUM_CHUNKS, Cell, Fault, Side, Verdict
 from tests.support.fault_lab.control_relay import ControlRelay, ControlTampering, relays
 from tests.support.fault_lab.hub import Actor, ActorLost, Hub, hub
 from tests.support.fault_lab.tampering import Levers, Tampering
 from tests.support.kv_pools import LARGE, eventually
 
-PROGRESS_TIMEOUT_S: Final = 0.5
 LEASE_S: Final = 2.0
-FOUND_WITHIN_S: Final = 1.0
-SLACK_S: Final = 0.25
-"""What two busy cores add to the clock of a test."""
-STOPPED_S: Final = 3.0
 DEADLINE_S: Final = 10.0
 BLOCKS_PER_CHUNK: Final = 8
 NUM_BLOCKS: Final = NUM_CHUNKS * BLOCKS_PER_CHUNK
 TABLE: Final = tuple(range(0, 2 * NUM_BLOCKS, 2))
 """Of the source: every second block, so that a neighbour is never published."""
 INTO: Final = tuple(range(100, 100 + NUM_BLOCKS))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How long a fault may go unnoticed, and how long a frozen process stands still."""
+
+    progress_timeout_s: float = 0.5
+    found_within_s: float = 1.25
+    """A second, and what two busy cores add to the clock of a test."""
+    stopped_s: float = 3.0
+
+
+AS_PROMISED: Final = Pace()
+"""On a machine that does little else."""
 
 
 def chunk_of(blocks: frozenset[int]) -> set[int]:
@@ -50,9 +59,9 @@ class Lab:
     `fallback: true`, and the next transfer must land by what is left; the next cell has a new world.
     """
 
-    def __init__(self, transport: str, meeting: Hub, *, stopped_s: float = STOPPED_S) -> None:
+    def __init__(self, transport: str, meeting: Hub, pace: Pace = AS_PROMISED) -> None:
         self._transport = transport
-        self._stopped_s = stopped_s
+        self._pace = pace
         self._hub = meeting
         self._stack = contextlib.AsyncExitStack()
         self._epoch = 0
@@ -147,11 +156,13 @@ class Lab:
     def _complaints(self, cell: Cell, told: dict[str, Any], found_s: float) -> list[str]:
         complaints = []
         landed = told["outcome"] == "landed"
-        allowed_s = FOUND_WITHIN_S + SLACK_S
+        allowed_s = self._pace.found_within_s
         if cell.fault is Fault.STOP:
-            allowed_s += PROGRESS_TIMEOUT_S if cell.side is Side.SENDER else self._stopped_s
+            allowed_s += self._pace.progress_timeout_s if cell.side is Side.SENDER else self._pace.stopped_s
+        if told.get("num_wrong"):
+            complaints.append(f"{HARM}it {told['outcome']}")
         if found_s > allowed_s:
-            complaints.append(f"{LATE} {found_s:.2f} s, {allowed_s:.2f} s are allowed: {told}")
+            complaints.append(f"found after {found_s:.2f} s, {allowed_s:.2f} s are allowed: {told}")
         if told["outcome"] in ("TimeoutError", "TransferTimeout") and cell.fault is not Fault.STOP:
             complaints.append(f"only the deadline ended it: {told}")
         if cell.fault is Fault.DELAYED and not landed:
@@ -168,7 +179,7 @@ class Lab:
         if told["outcome"] == "landed":
             told["num_wrong"] = await self.destination.call("num_wrong", TABLE, INTO)
             if told["num_wrong"]:
-                told["outcome"] = f"LANDED WITH {told['num_wrong']} WRONG BYTES"
+                told["outcome"] = f"landed with {told['num_wrong']} wrong bytes"
         return told
 
     async def _publish(self, transfer_id: str, until: Callable[[int], Awaitable[None]]) -> None:
@@ -207,7 +218,7 @@ class Lab:
             return
         with contextlib.suppress(TimeoutError):
             await eventually(lambda: tampering.struck_s is not None)
-        await asyncio.sleep(self._stopped_s)
+        await asyncio.sleep(self._pace.stopped_s)
         (self.source if cell.side is Side.SENDER else self.destination).signal(signal.SIGCONT)
 
     async def _mend(self, cell: Cell, tampering: Tampering) -> None:
@@ -232,7 +243,7 @@ class Lab:
         except (TimeoutError, ActorLost) as error:
             complaints.append(f"the next transfer: {type(error).__name__}")
         if overwritten := await self.destination.call("num_overwritten", INTO):
-            complaints.append(f"{overwritten} bytes were written into blocks that had another owner")
+            complaints.append(f"{HARM}{overwritten} bytes were written into blocks that had another owner")
         return complaints
 
     async def _the_next_one(self) -> list[str]:
@@ -244,11 +255,11 @@ class Lab:
         try:
             await publishing
         except TimeoutError:
-            return [f"{NOT_READ}: chunks {sorted(self._data_seen)} were, {told}"]
+            return [f"the next transfer was not read in time: chunks {sorted(self._data_seen)} were, {told}"]
         if told["outcome"] != "landed":
             return [f"the next transfer did not land: {told}"]
         wrong = await self.destination.call("num_wrong", TABLE, into)
-        wrong_bytes = [f"{wrong} wrong bytes in the next transfer"] if wrong else []
+        wrong_bytes = [f"{HARM}{wrong} wrong bytes in the next transfer"] if wrong else []
         return [*wrong_bytes, *self._wrong_way(told)]
 
     async def _source_is_empty(self) -> None:
@@ -339,7 +350,7 @@ class Lab:
         if self._destination is None:
             self._number += 1
             settings = {"role": "destination", "transport": self._transport, "layout": layout}
-            settings |= {"progress_timeout_s": PROGRESS_TIMEOUT_S}
+            settings |= {"progress_timeout_s": self._pace.progress_timeout_s}
             names.append(f"destination-{self._number}")
             commands.append(self._hub.command(names[-1], settings))
         await self._run(commands)
@@ -369,9 +380,9 @@ class Lab:
 
 
 @contextlib.asynccontextmanager
-async def lab(transport: str, *, stopped_s: float = STOPPED_S) -> AsyncIterator[Lab]:
+async def lab(transport: str, pace: Pace = AS_PROMISED) -> AsyncIterator[Lab]:
     async with hub() as meeting:
-        made = Lab(transport, meeting, stopped_s=stopped_s)
+        made = Lab(transport, meeting, pace)
         try:
             yield made
         finally:
