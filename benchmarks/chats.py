@@ -20,7 +20,7 @@ FIRST_TURN: Final = (384, 640)
 """Tokens."""
 LATER_TURN: Final = (16, 48)
 ANSWER: Final = 8
-THINKING_S: Final = (2.0, 8.0)
+THINKING_S: Final = (1.0, 5.0)
 """From the end of an answer to the next turn, and from the beginning to the first."""
 MEAN_LENGTH: Final = 572
 """Tokens of a chat that is half over: its first turn, half of the three others that it has on average, answers."""

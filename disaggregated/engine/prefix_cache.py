@@ -11,7 +11,7 @@ are known as twins: only one is found, but when it goes the other stands in, and
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from disaggregated.block_hash import BlockHash
 from disaggregated.engine.block_events import BlockEventLog, BlockLabel, Tier
@@ -62,6 +62,13 @@ class PrefixCache:
     def hold(self, block_id: int) -> None:
         """Somebody holds the block: it can't be evicted."""
         self._evictable.pop(block_id, None)
+
+    def use(self, hashes: Sequence[BlockHash]) -> None:
+        """Somebody will ask for this run of blocks soon: of those that nobody holds, they are evicted last."""
+        for block_hash in reversed(hashes):  # The beginning is evicted later than what follows it.
+            block_id = self._block_of.get(block_hash)
+            if block_id in self._evictable:
+                self._evictable.move_to_end(block_id)
 
     def keep(self, block_id: int) -> bool:
         """Nobody holds the block any more. False: its content isn't findable, so there is nothing to keep it for."""

@@ -95,6 +95,7 @@ class Scheduler:
         if self._waiting.first is sequence:
             self._note_new_head()
         self._num_waiting_tokens += sequence.num_to_compute
+        self._blocks.will_ask(sequence)
 
     def reserve(self, sequence: Sequence, *, now_s: float) -> None:
         """Take the blocks of a whole prompt for a transfer to fill.

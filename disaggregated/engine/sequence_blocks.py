@@ -38,6 +38,11 @@ class SequenceBlocks:
         num_blocks = num_blocks_max if may_find else 0
         return self._pool.find(sequence.hash_blocks(num_blocks, self._block_size), owner=sequence.request_id)
 
+    def will_ask(self, sequence: Sequence) -> None:
+        """It waits for its turn. Those before it are to evict other blocks than what is cached of its own prompt."""
+        cached = self.find_cached(sequence, (len(sequence.token_ids) - 1) // self._block_size)
+        self._pool.cache.device.use(cached.hashes)
+
     def hold(self, sequence: Sequence, kind: HoldingKind, cached: CachedRun, num_new: int, now_s: float) -> None:
         sequence.holding = self._pool.hold(sequence.request_id, kind, cached=cached, num_new=num_new, now_s=now_s)
         sequence.num_findable_blocks = cached.num_findable

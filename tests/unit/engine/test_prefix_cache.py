@@ -50,6 +50,18 @@ def test_the_block_that_nobody_has_held_for_longest_is_evicted() -> None:
     assert evict_all(cache) == [1, 2, 0]
 
 
+def test_blocks_that_somebody_waits_for_are_evicted_last_and_their_beginning_last_of_all() -> None:
+    cache = new_cache()
+    wanted, other = chain(1, 2, 3), chain(7, 8)
+    for block_id, label in enumerate([*wanted, *other]):
+        cache.add(block_id, label)
+    for block_id in (2, 1, 0, 4, 3):
+        cache.keep(block_id)
+    cache.use([label.block_hash for label in wanted[:2]])
+    cache.check_integrity()
+    assert evict_all(cache) == [2, 4, 3, 1, 0]
+
+
 def test_a_held_block_is_not_evictable() -> None:
     cache = new_cache()
     cache.add(0, root(10))

@@ -86,6 +86,19 @@ def test_a_preempted_sequence_finds_its_computed_blocks_in_the_prefix_cache() ->
     assert driver.tokens["young"] == driver.alone("young")
 
 
+def test_those_before_it_evict_other_blocks_than_the_cached_ones_of_who_waits() -> None:
+    driver = EngineDriver(num_blocks=16, max_num_tokens=8, max_batch_size=1)
+    for name, begin in (("chat", 0), ("over", 100)):
+        driver.submit(name, range(begin, begin + 24), max_tokens=1)
+        driver.run()
+    driver.submit("big", range(200, 232), max_tokens=2)
+    driver.submit("again", [*range(24), 50], max_tokens=2)
+    driver.run()
+    starts = [row for batch in driver.runner.batches for row in batch if row[0] == "again"]
+    assert starts[0] == ("again", 24, 1)
+    assert driver.tokens["again"] == driver.alone("again")
+
+
 def test_a_sequence_starts_only_when_those_that_run_keep_a_block_to_grow_into() -> None:
     driver = EngineDriver(num_blocks=6, block_size=2, max_num_tokens=8)
     driver.submit("old", [1, 2], max_tokens=6)
