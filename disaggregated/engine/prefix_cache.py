@@ -67,7 +67,7 @@ class PrefixCache:
         """Somebody will ask for this run of blocks soon: of those that nobody holds, they are evicted last."""
         for block_hash in reversed(hashes):  # The beginning is evicted later than what follows it.
             block_id = self._block_of.get(block_hash)
-            if block_id in self._evictable:
+            if block_id is not None and block_id in self._evictable:
                 self._evictable.move_to_end(block_id)
 
     def keep(self, block_id: int) -> bool:
