@@ -75,10 +75,4 @@ def _read_include_usage(fields: Fields, *, stream: bool) -> bool:
         return False
     if not stream:
         raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
-    nested = fields.nested("stream_options")
-    if nested.flag("continuous_usage_stats"):
-        raise InvalidRequest(
-            "stream_options.continuous_usage_stats: tokens are counted at the end of a stream, with include_usage",
-            param="stream_options.continuous_usage_stats",
-        )
-    return nested.flag("include_usage")
+    return fields.nested("stream_options").flag("include_usage")

@@ -125,7 +125,7 @@ COMMON: Final[dict[str, Schema]] = {
     "model": ref("ModelName"),
     "stream": flag("The answer comes in events."),
     "stream_options": mapping(
-        "Only when stream is true. include_obfuscation has no effect, continuous_usage_stats is refused.",
+        "Only when stream is true. include_obfuscation and continuous_usage_stats have no effect.",
         properties={"include_usage": flag("The last event but one counts tokens.")},
     ),
     "priority": integer("A lower one is served earlier.", low=-(2**31), high=2**31),

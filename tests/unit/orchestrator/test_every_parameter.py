@@ -122,13 +122,6 @@ def test_what_means_nothing_is_named() -> None:
     )
 
 
-def test_usage_in_the_middle_of_a_stream_is_refused() -> None:
-    body = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    with pytest.raises(InvalidRequest) as caught:
-        read_generation_fields(Fields(body), byte_model(), max_tokens_default=5)
-    assert caught.value.param == "stream_options.continuous_usage_stats"
-
-
 @pytest.mark.parametrize("name", sorted({*IGNORED, *NEUTRAL_IN_CHATS, *of_responses.NOT_HERE}))
 def test_what_is_not_honoured_is_documented(name: str) -> None:
     assert re.search(rf"`{name}(`|:)", DOCUMENT)
