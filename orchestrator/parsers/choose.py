@@ -11,7 +11,8 @@ from disaggregated.grammar import Grammar, GrammarKind
 from orchestrator.parsers.deltas import ReplyParser
 from orchestrator.parsers.forced_calls import NamedCall, answer_or_calls, arguments_schema, calls_schema
 from orchestrator.parsers.formats import ReplyFormats
-from orchestrator.parsers.json_calls import JsonCalls, JsonLayout, Schemas
+from orchestrator.parsers.framed_calls import CallFrame, Schemas
+from orchestrator.parsers.json_calls import JsonCalls
 from orchestrator.parsers.one_call import OneCall
 from orchestrator.parsers.reasoning import ReasoningParser, ReasoningTags
 
@@ -83,7 +84,7 @@ def _grammar(wanted: Wanted, formats: ReplyFormats) -> Grammar | None:
     if not wanted.must_call:
         if wanted.grammar is None or formats.tools is None:
             return wanted.grammar
-        both = answer_or_calls(wanted.grammar, wanted.schemas, formats.tools.layout, is_parallel=wanted.is_parallel)
+        both = answer_or_calls(wanted.grammar, wanted.schemas, formats.tools.frame, is_parallel=wanted.is_parallel)
         return both or wanted.grammar
     if wanted.name:
         schema = arguments_schema(wanted.schemas[wanted.name])
@@ -102,7 +103,7 @@ def _call_parser(wanted: Wanted, formats: ReplyFormats) -> MakeParser | None:
         new_id = formats.new_call_id
         if wanted.name:
             return lambda: NamedCall(wanted.name, new_id)
-        return lambda: JsonCalls(JsonLayout(), schemas, new_id, is_forced=True)
+        return lambda: JsonCalls(CallFrame(), schemas, new_id, is_forced=True)
     if tools is None:
         return None
     if wanted.is_parallel:

@@ -14,7 +14,7 @@ import orjson
 from disaggregated.grammar import Grammar, GrammarKind
 from orchestrator.parsers.call_ids import NewCallId
 from orchestrator.parsers.deltas import CallArguments, CallStart, Delta, ReplyParser
-from orchestrator.parsers.json_calls import JsonLayout, Schemas
+from orchestrator.parsers.framed_calls import CallFrame, Schemas
 
 _ANY_OBJECT: Final = '{"type": "object"}'
 
@@ -58,9 +58,9 @@ def calls_schema(schemas: Schemas, *, is_parallel: bool, arguments: str = "param
     return {"type": "array", "minItems": 1, **limit, "items": items, "$defs": moved}
 
 
-def answer_or_calls(answer: Grammar, schemas: Schemas, layout: JsonLayout, *, is_parallel: bool) -> Grammar | None:
+def answer_or_calls(answer: Grammar, schemas: Schemas, frame: CallFrame, *, is_parallel: bool) -> Grammar | None:
     """A reply that is what the client asked for, or calls in the model's own way; None where nothing can say both."""
-    if answer.kind not in (GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT) or not (layout.begin and layout.end):
+    if answer.kind not in (GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT) or not (frame.begin and frame.end):
         return None
     call = dict(calls_schema(schemas, is_parallel=False, arguments="arguments"))
     call = {**call.pop("items"), "$defs": call["$defs"], "x-guidance": {"lenient": True}}
@@ -68,7 +68,7 @@ def answer_or_calls(answer: Grammar, schemas: Schemas, layout: JsonLayout, *, is
         "start: answer | calls",
         f"answer: %json {answer.text or _ANY_OBJECT}",
         f"calls: one{'+' if is_parallel else ''}",
-        f'one: {_quoted(layout.begin[0])} "\\n"? call "\\n"? {_quoted(layout.end[0])} "\\n"?',
+        f'one: {_quoted(frame.begin[0])} "\\n"? call "\\n"? {_quoted(frame.end[0])} "\\n"?',
         f"call: %json {orjson.dumps(call).decode()}",
     )
     return Grammar(GrammarKind.LARK, "\n".join(rules))

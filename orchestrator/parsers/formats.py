@@ -13,18 +13,19 @@ from disaggregated.config.parser_names import AUTO, NONE
 from disaggregated.text import Tokenizer
 from orchestrator.parsers.call_ids import NewCallId, mistral_call_id, openai_call_id
 from orchestrator.parsers.deltas import ReplyParser
-from orchestrator.parsers.json_calls import JsonCalls, JsonLayout, Schemas
+from orchestrator.parsers.framed_calls import CallFrame, Schemas
+from orchestrator.parsers.json_calls import JsonCalls
 from orchestrator.parsers.marked_calls import DEEPSEEK, KIMI, MarkedCalls, MistralCalls
 from orchestrator.parsers.pythonic_calls import PythonicCalls
 from orchestrator.parsers.reasoning import REASONING, ReasoningTags
 from orchestrator.parsers.tagged_calls import BEGIN, END, GlmCalls, QwenCoderCalls
 
-_HERMES: Final = JsonLayout((BEGIN,), (END,))
-_MISTRAL: Final = JsonLayout(("[TOOL_CALLS]",))
-_LLAMA: Final = JsonLayout()
-_LLAMA_4: Final = JsonLayout(("<|python_start|>",), ("<|python_end|>",))
-_LFM: Final = JsonLayout(("<|tool_call_start|>",), ("<|tool_call_end|>",))
-_GRANITE: Final = JsonLayout(("<|tool_call|>", "<tool_call>"))
+_HERMES: Final = CallFrame((BEGIN,), (END,))
+_MISTRAL: Final = CallFrame(("[TOOL_CALLS]",))
+_LLAMA: Final = CallFrame()
+_LLAMA_4: Final = CallFrame(("<|python_start|>",), ("<|python_end|>",))
+_LFM: Final = CallFrame(("<|tool_call_start|>",), ("<|tool_call_end|>",))
+_GRANITE: Final = CallFrame(("<|tool_call|>", "<tool_call>"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,17 +34,17 @@ class ToolFormat:
     markers: tuple[str, ...] = ()
     """Where a model's vocabulary has them as special tokens, they are shown to the parser all the same."""
     new_id: NewCallId = openai_call_id
-    layout: JsonLayout = JsonLayout()
+    frame: CallFrame = CallFrame()
     """Where calls are JSON between markers."""
 
 
-def _json(layout: JsonLayout) -> ToolFormat:
-    markers = (*layout.begin, *layout.end)
-    return ToolFormat(lambda schemas, new_id: JsonCalls(layout, schemas, new_id), markers, layout=layout)
+def _json(frame: CallFrame) -> ToolFormat:
+    markers = (*frame.begin, *frame.end)
+    return ToolFormat(lambda schemas, new_id: JsonCalls(frame, schemas, new_id), markers, frame=frame)
 
 
-def _pythonic(layout: JsonLayout) -> ToolFormat:
-    return ToolFormat(lambda schemas, new_id: PythonicCalls(layout, schemas, new_id), (*layout.begin, *layout.end))
+def _pythonic(frame: CallFrame) -> ToolFormat:
+    return ToolFormat(lambda schemas, new_id: PythonicCalls(frame, schemas, new_id), (*frame.begin, *frame.end))
 
 
 TOOL_FORMATS: Final[Mapping[str, ToolFormat]] = {
@@ -57,7 +58,7 @@ TOOL_FORMATS: Final[Mapping[str, ToolFormat]] = {
     ),
     "deepseek_v3": ToolFormat(lambda _, new_id: MarkedCalls(DEEPSEEK, new_id), DEEPSEEK.markers),
     "kimi_k2": ToolFormat(lambda _, new_id: MarkedCalls(KIMI, new_id), KIMI.markers),
-    "pythonic": _pythonic(JsonLayout()),
+    "pythonic": _pythonic(CallFrame()),
     "llama4_pythonic": _pythonic(_LLAMA_4),
     "lfm2": _pythonic(_LFM),
     "qwen3_coder": ToolFormat(QwenCoderCalls, (BEGIN, END)),

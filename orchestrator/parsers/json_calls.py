@@ -1,33 +1,21 @@
 """Tool calls that are JSON objects: {"name": …, "arguments": …}.
 
 Hermes and Qwen put each between `<tool_call>` and `</tool_call>`, Mistral a list of them after `[TOOL_CALLS]`, Llama 3
-writes them as the whole reply, and so does any model that a grammar makes call. What begins like a call and is none is
-content: nothing that the model said is lost.
+writes them as the whole reply, and so does any model that a grammar makes call.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from orchestrator.parsers.call_ids import NewCallId
-from orchestrator.parsers.deltas import CallArguments, CallStart, Content
+from orchestrator.parsers.deltas import CallArguments, CallStart
+from orchestrator.parsers.framed_calls import CallFrame, FramedCalls, Schemas
 from orchestrator.parsers.json_source import json_string, json_text, json_value, unquoted
-from orchestrator.parsers.source import SPACE, GrammarParser, Source, Steps, everything, skip, take_one_of, until, wait
+from orchestrator.parsers.source import SPACE, Source, Steps, skip, wait
 
 _ARGUMENTS: Final = ("arguments", "parameters")
-
-Schemas = Mapping[str, Mapping[str, Any]]
-"""The tools that a request offers: each name with the JSON schema of its parameters."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class JsonLayout:
-    begin: tuple[str, ...] = ()
-    """What comes before the calls; empty: they are the whole reply, which must begin with them."""
-    end: tuple[str, ...] = ()
-    """What comes after them, where there is something."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -39,31 +27,16 @@ class _Call:
     """That came before the name."""
 
 
-class JsonCalls(GrammarParser):
+class JsonCalls(FramedCalls):
     """`is_forced`: a grammar lets the model write nothing but calls; what is cut off before it is one is no content."""
 
-    def __init__(self, layout: JsonLayout, schemas: Schemas, new_id: NewCallId, *, is_forced: bool = False) -> None:
-        super().__init__()
-        self._layout = layout
-        self._schemas = schemas
-        self._new_id = new_id
+    def __init__(self, frame: CallFrame, schemas: Schemas, new_id: NewCallId, *, is_forced: bool = False) -> None:
+        super().__init__(frame, schemas, new_id)
         self._is_forced = is_forced
-        self._num_calls = 0
 
-    def _grammar(self, source: Source) -> Steps[None]:
-        if not self._layout.begin:
-            source.pin()
-            if not (yield from self._calls(source)):
-                source.rewind()
-                if self._is_forced:
-                    source.cut(len(source.rest))
-            yield from everything(source)
-            return
-        while marker := (yield from until(source, self._layout.begin, Content, trims=True)):
-            source.pin()
-            if not (yield from self._calls(source)):
-                source.rewind()
-                yield Content(marker)
+    def _begins_otherwise(self, source: Source) -> None:
+        if self._is_forced:
+            source.cut(len(source.rest))
 
     def _calls(self, source: Source) -> Steps[bool]:
         """Objects one after the other, to the end marker or to what is neither; whether one was a call."""
@@ -75,9 +48,8 @@ class JsonCalls(GrammarParser):
                 source.rewind()
                 break
             character = yield from skip(source, SPACE + ",;]")
-        if self._layout.end and self._num_calls > first:
-            yield from take_one_of(source, self._layout.end)
-            yield from skip(source)
+        if self._num_calls > first:
+            yield from self._ends(source)
         return self._num_calls > first
 
     def _call(self, source: Source) -> Steps[bool]:
@@ -125,7 +97,7 @@ class JsonCalls(GrammarParser):
 
     def _is_known(self, name: str) -> bool:
         """Without markers a reply may well be an object with a name, and still no call."""
-        return bool(self._layout.begin) or name in self._schemas
+        return bool(self._frame.begin) or name in self._schemas
 
 
 def _key(source: Source) -> Steps[str | None]:

@@ -10,48 +10,19 @@ import json
 import re
 from typing import Any, Final
 
-from orchestrator.parsers.call_ids import NewCallId
-from orchestrator.parsers.deltas import CallArguments, CallStart, Content
-from orchestrator.parsers.json_calls import JsonLayout, Schemas
-from orchestrator.parsers.source import (
-    SPACE,
-    GrammarParser,
-    Source,
-    Steps,
-    everything,
-    skip,
-    take_one_of,
-    until,
-    wait,
-)
+from orchestrator.parsers.deltas import CallArguments, CallStart
+from orchestrator.parsers.framed_calls import FramedCalls
+from orchestrator.parsers.source import SPACE, Source, Steps, skip, wait
 
 _PLAIN: Final = re.compile(r"[^()\[\]{}\"']*")
 _QUOTED: Final = {quote: re.compile(rf"[^\\{quote}]*") for quote in "'\""}
 _JSON_NAMES: Final[dict[str, Any]] = {"true": True, "false": False, "null": None}
 
 
-class PythonicCalls(GrammarParser):
-    """Without markers the list is the whole reply, and a name that is no tool's makes it content."""
+class PythonicCalls(FramedCalls):
+    """A name that is no tool's makes it content."""
 
-    def __init__(self, layout: JsonLayout, schemas: Schemas, new_id: NewCallId) -> None:
-        super().__init__()
-        self._layout = layout
-        self._schemas = schemas
-        self._new_id = new_id
-        self._num_calls = 0
-
-    def _grammar(self, source: Source) -> Steps[None]:
-        source.pin()
-        if not (yield from self._calls(source)):
-            source.rewind()
-        if not self._layout.begin:
-            yield from everything(source)
-            return
-        while marker := (yield from until(source, self._layout.begin, Content, trims=True)):
-            source.pin()
-            if not (yield from self._calls(source)):
-                source.rewind()
-                yield Content(marker)
+    may_be_bare = True
 
     def _calls(self, source: Source) -> Steps[bool]:
         first = self._num_calls
@@ -73,9 +44,7 @@ class PythonicCalls(GrammarParser):
             if not source.is_empty:
                 source.cut(1)
             yield from skip(source)
-            if self._layout.end:
-                yield from take_one_of(source, self._layout.end)
-                yield from skip(source)
+            yield from self._ends(source)
         return self._num_calls > first
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from orchestrator.parsers.call_ids import NewCallId
 from orchestrator.parsers.deltas import CallArguments, CallStart, Content
-from orchestrator.parsers.json_calls import Schemas
+from orchestrator.parsers.framed_calls import Schemas
 from orchestrator.parsers.source import (
     GrammarParser,
     Source,

@@ -9,7 +9,8 @@ import pytest
 
 from orchestrator.parsers import CallArguments, CallStart, Content, ReplyParser, calls_of, content_of
 from orchestrator.parsers.formats import TOOL_FORMATS
-from orchestrator.parsers.json_calls import JsonCalls, JsonLayout
+from orchestrator.parsers.framed_calls import CallFrame
+from orchestrator.parsers.json_calls import JsonCalls
 from orchestrator.parsers.reasoning import REASONING, ReasoningParser
 from tests.unit.parsers.pieces import fixed_id, one_reading
 
@@ -52,7 +53,7 @@ def test_forced_calls_of_any_arguments_come_back_as_they_were() -> None:
         chosen = random.Random(seed)
         arguments = [{"a": chosen.choice(["", '"', "}{", "\\", "</x>", "ü\n"]) * 2, "n": seed} for _ in range(3)]
         reply = json.dumps([{"name": "f", "parameters": each} for each in arguments], ensure_ascii=seed % 2 == 0)
-        deltas = one_reading(lambda: JsonCalls(JsonLayout(), SCHEMAS, fixed_id, is_forced=True), reply)
+        deltas = one_reading(lambda: JsonCalls(CallFrame(), SCHEMAS, fixed_id, is_forced=True), reply)
         assert [json.loads(call.arguments) for call in calls_of(deltas)] == arguments
         assert content_of(deltas) == ""
 
