@@ -258,6 +258,10 @@ class LLMEngine:
         """Which blocks can be found, and no longer, since the last call."""
         return self._cache.take_events()
 
+    def call_before_computing(self, call: Callable[[], None]) -> None:
+        """Once a step is decided on: a step may take seconds, and what is evicted for it is gone at its beginning."""
+        self._steps.before_computing = call
+
     def block_snapshot(self) -> BlockSnapshot:
         """Every block that can be found now; what take_block_events() brings with later numbers comes on top."""
         return self._cache.snapshot()

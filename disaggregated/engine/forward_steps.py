@@ -51,6 +51,8 @@ class ForwardSteps:
         self._copier = options.copier
         self._clock = clock
         self._layer_watcher: LayerWatcher | None = None
+        self.before_computing: Callable[[], None] = lambda: None
+        """Called when it is decided what a step computes, and what is evicted for it."""
         self._launched: LaunchedStep | None = None
         self.totals = Totals()
         self.num_finished = 0
@@ -100,6 +102,7 @@ class ForwardSteps:
         self.copy_blocks()
         if not chunks:
             return None
+        self.before_computing()
         batch = [scheduled(chunk, before=self._launched) for chunk in chunks]
         if self._overlap:
             assert isinstance(self._runner, OverlappingRunner)

@@ -50,6 +50,7 @@ class EngineThread:
         engine.call_between_steps_by(self._put)
         self.block_feed = BlockFeed(engine.event_buffer_max_size)
         """Tells watchers on other threads what the prefix cache gains and loses."""
+        engine.call_before_computing(self._publish_block_events)
         self._on_events = on_events
         self._on_crash = on_crash
         self._num_commands_max = num_commands_max

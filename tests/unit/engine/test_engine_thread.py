@@ -18,7 +18,7 @@ from disaggregated.engine.api import (
     TokensSampled,
 )
 from disaggregated.engine.engine import LLMEngine
-from disaggregated.engine.engine_limits import EngineLimits
+from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.thread import EngineThread
 from disaggregated.errors import Draining, PoolExhausted, PromptTooLong, QueueFull, ServerLost
 from disaggregated.sampling_params import SamplingParams
@@ -74,9 +74,8 @@ class Server:
 
     def __init__(self, *, num_commands_max: int = 100) -> None:
         self.runner = GatedRunner()
-        self.engine = CountingEngine(
-            self.runner, EngineLimits(num_blocks=16, block_size=4, max_num_tokens=8, max_batch_size=4, max_seq_len=60)
-        )
+        limits = EngineLimits(num_blocks=16, block_size=4, max_num_tokens=8, max_batch_size=4, max_seq_len=60)
+        self.engine = CountingEngine(self.runner, limits, EngineOptions(event_buffer_max_size=100))
         self.events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
         self.crashes: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
         self.thread = EngineThread(self.engine, self.hear, self.crashes.put, num_commands_max=num_commands_max)
@@ -207,6 +206,17 @@ def test_the_age_of_a_step_grows_while_it_hangs_and_is_zero_when_idle(server: Se
     server.thread.check_integrity().result(WAIT_S)  # So that the last step's statistics are out.
     assert server.thread.statistics().step == 50
     assert server.thread.statistics().step_age_s == 0.0
+
+
+def test_what_is_evicted_for_a_step_is_told_before_the_step_ends(server: Server) -> None:
+    """It may take seconds, in which somebody might still be sent here for those blocks."""
+    for number in range(3):
+        server.thread.submit(request(f"r{number}", first_token=100 * number + 100, num_tokens=20, max_tokens=1))
+        server.tokens(f"r{number}")
+    with server.thread.block_feed.watching(lambda: None) as watcher:
+        watcher.collect()
+        server.hold_in_a_step()
+        assert [event.is_added for event in watcher.take() or ()] == [False]
 
 
 def test_a_crash_is_told_once_and_whoever_waits_or_comes_later_gets_an_error() -> None:
