@@ -13,7 +13,7 @@ def main(config: ServerConfig) -> int:
     transceiver = config.cache_transceiver_config
     Preference(transceiver.backend, transceiver.fallback).check()  # Before minutes go by in which weights are loaded.
     return run_server(
-        config, allocate=lambda layout: Region.allocate(layout.pool_bytes, populate=True), make_role=ContextRole
+        config, allocate=lambda layout: Region.allocate(layout.pool_bytes), make_role=ContextRole
     )
 
 

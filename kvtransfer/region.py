@@ -27,6 +27,8 @@ F_SEAL_FUTURE_WRITE: Final = 0x0010
 """Not in Python's fcntl; Linux 5.1."""
 _MADV_POPULATE_WRITE: Final = 23
 """Not in Python's mmap; Linux 5.14."""
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 
 
@@ -45,8 +47,6 @@ class Region:
     def allocate(cls, nbytes: int, *, populate: bool = False) -> Region:
         """Pages are taken from the system when they are first touched, or all of them here with `populate`.
 
-        Servers populate: a page's first touch costs microseconds, which a prompt of 512 tokens would pay thousands of
-        times, and memory that is not there is better missed at start than in the middle of a request.
         Raises NotEnoughMemory when the system refuses the address range or the pages.
         """
         assert nbytes > 0, f"a region of {nbytes} bytes"
@@ -55,12 +55,25 @@ class Region:
             os.ftruncate(fd, nbytes)
             mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
-            if populate:
-                _populate(mapping)
         except (OSError, OverflowError, ValueError) as error:
             os.close(fd)
             raise NotEnoughMemory(f"no {nbytes:,} bytes for the KV pool: {error}") from error
-        return cls(fd, mapping)
+        region = cls(fd, mapping)
+        if populate:
+            region.populate()
+        return region
+
+    def populate(self) -> None:
+        """Take all pages from the system; those that are there stay as they are. May run beside whoever uses them.
+
+        Servers do so: a page's first touch costs microseconds, which a prompt of 512 tokens would pay thousands of
+        times, and memory that is not there is better missed at start than in the middle of a request.
+        Raises NotEnoughMemory.
+        """
+        if _LIBC.madvise(self.base_address, self.nbytes, _MADV_POPULATE_WRITE):  # Python's own keeps the GIL.
+            number = ctypes.get_errno()
+            if number != errno.EINVAL:  # An older kernel: pages come when they are touched.
+                raise NotEnoughMemory(f"no {self.nbytes:,} bytes for the KV pool: {os.strerror(number)}")
 
     def close(self) -> None:
         """Close the descriptor. The memory goes when its last view does, here and in every peer."""
@@ -75,14 +88,6 @@ class Region:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _populate(mapping: mmap.mmap) -> None:
-    try:
-        mapping.madvise(_MADV_POPULATE_WRITE)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # an older kernel: pages come when they are touched
-            raise
 
 
 class MappedRegion:

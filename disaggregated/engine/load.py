@@ -25,6 +25,7 @@ from disaggregated.engine.fingerprint import (
     tokenizer_digest,
     weights_digest,
 )
+from disaggregated.engine.grammar.compiler import GrammarCompiler
 from disaggregated.engine.grammar.configured import grammar_compiler
 from disaggregated.engine.host_tier.copies import BlockCopier
 from disaggregated.engine.host_tier.device_memory import StreamBlockCopier
@@ -70,6 +71,8 @@ class LoadedEngine:
     dtype: str
     """"float32", "bfloat16"; "int8" or "fp8" where the weights are."""
     ops_name: str
+    grammars: GrammarCompiler | None
+    """The engine's own, not loaded yet: whoever has the time may do it before the first grammar comes."""
     linear_bytes: Mapping[str, int]
     """What a decode step reads of the linears' weights, by the form they are held in; empty where that is not known."""
     max_seq_len: int
@@ -109,7 +112,7 @@ def load_engine(
     is_narrow = not is_dummy and isinstance(ops, NativeOps) and ops.may_be_narrow
     is_half = is_narrow and is_stored_in_half(files, model_config)
     _check_weights_fit(model_config, device, precision, is_half=is_half)
-    grammars = grammar_compiler(config, files, model_config)  # Its library is loaded beside the weights.
+    grammars = grammar_compiler(config, files, model_config)
     model = load_model(
         files.path,
         model_config,
@@ -156,6 +159,7 @@ def load_engine(
         device=str(device),
         dtype=precision.name,
         ops_name=ops.name,
+        grammars=grammars,
         linear_bytes=dict(ops.linear_bytes),
         max_seq_len=max_seq_len,
         num_parameters=num_parameters(model_config),

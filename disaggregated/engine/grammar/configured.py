@@ -14,9 +14,7 @@ log = logs.get(__name__)
 
 
 def grammar_compiler(config: ServerConfig, files: ModelFiles, model: ModelConfig) -> GrammarCompiler | None:
-    """Its library begins to load at once, on its thread: beside the weights, if it is called before them.
-
-    None for a model whose tokens have no text that is known here: requests with a grammar are refused.
+    """None for a model whose tokens have no text that is known here: requests with a grammar are refused.
 
     Raises:
         ConfigError: a library is asked for that is not installed.
@@ -30,6 +28,4 @@ def grammar_compiler(config: ServerConfig, files: ModelFiles, model: ModelConfig
         log.info("grammars_off", because=error)
         return None
     backends = Backends(config.guided_decoding_backend, vocabulary)
-    compiler = GrammarCompiler(backends, eos_token_ids=vocabulary.eos_token_ids, vocab_size=model.vocab_size)
-    compiler.load()
-    return compiler
+    return GrammarCompiler(backends, eos_token_ids=vocabulary.eos_token_ids, vocab_size=model.vocab_size)

@@ -31,6 +31,9 @@ class PoolMemory(Protocol):
     def buffer(self) -> memoryview:
         """Writable."""
 
+    def populate(self) -> None:
+        """Take its pages from the system, beside whoever uses them already. Raises NotEnoughMemory."""
+
     def close(self) -> None: ...
 
 

@@ -92,3 +92,11 @@ def test_a_populated_region_has_its_pages_before_they_are_touched(populate: bool
     with Region.allocate(nbytes, populate=populate) as region:
         assert os.fstat(region.fd).st_blocks * 512 == (nbytes if populate else 0)
         assert not any(region.buffer[::4096])
+
+
+def test_populating_a_region_in_use_leaves_what_is_written() -> None:
+    with Region.allocate(1 << 20) as region:
+        region.buffer[4096:4100] = b"kept"
+        region.populate()
+        assert bytes(region.buffer[4095:4101]) == b"\0kept\0"
+        assert os.fstat(region.fd).st_blocks * 512 == 1 << 20
