@@ -213,6 +213,8 @@ def test_what_is_evicted_for_a_step_is_told_before_the_step_ends(server: Server)
     for number in range(3):
         server.thread.submit(request(f"r{number}", first_token=100 * number + 100, num_tokens=20, max_tokens=1))
         server.tokens(f"r{number}")
+    while server.runner.begun.acquire(blocking=False):
+        """Steps that are over."""
     with server.thread.block_feed.watching(lambda: None) as watcher:
         watcher.collect()
         server.hold_in_a_step()
