@@ -112,7 +112,7 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, membership: Membershi
     ours = membership or membership_of.of_this_process()
     membership_of.check_may_listen(host, ours)
     host = "127.0.0.1" if host == "localhost" else host
-    _probe(host, port)
+    take_port(host, port).close()  # gRPC tells why it cannot bind only in its own log; a socket tells it in an errno.
     name = f"[{host}]" if ":" in host else host
     try:
         if ours.tls is None:
@@ -124,26 +124,31 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, membership: Membershi
     return f"{name}:{taken}"
 
 
-def _probe(host: str, port: int) -> None:
-    """gRPC tells why it cannot bind only in its own log; a plain socket tells it in an errno."""
+def take_port(host: str, port: int, *, flag: str = "--port") -> socket.socket:
+    """A socket that is bound and does not listen yet; the caller closes it. Raises as `bind` does; `flag` is where
+    another port would be said."""
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
     except socket.gaierror as error:
         raise ConfigError(f"host {host!r} is not known: {error.strerror}") from error
+    taken = socket.socket(family, kind, protocol)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
     except OSError as error:
+        taken.close()
         if error.errno == errno.EADDRINUSE:
-            raise _port_taken(port) from error
+            raise _port_taken(port, flag) from error
         if error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError(f"host {host!r} is not an address of this machine") from error
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise StartupError(f"{flag[2:]}: cannot listen on {host}:{port}: {error.strerror}") from error
+    return taken
 
 
-def _port_taken(port: int) -> PortTaken:
+def _port_taken(port: int, flag: str = "--port") -> PortTaken:
     owner = _listener(port)
-    return PortTaken(f"port {port} is taken" + (f" by process {owner}" if owner else "") + "; choose another --port")
+    return PortTaken(f"port {port} is taken" + (f" by process {owner}" if owner else "") + f"; choose another {flag}")
 
 
 def _listener(port: int) -> str | None:

@@ -98,6 +98,8 @@ class ServerConfig:
     host: str = "localhost"
     port: int = 8000
     """0: any free one; the ready line tells which."""
+    wire_port: int = 0
+    """For calls in frames; 0: any free one. Callers are told by `Describe`."""
     dtype: str = "auto"
     """Of weights and activations: "auto" is float32 on CPU and bfloat16 on CUDA; "float32", "bfloat16"; "int8" and
     "fp8" are "auto" with that quantization."""

@@ -40,6 +40,12 @@ FLAG_KEYS: Final = KeyTable(
         *(key for key in SERVER_KEYS if key.name != "model"),
         honoured("host", TEXT, "Address to listen on."),
         honoured("port", integer(0, 65535), "Port to listen on; 0: any free one, named in the ready line."),
+        honoured(
+            "wire_port",
+            integer(0, 65535),
+            "Port for the orchestrator's calls in frames, to be named where a firewall has to let it through; 0: any "
+            "free one. Callers ask at --port which it is.",
+        ),
         honoured("log_level", LOG_LEVEL, "debug, info, warning or error."),
         *security_keys.COMMON,
         refused("metadata_server_config_file", TEXT, _NO_DISCOVERY),

@@ -1,8 +1,8 @@
 """A server's end: takes connections, lets members of the cluster in, and serves calls with the objects that gRPC has.
 
 One task a call. A call ends early when its caller cancels it or hangs up: its task is cancelled, as gRPC would do it.
-A stream whose caller reads slowly waits before its next message, so that what is kept for it is bounded by whoever
-makes the messages.
+A stream whose caller reads slowly waits before its next message, and a caller who does not read is not listened to, so
+that what is kept for it is bounded by whoever makes the messages.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, cast
 
@@ -60,13 +61,12 @@ class WireServer:
                 method.server_streaming,
             )
 
-    async def start(self, host: str) -> None:
-        """Takes any free port of `host`."""
+    async def start(self, host: str, *, bound: socket.socket | None = None) -> None:
+        """Listens at `bound`, which is ours then; without one, at any free port of `host`."""
         ours = self.membership
         self._listener = await asyncio.get_running_loop().create_server(
             lambda: _Connection(self),
-            "127.0.0.1" if host == "localhost" else host.strip("[]"),
-            0,
+            sock=bound or rpc.take_port(host, 0),
             backlog=CONNECTIONS_MAX,
             ssl=ours.tls.server_context() if ours.tls else None,
         )
@@ -130,9 +130,11 @@ class _Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._may_write.clear()
+        self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._may_write.set()
+        self._transport.resume_reading()
 
     def data_received(self, received: bytes) -> None:
         if self._handshake is not None:

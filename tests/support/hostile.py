@@ -201,7 +201,7 @@ def say_frames(offer: Offer, lease_key: bytes, epoch: int, num_messages: int, se
     )
     for _ in range(num_messages):
         is_member = chance.random() < 0.4
-        with _closed_in_time(), _may_hang_up():
+        with closed_in_time(), may_hang_up():
             connect = kv_wire.introduced if is_member else _dialled
             with connect(offer, epoch=epoch) as sock:
                 sock.settimeout(ANSWER_S)
@@ -243,8 +243,8 @@ def say_raw(host: str, port: int, beginnings: Sequence[bytes], num_messages: int
     for _ in range(num_messages):
         message = mutated(chance.choice(beginnings), chance) + chance.randbytes(chance.choice((0, 0, 9, 300)))
         with (
-            _closed_in_time(),
-            _may_hang_up(),
+            closed_in_time(),
+            may_hang_up(),
             socket.create_connection((host, port), timeout=ANSWER_S) as sock,
         ):
             sock.sendall(message)
@@ -253,7 +253,7 @@ def say_raw(host: str, port: int, beginnings: Sequence[bytes], num_messages: int
 
 
 @contextlib.contextmanager
-def _may_hang_up() -> Iterator[None]:
+def may_hang_up() -> Iterator[None]:
     """The other end closes when it has heard enough, also while we speak."""
     try:
         yield
@@ -265,7 +265,7 @@ def _may_hang_up() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _closed_in_time() -> Iterator[None]:
+def closed_in_time() -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:

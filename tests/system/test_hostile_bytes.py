@@ -24,7 +24,7 @@ from disaggregated.security.membership import NOBODY
 from disaggregated.v1 import kv_pb2, kv_pb2_grpc
 from kvtransfer.transport import Offer
 from kvtransfer.transports.unix_port import host_key
-from tests.support import hostile
+from tests.support import hostile, hostile_wire
 from tests.support.front_door import front_door
 from tests.support.kv_pools import eventually
 from tests.support.server_client import ServerClient, complete_disaggregated
@@ -47,11 +47,13 @@ class Storm:
     """To each of two endpoints."""
     raw: int
     """To each of two gRPC ports, and to the orchestrator's."""
+    framed: int
+    """To each of two ports for calls in frames."""
 
 
-SMALL_STORM: Final = Storm(calls=700, frames=300, raw=150)
-LARGE_STORM: Final = Storm(calls=27_000, frames=16_000, raw=5_000)
-"""101,000 messages in all."""
+SMALL_STORM: Final = Storm(calls=700, frames=300, raw=150, framed=120)
+LARGE_STORM: Final = Storm(calls=27_000, frames=16_000, raw=5_000, framed=10_000)
+"""121,000 messages in all."""
 
 
 @contextlib.asynccontextmanager
@@ -114,11 +116,15 @@ async def rage(pair: Pair, storm: Storm, seed: int) -> None:
             group.create_task(asyncio.to_thread(hostile.say_frames, offer, key, epoch, storm.frames, seed + number))
         for server, other in ((pair.context, pair.generation), (pair.generation, pair.context)):
             host, _, port = server.address.rpartition(":")
+            wire_port = server.description.wire_port
+            stack.enter_context(await asyncio.to_thread(hostile_wire.open_calls_and_read_nothing, host, wire_port))
             raw = hostile.BEGINNINGS["grpc"]
             group.create_task(asyncio.to_thread(hostile.say_raw, host, int(port), raw, storm.raw, seed))
             stranger = await stack.enter_async_context(rpc.open_channel(server.address, membership=NOBODY))
             member = await stack.enter_async_context(rpc.open_channel(server.address))
             values = likely(server, other)
+            wire = host, wire_port, storm.framed, seed, values
+            group.create_task(asyncio.to_thread(hostile_wire.say_calls, *wire))
             await hostile.call_strangely([stranger, member], storm.calls, seed, values)
 
 

@@ -100,6 +100,7 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
     end.listen_for_signals()
     grpc_server = rpc.make_server()
     address = rpc.bind(grpc_server, config.host, config.port)
+    wire_socket = rpc.take_port(config.host, config.wire_port, flag="--wire_port")
     log.info("port_bound", address=address, model=config.model)
     pool: list[MemoryT] = []
 
@@ -132,7 +133,7 @@ async def _run(config: ServerConfig, allocate: AllocatePool[MemoryT], make_role:
     wire.add("Server", service)
     wire.add(config.role.capitalize(), role)
     async with role:
-        await wire.start(config.host)
+        await wire.start(config.host, bound=wire_socket)
         await grpc_server.start()
         _say_ready(address, server, time.monotonic() - started_s)
         afterwards.begin(server.memory, loaded, end.crash)

@@ -234,6 +234,11 @@ async def test_a_taken_port_is_named_with_the_process_that_has_it(host: str) -> 
             rpc.bind(rpc.make_server(), host, port)
 
 
+async def test_a_taken_port_is_told_with_the_flag_that_names_another_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder, pytest.raises(errors.PortTaken, match="another --wire_port"):
+        rpc.take_port("localhost", holder.getsockname()[1], flag="--wire_port")
+
+
 async def test_two_servers_cannot_share_a_port() -> None:
     async with served(Faulty()) as (_, address, _):
         with pytest.raises(errors.PortTaken):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from disaggregated import rpc
 from disaggregated.errors import DisaggregatedError, InvalidRequest, PoolExhausted, ServerLost, Unauthenticated
 from disaggregated.security.membership import NOBODY, Membership
 from disaggregated.security.secret import ClusterSecret
 from disaggregated.v1 import control_pb2
 from disaggregated.wire import WireConnection, WireServer
-from disaggregated.wire.frames import frame
-from disaggregated.wire.handshake import CHALLENGE_BYTES, HELLO_BYTES
+from disaggregated.wire.frames import FrameReader, Kind, call_frame, frame
+from disaggregated.wire.handshake import CHALLENGE_BYTES, HELLO_BYTES, WELCOME_BYTES, CallerHandshake
 
 MEMBER = Membership(secret=ClusterSecret("a secret of the cluster, long enough"))
 STRANGER = Membership(secret=ClusterSecret("another secret of another cluster!"))
@@ -102,6 +104,49 @@ async def test_a_call_is_answered(member: Membership) -> None:
         answer = await connection.ask(b"Generation.Admit", admission("well", 1, 2, 3))
         assert control_pb2.AdmitReply.FromString(answer).num_cached_tokens == 3
         assert await connection.ask(b"Generation.Cancel", b"") == b""
+
+
+async def test_a_server_listens_at_the_port_that_it_was_told() -> None:
+    with rpc.take_port("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        server = WireServer(membership=NOBODY)
+        server.add("Generation", Generation())
+        await server.start("127.0.0.1", bound=bound)
+        try:
+            assert server.port == port
+            (await WireConnection.open("127.0.0.1", port, membership=NOBODY)).close()
+        finally:
+            await server.stop(None)
+
+
+def with_small_buffers(sock: socket.socket) -> socket.socket:
+    """So that it is soon full: what a listening one accepts is as small."""
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, 1 << 14)
+    return sock
+
+
+async def test_who_does_not_read_its_answers_is_not_listened_to_until_it_does() -> None:
+    server = WireServer(membership=NOBODY)
+    await server.start("127.0.0.1", bound=with_small_buffers(rpc.take_port("127.0.0.1", 0)))
+    sock = with_small_buffers(socket.socket())
+    sock.connect(("127.0.0.1", server.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 14)
+    writer.write(CallerHandshake(NOBODY.secret, address="deaf").hello(await reader.readexactly(CHALLENGE_BYTES)))
+    await reader.readexactly(WELCOME_BYTES)
+    num_calls, is_heard = 0, True
+    while is_heard:
+        writer.write(b"".join(call_frame(number, b"no such call", b"") for number in range(1000)))
+        num_calls += 1000
+        done, _ = await asyncio.wait([asyncio.ensure_future(writer.drain())], timeout=0.5)
+        is_heard = bool(done)
+        assert num_calls < 100_000, "what is not read is kept for ever"
+    frames, num_answers = FrameReader(), 0
+    while num_answers < num_calls:
+        num_answers += sum(kind == Kind.ERROR for kind, _, _ in frames.feed(await reader.read(1 << 16)))
+    assert num_answers == num_calls
+    writer.transport.abort()
+    await server.stop(None)
 
 
 async def test_a_large_message_comes_whole() -> None:
