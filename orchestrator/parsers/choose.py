@@ -12,6 +12,7 @@ from orchestrator.parsers.deltas import ReplyParser
 from orchestrator.parsers.forced_calls import NamedCall, answer_or_calls, arguments_schema, calls_schema
 from orchestrator.parsers.formats import ReplyFormats
 from orchestrator.parsers.framed_calls import CallFrame, Schemas
+from orchestrator.parsers.harmony import HarmonyMessages
 from orchestrator.parsers.json_calls import JsonCalls
 from orchestrator.parsers.one_call import OneCall
 from orchestrator.parsers.reasoning import ReasoningParser, ReasoningTags
@@ -51,6 +52,8 @@ class ReplyPlan:
 def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str) -> ReplyPlan:
     """`prompt_tail` is the end of the prompt's text: a template may open or close the reasoning there."""
     grammar = _grammar(wanted, formats)
+    if formats.tools is not None and formats.tools.is_whole:
+        return _harmony_plan(wanted, formats, grammar)
     begins_within = formats.reasoning is not None and formats.reasoning.opens(prompt_tail)
     if grammar is not None and begins_within:
         # Where the end of the reasoning is no single token nothing tells the grammar when to begin: then at once.
@@ -63,6 +66,23 @@ def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str) -> Reply
         may_end_anywhere=make is not None and not wanted.is_parallel,
         shown=frozenset() if make is None else formats.shown,
     )
+
+
+def _harmony_plan(wanted: Wanted, formats: ReplyFormats, grammar: Grammar | None) -> ReplyPlan:
+    if grammar is not None:
+        grammar = dataclasses.replace(grammar, starts_after=formats.reasoning_end)
+    make_forced = _call_parser(wanted, formats) if wanted.must_call else None
+
+    def make() -> ReplyParser:
+        parser = HarmonyMessages(
+            formats.new_call_id,
+            then=None if make_forced is None else make_forced(),
+            separates_reasoning=wanted.separates_reasoning or wanted.must_call,
+            shows_reasoning=wanted.shows_reasoning,
+        )
+        return parser if wanted.is_parallel else OneCall(parser)
+
+    return ReplyPlan(make_parser=make, grammar=grammar, may_end_anywhere=not wanted.is_parallel, shown=formats.shown)
 
 
 def _with_reasoning(

@@ -11,14 +11,16 @@ from typing import Final
 
 from disaggregated.config.parser_names import AUTO, NONE
 from disaggregated.text import Tokenizer
+from orchestrator.parsers import harmony
 from orchestrator.parsers.call_ids import NewCallId, mistral_call_id, openai_call_id
 from orchestrator.parsers.deltas import ReplyParser
 from orchestrator.parsers.framed_calls import CallFrame, Schemas
+from orchestrator.parsers.harmony import HarmonyMessages
 from orchestrator.parsers.json_calls import JsonCalls
 from orchestrator.parsers.marked_calls import DEEPSEEK, KIMI, MarkedCalls, MistralCalls
 from orchestrator.parsers.pythonic_calls import PythonicCalls
 from orchestrator.parsers.reasoning import REASONING, ReasoningTags
-from orchestrator.parsers.tagged_calls import BEGIN, END, GlmCalls, QwenCoderCalls
+from orchestrator.parsers.tagged_calls import BEGIN, END, GlmCalls, MiniMaxCalls, QwenCoderCalls
 
 _HERMES: Final = CallFrame((BEGIN,), (END,))
 _MISTRAL: Final = CallFrame(("[TOOL_CALLS]",))
@@ -34,6 +36,8 @@ class ToolFormat:
     markers: tuple[str, ...] = ()
     """Where a model's vocabulary has them as special tokens, they are shown to the parser all the same."""
     new_id: NewCallId = openai_call_id
+    is_whole: bool = False
+    """Its parser reads reasoning too, and replies without tools."""
     frame: CallFrame = CallFrame()
     """Where calls are JSON between markers."""
 
@@ -62,11 +66,16 @@ TOOL_FORMATS: Final[Mapping[str, ToolFormat]] = {
     "llama4_pythonic": _pythonic(_LLAMA_4),
     "lfm2": _pythonic(_LFM),
     "qwen3_coder": ToolFormat(QwenCoderCalls, (BEGIN, END)),
+    "minimax_m2": ToolFormat(MiniMaxCalls, ("<minimax:tool_call>", "</minimax:tool_call>")),
+    "minimax": _json(CallFrame(("<tool_calls>",), ("</tool_calls>",))),
+    "harmony": ToolFormat(lambda _, new_id: HarmonyMessages(new_id), harmony.MARKERS, is_whole=True),
     "glm45": ToolFormat(GlmCalls, (BEGIN, END, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")),
 }
 """By the names that `tool_parser` takes."""
 
 _SHOWN_IN_TEMPLATES: Final = (
+    (harmony.FINAL_HEADER, "harmony"),
+    ("<minimax:tool_call>", "minimax_m2"),
     ("<function=", "qwen3_coder"),
     ("<arg_key>", "glm45"),
     ("<|tool_calls_section_begin|>", "kimi_k2"),
@@ -74,6 +83,7 @@ _SHOWN_IN_TEMPLATES: Final = (
     ("[TOOL_CALLS]", "mistral"),
     ("<|tool_call_start|>", "lfm2"),
     ("<|python_start|>", "llama4_pythonic"),
+    ("<tool_calls>", "minimax"),
     ("<tool_call>", "hermes"),
     ("<|python_tag|>", "llama3_json"),
     ('"parameters": dictionary of argument name', "llama3_json"),
@@ -100,7 +110,7 @@ class ReplyFormats:
     shown: frozenset[int] = frozenset()
     """Special tokens whose text the parsers have to see."""
     reasoning_end: tuple[int, ...] = ()
-    """The token that ends reasoning, where it is one token: what a grammar may wait for."""
+    """The tokens that end reasoning, where they are always the same: what a grammar may wait for."""
 
     @property
     def new_call_id(self) -> NewCallId:
@@ -116,13 +126,20 @@ class ReplyFormats:
         tools = None if tool_name == NONE else TOOL_FORMATS[tool_name]
         reasoning = None if reasoning_name in ("", NONE) else REASONING[reasoning_name]
         markers = [*(tools.markers if tools else ()), *((reasoning.begin, reasoning.end) if reasoning else ())]
-        end_id = tokenizer.added_token_id(reasoning.end) if reasoning else None
         return cls(
             tools=tools,
             reasoning=reasoning,
             shown=tokenizer.special_ids_of(markers),
-            reasoning_end=() if end_id is None else (end_id,),
+            reasoning_end=_reasoning_end(tools, reasoning, tokenizer),
         )
+
+
+def _reasoning_end(tools: ToolFormat | None, reasoning: ReasoningTags | None, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if tools is not None and tools.is_whole:
+        is_marked = tokenizer.added_token_id(harmony.CHANNEL) is not None
+        return tuple(tokenizer.encode(harmony.FINAL_HEADER, add_special_tokens=False)) if is_marked else ()
+    end_id = tokenizer.added_token_id(reasoning.end) if reasoning else None
+    return () if end_id is None else (end_id,)
 
 
 TEXT_ONLY: Final = ReplyFormats(tools=None, reasoning=None)

@@ -1,4 +1,4 @@
-"""Tool calls in which every argument has tags of its own: Qwen3-Coder and GLM 4.5.
+"""Tool calls in which every argument has tags of its own: Qwen3-Coder, GLM 4.5 and MiniMax M2.
 
 Values are plain text, and only the tool's schema tells a number from a string. Text is given on as it comes, as part of
 a JSON string: these models write whole files into one argument.
@@ -132,6 +132,34 @@ class GlmCalls(TaggedCalls):
         yield from skip(source)
         yield from take_one_of(source, ["<arg_value>"])
         return key
+
+
+class MiniMaxCalls(TaggedCalls):
+    """<minimax:tool_call> <invoke name="name"> <parameter name="key">value</parameter> … </invoke> … </…>"""
+
+    begins = ("<minimax:tool_call>", "<invoke name=")
+    value_end = "</parameter>"
+
+    def _name(self, source: Source, marker: str) -> Steps[str | None]:
+        if not marker.endswith("="):
+            yield from skip(source)
+            if not (yield from take_one_of(source, ["<invoke name="])):
+                return None
+        return (yield from _quoted(source))
+
+    def _key(self, source: Source) -> Steps[str | None]:
+        yield from skip(source)
+        if (yield from take_one_of(source, ["<parameter name=", "</invoke>"])) == "<parameter name=":
+            return (yield from _quoted(source))
+        yield from skip(source)
+        yield from take_one_of(source, ["</minimax:tool_call>"])
+        return None
+
+
+def _quoted(source: Source) -> Steps[str | None]:
+    """An attribute's value, to the end of its tag."""
+    text = yield from collect(source, [">"])
+    return None if text is None else text.strip().strip("\"'")
 
 
 def _escaped(text: str) -> str:

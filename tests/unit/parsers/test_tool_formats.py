@@ -73,6 +73,14 @@ TWO_CALLS = {
         '<function=weather><parameter=city>São }{ "Paulo" <tool></parameter><parameter=days>3</parameter></function>'
         "<function=time></function>"
     ),
+    "minimax_m2": (
+        '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">São }{ "Paulo" <tool></parameter>\n'
+        '<parameter name="days">3</parameter>\n</invoke>\n<invoke name="time">\n</invoke>\n</minimax:tool_call>'
+    ),
+    "minimax": (
+        f'<tool_calls>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n{{"name": "time", "arguments": {{}}}}\n'
+        "</tool_calls>"
+    ),
     "glm45": (
         '<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>São }{ "Paulo" <tool></arg_value>\n'
         "<arg_key>days</arg_key><arg_value>3</arg_value>\n</tool_call>\n<tool_call>time</tool_call>"
@@ -126,6 +134,8 @@ NO_CALLS = [
     ("pythonic", "Look: [weather()]"),
     ("qwen3_coder", "<tool_call>weather"),
     ("glm45", "<tool_call>\n</tool_call>"),
+    ("minimax_m2", "<minimax:tool_call>weather"),
+    ("minimax", "<tool_calls>\n</tool_calls>"),
 ]
 
 
