@@ -81,7 +81,7 @@ class Deployment:
         async for line in self.process.stdout:
             self.output.append(line.decode(errors="replace").rstrip())
 
-    async def wait_idle(self, timeout_s: float = 1.0) -> dict[str, Any]:
+    async def wait_idle(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """The ledger once nobody holds anything, or as it is after `timeout_s`."""
         end_s = time.monotonic() + timeout_s
         while True:

@@ -28,21 +28,25 @@ class LoopCpu:
     def __exit__(self, *_: object) -> None:
         assert self._timer is not None
         self._timer.cancel()
+        self._count()
 
     def _arm(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._tick)
 
     def _tick(self) -> None:
+        self._count()
+        self._arm()
+
+    def _count(self) -> None:
         now_s = time.thread_time()
         self.longest_s = max(self.longest_s, now_s - self._last_s - INTERVAL_S)
         self._last_s = now_s
-        self._arm()
 
 
 @contextlib.contextmanager
 def frozen_garbage() -> Iterator[None]:
-    """As the orchestrator does it when it has started: a collection does not look at everything that is imported."""
+    """As the orchestrator does it when it has started: a collection does not look at everything that is there already.
+    It stays so, as after the collection of the tests."""
     gc.collect()
     gc.freeze()
     yield
-    gc.unfreeze()

@@ -17,12 +17,13 @@ MODEL: Final = "smollm2-135m-instruct"
 @pytest_asyncio.fixture(loop_scope="package", scope="package")
 async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
     """Long prompts are prefilled by the one server and continued by the other; short ones stay with the other. It
-    verifies n-grams where it can, which changes no token."""
+    verifies n-grams where it can, which changes no token. A server that gets no core for a second is not lost."""
     section = {"num_instances": 1, "max_num_tokens": 64, "max_seq_len": 1024, "kv_cache_config": {"max_tokens": 4096}}
     drafts = {"decoding_type": "NGram", "max_draft_len": 4}
     generation: dict[str, Any] = {**section, "router": {"type": "load_balancing"}, "speculative_config": drafts}
     document = {
         "model": MODEL,
+        "progress_timeout_s": 20.0,
         "conditional_disagg_config": {"max_local_prefill_length": 12},
         "context_servers": section,
         "generation_servers": generation,

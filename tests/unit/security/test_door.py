@@ -231,7 +231,7 @@ async def test_the_deadline_of_a_call_holds_for_the_handshake_too() -> None:
         async with rpc.open_channel(address, membership=OURS) as channel:
             with pytest.raises(errors.DisaggregatedError), rpc.errors_from(address):
                 await raw(channel, METHODS[0], timeout=0.2)
-        assert time.monotonic() - begin_s < 2
+        assert time.monotonic() - begin_s < 10
 
 
 @pytest.mark.parametrize("nonce", [b"", b"x", b"x" * 17, b"x" * 4000])

@@ -80,8 +80,8 @@ async def test_the_times_begin_with_the_first_chunk() -> None:
     call.chunk_computed(chunk(64, started_s + 1.0))
     call.first_token_sampled(token(7))
     outcome = (await told(call))[-1].outcome
-    assert 0.9 < outcome.queue_s <= 1.01
-    assert outcome.queue_s + outcome.compute_s < 0.5, "what is not waiting is computing"
+    assert 0.9 < outcome.queue_s <= 1.5
+    assert outcome.queue_s + outcome.compute_s < 0.9, "what is not waiting is computing"
 
 
 async def test_the_first_failure_is_the_one_that_is_told() -> None:
