@@ -18,6 +18,7 @@ This runs for each request: a server is looked at once, and what is left for a p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -56,6 +57,7 @@ class Decode(NamedTuple):
     server: Server
     moving_bytes: int
     """Of the prompt's KV, that it does not hold."""
+    num_requests: int
 
 
 class Estimate(NamedTuple):
@@ -76,9 +78,9 @@ class Estimate(NamedTuple):
     def ttft_s(self) -> float:
         return self.queue_s + self.compute_s
 
-    @property
-    def fields_of_scored(self) -> tuple[object, ...]:
-        return self[2:]
+
+as_scored: Final = operator.itemgetter(slice(2, None))
+"""What is kept of an estimate: all but the servers."""
 
 
 class Estimator:
@@ -127,20 +129,24 @@ class Estimator:
         return server.speed.prompt.part_s(num_cached, num_tokens, num_tokens=num_tokens, chunk_size=chunk_size)
 
     def decodes(self, servers: Sequence[Server]) -> list[Decode]:
-        num_tokens = self._num_tokens
-        return [
-            Decode(self._decode_s(server), server, (num_tokens - self.num_held(server)) * server.token_bytes)
-            for server in servers
-        ]
+        decodes = []
+        for server in servers:
+            num_requests = server.num_requests
+            moving_bytes = (self._num_tokens - self.num_held(server)) * server.token_bytes
+            decodes.append(Decode(self._decode_s(server, num_requests), server, moving_bytes, num_requests))
+        return decodes
 
-    def _decode_s(self, server: Server) -> float:
-        return self._num_steps * server.speed.decode_step_s(server.num_requests + 1)
+    def _decode_s(self, server: Server, num_requests: int) -> float:
+        return self._num_steps * server.speed.decode_step_s(num_requests + 1)
 
     def alone(self, prefills: Sequence[Prefill]) -> list[Estimate]:
         """Prefilled on the generation servers that decode them."""
         estimates = []
         for ttft_s, server, num_cached, _, queue_s, compute_s in prefills:
-            gap_s, harm_s = self._decode_s(server), compute_s * max(server.num_decoding, ROWS_TO_COME)
+            gap_s, harm_s = (
+                self._decode_s(server, server.num_requests),
+                compute_s * max(server.num_decoding, ROWS_TO_COME),
+            )
             score_s = ttft_s + gap_s + harm_s
             name = server.instance_id
             estimates.append(Estimate(None, server, "", name, score_s, queue_s, compute_s, gap_s, harm_s, num_cached))
@@ -152,13 +158,12 @@ def pairs(prefills: Sequence[Prefill], decodes: Sequence[Decode]) -> list[Estima
     estimates = []
     for ttft_s, context, num_cached, _, queue_s, compute_s in prefills:
         context_id = context.instance_id
-        for decode_s, generation, moving_bytes in decodes:
+        for decode_s, generation, moving_bytes, _ in decodes:
             exposed_s = moving_bytes / generation.speed.link_rates.get(context_id, LINK_BYTES_PER_S) - compute_s
             gap_s = decode_s + HAND_OFF_S + (exposed_s if exposed_s > 0.0 else 0.0)
             name, score_s = generation.instance_id, ttft_s + gap_s
-            estimates.append(
-                Estimate(context, generation, context_id, name, score_s, queue_s, compute_s, gap_s, 0.0, num_cached)
-            )
+            fields = (context, generation, context_id, name, score_s, queue_s, compute_s, gap_s, 0.0, num_cached)
+            estimates.append(tuple.__new__(Estimate, fields))  # As Estimate(*fields), in a third of the time.
     return estimates
 
 

@@ -55,9 +55,9 @@ class Turns:
         taken = self._taken.get
 
         def order(decode: Decode) -> tuple[float, ...]:
-            decode_s, server, _ = decode
+            decode_s, server, _, num_requests = decode
             near_s = decode_s if decode_s > limit_s else limit_s
-            return near_s, server.num_requests, taken(server.instance_id, 0)
+            return near_s, num_requests, taken(server.instance_id, 0)
 
         return sorted(decodes, key=order)[:SIDE_MAX]
 

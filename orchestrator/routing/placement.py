@@ -11,20 +11,22 @@ Each hop may have a policy of its own. Where it has none, its server is the one 
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Collection, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from disaggregated.block_hash import BlockHash
 from orchestrator.routing.candidate import Asked, Candidate, Choice, Policy
 from orchestrator.routing.decision import CANDIDATES_KEPT, NOTHING_WEIGHED, Decision, Scored
-from orchestrator.routing.estimate import Estimate, Estimator, one_token, pairs
+from orchestrator.routing.estimate import Estimate, Estimator, as_scored, one_token, pairs
 from orchestrator.routing.local_prefill import LocalPrefill
 from orchestrator.routing.near_equals import Turns
-from orchestrator.server import Server
+from orchestrator.server import STEPS_AHEAD, Server
 
 STEPS_AHEAD_MAX: Final = 16
 """Of prefill on a context server that holds more of the prompt than those with room: waiting there may be worth it."""
 LOCAL_GAIN: Final = 0.9
+_score: Final = operator.itemgetter(Scored._fields.index("score"))
 
 
 class Needs(NamedTuple):
@@ -202,21 +204,18 @@ class _Placing:
             return free
         most = max(map(self._estimator.num_held, free))
         busy = [server for server in prefillers if server not in free and self._estimator.num_held(server) > most]
-        return free + self._with_room(busy, num_steps=STEPS_AHEAD_MAX)
+        return free + self._with_room(busy, STEPS_AHEAD_MAX)
 
-    def _with_room(self, servers: Sequence[Server], **patience: int) -> list[Server]:
+    def _with_room(self, servers: Sequence[Server], num_steps: int = STEPS_AHEAD) -> list[Server]:
         """For the prompt and the first step; a sequence that outgrows it is the engine's to preempt."""
         num_tokens = self._needs.num_prompt_tokens + 1
-        return [
-            server for server in servers if server.takes(num_blocks=-(-num_tokens // server.block_size), **patience)
-        ]
+        return [server for server in servers if server.takes(-(-num_tokens // server.block_size), num_steps)]
 
     def _hop(self, policy: Policy | None, servers: Sequence[Server]) -> _Hop:
-        avoid = self._needs.avoid
         if policy is None:
-            return _Hop(
-                [server for server in servers if server.instance_id not in avoid] or servers if avoid else servers
-            )
+            avoid = self._needs.avoid
+            others = [server for server in servers if server.instance_id not in avoid] if avoid else servers
+            return _Hop(others or servers)
         choice = self._choice(policy, servers)
         return _Hop([next(server for server in servers if server.instance_id == choice.instance_id)], choice)
 
@@ -238,14 +237,14 @@ class _Placing:
         cached = f", {best.num_cached} tokens cached" if best.num_cached else ""
         least = f"least of {len(estimates)}: first token in {1000 * best.ttft_s:.1f} ms{cached}"
         self._turns.taken(best)
-        others = [estimate for estimate in estimates if estimate is not best]
+        others = [as_scored(estimate) for estimate in estimates if estimate is not best]
         if len(others) >= CANDIDATES_KEPT:
             others = heapq.nsmallest(CANDIDATES_KEPT - 1, others, key=_score)
         return self._placement(
             best.context,
             best.generation,
             f"{why}{where}{''.join(reasons)}{least}",
-            tuple([estimate.fields_of_scored for estimate in (best, *others)]),
+            (as_scored(best), *others),
             ttft_s=best.ttft_s,
         )
 
@@ -254,7 +253,7 @@ class _Placing:
         context: Server | None,
         generation: Server | None,
         why: str,
-        weighed: tuple[tuple[object, ...], ...],
+        weighed: tuple[tuple[Any, ...], ...],
         *,
         ttft_s: float | None = None,
     ) -> Placement:
@@ -269,10 +268,6 @@ class _Hop(NamedTuple):
 
     servers: Sequence[Server]
     choice: Choice | None = None
-
-
-def _score(estimate: Estimate) -> float:
-    return estimate.score_s
 
 
 def _scored(choice: Choice, *, is_context: bool) -> tuple[Scored, ...]:
