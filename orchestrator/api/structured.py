@@ -13,6 +13,7 @@ from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar, GrammarKind
 from disaggregated.structured.json_schema import schema_text
 from disaggregated.structured.readers import read_choice, read_grammar, read_json_object, read_json_schema, read_regex
+from disaggregated.structured.structural_tag import read_structural_tag
 from orchestrator.api.fields import Fields, json_type, wrong_type
 
 Reader = Callable[[Any, str], Grammar | None]
@@ -33,11 +34,12 @@ def _response_format(value: Any, name: str) -> Grammar | None:
             return read_json_schema(_member(value, "schema", name), f"{name}.schema")
         case "json_schema":
             return _named_schema(_member(value, "json_schema", name), f"{name}.json_schema")
-        case "regex":
-            return read_regex(_member(value, "regex", name), f"{name}.regex")
-        case "ebnf" | "grammar":
-            return read_grammar(_member(value, kind, name), f"{name}.{kind}")
-    known = "text, json_object, json_schema, regex or ebnf"
+        case "regex" | "ebnf" | "grammar":
+            read = read_regex if kind == "regex" else read_grammar
+            return read(_member(value, kind, name), f"{name}.{kind}")
+        case "structural_tag":
+            return read_structural_tag(value, name)
+    known = "text, json_object, json_schema, structural_tag, regex or ebnf"
     raise InvalidRequest(f"{name}.type must be {known}, is {_shown(kind)}", param=name)
 
 
@@ -68,6 +70,7 @@ _MEMBERS: Final[Mapping[str, Reader]] = {
     "regex": read_regex,
     "choice": read_choice,
     "grammar": read_grammar,
+    "structural_tag": read_structural_tag,
 }
 _WITHOUT_EFFECT: Final = frozenset(
     {"disable_any_whitespace", "disable_additional_properties", "disable_fallback", "_backend", "backend"}

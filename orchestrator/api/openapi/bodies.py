@@ -94,7 +94,9 @@ STRUCTURED_REPLY: Final[dict[str, Schema]] = {
         "JSON, or JSON of a schema.",
         required=["type"],
         properties={
-            "type": {"enum": ["text", "json_object", "json_schema", "json", "regex", "ebnf", "grammar"]},
+            "type": {
+                "enum": ["text", "json_object", "json_schema", "structural_tag", "json", "regex", "ebnf", "grammar"]
+            },
             "json_schema": record(
                 {"name": {"type": "string"}, "schema": _SCHEMA, "strict": flag("Exactly.")}, "schema"
             ),

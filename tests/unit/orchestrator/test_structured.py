@@ -62,8 +62,9 @@ ASKED: list[tuple[dict[str, Any], GrammarKind, Any]] = [
 ]  # fmt: skip
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"response_format": "json"}, "response_format must be an object, is a string"),
-    ({"response_format": {}}, "response_format.type must be text, json_object, json_schema, regex or ebnf, is null"),
-    ({"response_format": {"type": "structural_tag"}}, "response_format.type must be"),
+    ({"response_format": {}}, "response_format.type must be text, json_object, json_schema, structural_tag, regex"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format.structures must be an array"),
+    ({"response_format": {"type": "tag"}}, "response_format.type must be"),
     ({"response_format": {"type": ["json"]}}, "response_format.type must be"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
     (json_schema([]), "json_schema must be an object, is an array"),
@@ -83,7 +84,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guided_choice": []}, f"guided_choice has 0 choices, it must have 1 to {CHOICES_MAX}"),
     ({"guided_choice": ["a"] * 2000}, f"guided_choice has 2000 choices, it must have 1 to {CHOICES_MAX}"),
     ({"guided_choice": ["a", ""]}, "guided_choice: a choice must not be empty"),
-    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag is not supported"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag is not valid JSON"),
+    ({"structured_outputs": {"json_objects": True}}, "structured_outputs.json_objects is not supported"),
     ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.json and structured_outputs.regex both"),
     ({"structured_outputs": {"choice": 1}}, "structured_outputs.choice must be an array of strings, is a number"),
     ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format and guided_regex both say"),
