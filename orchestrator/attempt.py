@@ -59,8 +59,9 @@ class Attempt:
         self._has_landed = False
         self._is_over_there = False
         self._has_outcome = False
-        self._is_in_flow = False
-        """It decodes, and has not ended: what comes next is the next token."""
+        self._flow_position = -1
+        """Of the token that is due, while tokens come one by one and nothing else does; -1: they do not."""
+        self._last_position = len(run.request.token_ids) + run.request.sampling.max_tokens - 1
         self._link: GenerationLink | None = None
         self._stream_key = 0
         """Of our place on the link; 0: none was taken."""
@@ -278,20 +279,38 @@ class Attempt:
         self._arrived(arrival_of(delta), now_s)
 
     def on_token(self, position: int, token_id: int, now_s: float) -> None:
-        """The ways of most tokens are short: nothing but the books of the run, its sink, and ours."""
-        if not self._is_in_flow or position != self._order.position or self._ended.done():
+        """The ways of most tokens are short: the books of the run, ours, and the sink, without a call between."""
+        if position != self._flow_position or position == self._last_position:
+            self._leave_flow()
             self._has_landed = True
             self._arrived(Arrival(position, [token_id]), now_s)
             return
-        self._order.position = position + 1
+        self._flow_position = position + 1
         self.story.num_tokens += 1
         for _, share in self._shares:
             share.num_tokens += 1
-        if self._run.deliver_token(token_id, now_s=now_s):
+        run = self._run
+        run.emitted.append(token_id)
+        story = run.story
+        if (gap_s := now_s - story.last_token_s) > story.longest_gap_s:
+            story.longest_gap_s = gap_s
+        story.last_token_s = now_s
+        story.num_tokens += 1
+        if not run.push_token(token_id):
+            story.finish_reason = "stop"
             self._finish(now_s)
 
+    def _enter_flow(self) -> None:
+        """Its first tokens came, it decodes, and no server was lost since."""
+        self._flow_position = self._order.position
+
+    def _leave_flow(self) -> None:
+        if self._flow_position >= 0:
+            self._order.position = self._flow_position
+            self._flow_position = -1
+
     def _finish(self, now_s: float) -> None:
-        self._is_in_flow = False
+        self._leave_flow()
         self._run.life.advance(Phase.FINISHED, now_s=now_s)
         self._ended.set_result(None)
 
@@ -309,6 +328,7 @@ class Attempt:
     # Both halves.
 
     def _arrived(self, arrival: Arrival, now_s: float) -> None:
+        self._leave_flow()
         if self._ended.done():
             return
         try:
@@ -333,7 +353,8 @@ class Attempt:
         elif life.phase is Phase.PREFILLING:
             life.advance(Phase.TRANSFERRING, now_s=now_s)
             self._landing_timer = asyncio.get_running_loop().call_later(TRANSFER_TIMEOUT_S, self._not_landed)
-        self._is_in_flow = life.phase is Phase.DECODING
+        if life.phase is Phase.DECODING:
+            self._enter_flow()
         if len(self._shares) == 2 and not self._needs_context:
             self._let_context_go()
 
@@ -350,7 +371,7 @@ class Attempt:
 
     def _fail(self, error: DisaggregatedError) -> None:
         if not self._ended.done():
-            self._is_in_flow = False
+            self._leave_flow()
             self._ended.set_exception(error)
 
     @property

@@ -15,6 +15,7 @@ from disaggregated.errors import ModelUnavailable, NoServerAvailable
 from orchestrator.admission.make import make_gate
 from orchestrator.admission.quotas import Levels
 from orchestrator.api.forms import Forms
+from orchestrator.api.outbox import Outbox
 from orchestrator.dispatch import Dispatcher
 from orchestrator.grammar_check import GrammarCheck
 from orchestrator.loop_lag import LoopLag
@@ -64,6 +65,7 @@ class FrontDoor:
         self.dispatcher = Dispatcher(config, pools, observer=self.metrics, clock=clock)
         self.metrics.watch(self.dispatcher)
         self.check_grammar = GrammarCheck()
+        self.outbox = Outbox()
         self.loop_lag = LoopLag(self.metrics.loop_lagged)
         self._model: ServedModel | None = None
         self._model_problem = ""

@@ -72,8 +72,8 @@ class RequestRun:
         self.sink = sink
         self.emitted: array[int] = array("I")
         """Four bytes a token, which a client that does not read may make many of."""
-        self._push_token: Callable[[int], bool] = getattr(sink, "push_token", None) or self._push_one
-        self._num_tokens_max = request.sampling.max_tokens
+        self.push_token: Callable[[int], bool] = getattr(sink, "push_token", None) or self._push_one
+        """Gives `sink` one token of `emitted` that is not the last, and of which nothing else is told."""
         self.life = RequestLife(request.request_id, now_s=now_s)
         self.story = RequestStory(
             life=self.life,
@@ -119,24 +119,6 @@ class RequestRun:
             if self._give([token], finish_reason, _told_of_one(told, index), now_s):
                 return True
         return False
-
-    def deliver_token(self, token_id: int, *, now_s: float) -> bool:
-        """As `deliver` of one token that is due and brings nothing else."""
-        self.emitted.append(token_id)
-        story = self.story
-        if (gap_s := now_s - (story.last_token_s or now_s)) > story.longest_gap_s:
-            story.longest_gap_s = gap_s
-        story.last_token_s = now_s
-        story.num_tokens += 1
-        self.num_losses_in_a_row = 0
-        if len(self.emitted) >= self._num_tokens_max:
-            self.sink.push((token_id,), "length")
-            self.story.finish_reason = "length"
-            return True
-        if self._push_token(token_id):
-            return False
-        self.story.finish_reason = "stop"
-        return True
 
     def _push_one(self, token_id: int) -> bool:
         return self.sink.push((token_id,), "")

@@ -91,7 +91,8 @@ class RequestStory:
     num_tokens: int = 0
     attempts: list[AttemptStory] = dataclasses.field(default_factory=list)
     first_token_s: float | None = None
-    last_token_s: float | None = None
+    last_token_s: float = 0.0
+    """0 before the first one."""
     longest_gap_s: float = 0.0
     finish_reason: str = ""
     error: str = ""
@@ -107,7 +108,7 @@ class RequestStory:
         return 0 if prefilled is None else min(prefilled.num_cached_tokens, self.num_prompt_tokens)
 
     def tokens_came(self, count: int, *, now_s: float) -> None:
-        if self.last_token_s is None:
+        if self.first_token_s is None:
             self.first_token_s = now_s
         else:
             self.longest_gap_s = max(self.longest_gap_s, now_s - self.last_token_s)
@@ -124,7 +125,7 @@ class RequestStory:
 
     @property
     def tpot_s(self) -> float | None:
-        if self.first_token_s is None or self.last_token_s is None or self.num_tokens < 2:
+        if self.first_token_s is None or self.num_tokens < 2:
             return None
         return (self.last_token_s - self.first_token_s) / (self.num_tokens - 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from disaggregated.text.stop_strings import StopStrings
 from disaggregated.text.tokenizer import Tokenizer
@@ -33,14 +33,16 @@ class ChoiceText:
         """There are stop strings: text is held back while it could be the beginning of one."""
         return self._stops is not None
 
-    @property
-    def escaped(self) -> Callable[[int], bytes | None]:
+    def escaped(self, token_id: int) -> bytes | None:
         """As `push` of one token that is not the last, as JSON spells its text and without quotes; None: push it.
 
-        Only where nothing `may_stop`. The function itself, because it is called for nearly every token.
+        Only where nothing `may_stop`: what may become a stop string has to be held back.
         """
-        assert self._stops is None, "what may become a stop string has to be held back"
-        return self._detokenizer.escaped
+        return self._detokenizer.escaped(token_id)
+
+    def known(self) -> Mapping[int, bytes]:
+        """What `escaped` says of some tokens, until the next `push`."""
+        return self._detokenizer.known()
 
     @property
     def matched(self) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 import orjson
@@ -32,6 +32,10 @@ class Detokenizer(Protocol):
         """As `push` of one token, as JSON spells its text and without quotes. None, and nothing was taken: the token
         begins or ends within a character, or depends on its neighbours; it has to be pushed."""
 
+    def known(self) -> Mapping[int, bytes]:
+        """What `escaped` would say of some tokens, and goes on saying until the next `push`: for who cannot afford to
+        call it for each token. It grows; none are in it while a character has begun and has not ended."""
+
 
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up."""
@@ -41,13 +45,14 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTES: Final = _byte_of_character()
+_LATIN: Final = str.maketrans({character: chr(byte) for character, byte in _BYTES.items()})
+_NONE: Final[Mapping[int, bytes]] = {}
 
 
 def byte_level_spelling(piece: str) -> bytes:
-    try:
-        return bytes(_BYTES[character] for character in piece)
-    except KeyError:  # Added tokens are spelled as they are.
-        return piece.encode()
+    if _BYTES.keys() >= set(piece):
+        return piece.translate(_LATIN).encode("latin-1")
+    return piece.encode()  # Added tokens are spelled as they are.
 
 
 def sentencepiece_spelling(piece: str) -> bytes:
@@ -64,7 +69,10 @@ class ByteLevelCache:
     """What is known of tokens by now."""
 
     bytes_of: dict[int, bytes] = dataclasses.field(default_factory=dict)
-    escaped: dict[int, bytes | None] = dataclasses.field(default_factory=dict)
+    escaped: dict[int, bytes] = dataclasses.field(default_factory=dict)
+    """Of those that are text by themselves."""
+    parts: set[int] = dataclasses.field(default_factory=set)
+    """Those that are not."""
 
 
 class ByteLevelDetokenizer:
@@ -77,6 +85,7 @@ class ByteLevelDetokenizer:
         self._piece = piece
         self._cache = cache.bytes_of
         self._escaped = cache.escaped
+        self._parts = cache.parts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # A prompt of raw ids may end within a character, which the reply then completes.
         tail = b"".join(map(self._bytes, prompt_ids[-_UTF8_BYTES_MAX:]))
@@ -93,18 +102,19 @@ class ByteLevelDetokenizer:
         return self._decoder.decode(b"", True)
 
     def escaped(self, token_id: int) -> bytes | None:
-        if self._is_within:
+        if self._is_within or token_id in self._parts:
             return None
+        escaped = self._escaped.get(token_id)
+        if escaped is not None:
+            return escaped
         try:
-            return self._escaped[token_id]
-        except KeyError:
-            pass
-        try:
-            escaped = orjson.dumps(self._bytes(token_id).decode())[1:-1]
+            escaped = self._escaped[token_id] = orjson.dumps(self._bytes(token_id).decode())[1:-1]
         except UnicodeDecodeError:
-            escaped = None
-        self._escaped[token_id] = escaped
+            self._parts.add(token_id)
         return escaped
+
+    def known(self) -> Mapping[int, bytes]:
+        return _NONE if self._is_within else self._escaped
 
     def _bytes(self, token_id: int) -> bytes:
         found = self._cache.get(token_id)
@@ -140,6 +150,9 @@ class SentencePieceDetokenizer:
 
     def escaped(self, token_id: int) -> bytes | None:
         return None
+
+    def known(self) -> Mapping[int, bytes]:
+        return _NONE
 
     def _text(self, token_id: int) -> str:
         piece = self._piece(token_id)

@@ -7,7 +7,7 @@ Without a parser, all text is content, and nothing is built for it but the text 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from disaggregated.text import ChoiceText
@@ -18,6 +18,7 @@ from orchestrator.api.sse import EventStream, TextFrame
 from orchestrator.parsers import CallStart, Content, Delta, Reasoning, ReplyParser, joined
 from orchestrator.request_run import TokenSink
 
+_NOTHING: Final[Mapping[int, bytes]] = {}
 KEPT_MAX: Final = 64
 """Bits of text kept apart before they are joined: a slow client costs a few bytes a token, and a long answer is not
 copied once a token."""
@@ -52,10 +53,6 @@ class ParsedText:
                 reason = "stop"
         self.finish_reason = "tool_calls" if self._has_called and reason == "stop" else reason
         return not reason
-
-    def keep_token(self, token_id: int) -> None:
-        """As `push` of one token that is not the last, without a parser."""
-        self._keep_text(self._text.push((token_id,), ""))
 
     def _keep_text(self, text: str) -> None:
         if text:
@@ -155,11 +152,11 @@ class StreamedChoice:
         self._beside = beside
         is_plain = parser is None and beside is None and not text.may_stop
         self._around = shape.around_text(index) if is_plain else None
-        if is_plain:
-            self._escaped = text.escaped
-        self._whole_frame: TextFrame | None = None
+        self._plain_text = text
         self._frame: TextFrame | None = None
-        """While nothing is kept, on a stream that is open, and where nothing but text is told."""
+        """Once the stream is open, where nothing but text is told."""
+        self._known: Mapping[int, bytes] = _NOTHING
+        """Text of tokens that may go into the frame at once: none while something is kept."""
         self._is_opened = False
         self._is_finished = False
         self.stream: EventStream
@@ -176,24 +173,33 @@ class StreamedChoice:
         return wants_more
 
     def push_token(self, token_id: int) -> bool:
-        """An event of one token, in the least time: what stands around its text is always the same."""
-        frame = self._frame
-        if frame is None:
-            return self.push((token_id,), "")
-        escaped = self._escaped(token_id)
-        if escaped is None:
-            return self.push((token_id,), "")
-        if escaped and not self.stream.try_send(frame.of(escaped)):
-            self._text.keep_token(token_id)
-            self._fell_behind()
+        """An event of one token, in the least time: there is no call between here and the outbox."""
+        text = self._known.get(token_id)
+        stream = self.stream
+        if not text or self._frame is None or stream.transport.get_write_buffer_size():
+            return self._push_other(token_id)
+        frame, waiting = self._frame, stream.outbox.waiting
+        beginning = frame.beginnings.get(len(text)) or frame.beginning_of(text)
+        if not waiting:
+            stream.outbox.flush_soon()
+        waiting.append((stream, beginning + text + frame.after))
         return True
+
+    def _push_other(self, token_id: int) -> bool:
+        """One that is not known yet, prints nothing, is a part of a character, or comes too fast for the client."""
+        if self._known is _NOTHING or self.stream.transport.get_write_buffer_size():
+            return self.push((token_id,), "")
+        text = self._plain_text.escaped(token_id)
+        if text is None:
+            return self.push((token_id,), "")
+        return self.push_token(token_id) if text else True
 
     @property
     def num_reasoning_tokens(self) -> int:
         return self._text.num_reasoning_tokens
 
     def _fell_behind(self) -> None:
-        self._frame = None
+        self._known = _NOTHING
         self.stream.wake()
 
     def flush(self) -> None:
@@ -209,7 +215,8 @@ class StreamedChoice:
         if event:
             self.stream.send(event)
         if self._around is not None and self.stream.is_open:
-            self._frame = self._whole_frame = self._whole_frame or self.stream.frame(*self._around)
+            self._frame = self._frame or self.stream.frame(*self._around)
+            self._known = self._plain_text.known() if self._frame is not None else _NOTHING
 
     def _said(self) -> bytes:
         beside = None if self._beside is None else self._beside.take()

@@ -26,11 +26,11 @@ KEPT_BYTES_MAX: Final = 1 << 20
 FORM_BYTES_MAX: Final = 1 << 16
 OF_ONE_REQUEST: Final = frozenset(
     {
-        "messages", "prompt", "seed", "user", "metadata", "request_id", "safety_identifier", "prompt_cache_key",
+        "seed", "user", "metadata", "request_id", "safety_identifier", "prompt_cache_key",
         "session_id", "conversation_id", "conversation_params",
     }
 )  # fmt: skip
-"""Fields that no form has anything of: each request reads them itself."""
+"""Fields that no form has anything of, as it has nothing of the prompt: each request reads them itself."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,6 +47,7 @@ class Forms:
     def __init__(self, model: ServedModel, *, is_chat: bool) -> None:
         self._model = model
         self._is_chat = is_chat
+        self._left_out = OF_ONE_REQUEST | {"messages" if is_chat else "prompt"}
         self._kept: BoundedCache[bytes, Form] = BoundedCache(KEPT_BYTES_MAX, entry_max=FORM_BYTES_MAX)
 
     def of(self, body: Fields) -> Form:
@@ -55,7 +56,7 @@ class Forms:
             InvalidRequest: names the field that is wrong.
         """
         try:
-            key = orjson.dumps({name: value for name, value in body.values.items() if name not in OF_ONE_REQUEST})
+            key = orjson.dumps({name: value for name, value in body.values.items() if name not in self._left_out})
         except orjson.JSONEncodeError:  # Text that is not Unicode: whoever reads the field says so.
             return Form(self._read(body))
         form = self._kept.get(key)

@@ -68,7 +68,7 @@ async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRes
 
     deadline_s = job.requests[0].deadline_s
     try:
-        stream = EventStream(http, job.headers, flush)
+        stream = EventStream(http, job.headers, flush, door.outbox)
         for choice in choices:
             choice.stream = stream
         async with asyncio.timeout(deadline_s - door.clock() + 1.0):

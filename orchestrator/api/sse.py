@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from aiohttp import HttpVersion11, web
 
 from orchestrator.api.direct import AlreadySent, head_of, plain_descriptor, write
+from orchestrator.api.outbox import Outbox
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
@@ -25,30 +25,29 @@ _LAST_CHUNK: Final = b"0\r\n\r\n"
 class TextFrame:
     """One event with any text: what stands around the text is put together once for each length of it."""
 
-    __slots__ = ("_after", "_before", "_beginnings", "_is_chunked")
+    __slots__ = ("_before", "_is_chunked", "after", "beginnings")
 
     def __init__(self, before: bytes, after: bytes, *, is_chunked: bool) -> None:
         self._before = before
-        self._after = after + b"\r\n" if is_chunked else after
         self._is_chunked = is_chunked
-        self._beginnings: dict[int, bytes] = {}
+        self.after = after + b"\r\n" if is_chunked else after
+        self.beginnings: dict[int, bytes] = {}
         """By the length of the text. Tokens are short, so there are few."""
 
-    def of(self, text: bytes) -> bytes:
-        try:
-            return self._beginnings[len(text)] + text + self._after
-        except KeyError:
-            pass
-        length = len(self._before) + len(text) + len(self._after) - 2
+    def beginning_of(self, text: bytes) -> bytes:
+        """What stands before it, which is in `beginnings` from now on."""
+        length = len(self._before) + len(text) + len(self.after) - 2
         beginning = b"%x\r\n%b" % (length, self._before) if self._is_chunked else self._before
-        self._beginnings[len(text)] = beginning
-        return beginning + text + self._after
+        self.beginnings[len(text)] = beginning
+        return beginning
 
 
 class EventStream:
     """One HTTP response. Nothing is sent, not even its status, before the first `send()`."""
 
-    def __init__(self, http: web.Request, headers: Mapping[str, str], flush: Callable[[], None]) -> None:
+    def __init__(
+        self, http: web.Request, headers: Mapping[str, str], flush: Callable[[], None], outbox: Outbox
+    ) -> None:
         """`flush` sends whatever has been kept; called when a client that was too slow has caught up.
 
         Raises:
@@ -58,10 +57,11 @@ class EventStream:
             raise ConnectionResetError("the client went away")
         self._http = http
         self._protocol = http.protocol
-        self._transport: asyncio.Transport = http.transport
-        self._descriptor = plain_descriptor(self._transport)
+        self.outbox = outbox
+        self.transport: asyncio.Transport = http.transport
+        self.descriptor = plain_descriptor(self.transport)
         # "Writing is paused" then means that anything at all is left over. At 0, TLS would count nothing as something.
-        self._transport.set_write_buffer_limits(high=0 if self._descriptor >= 0 else 1, low=0)
+        self.transport.set_write_buffer_limits(high=0 if self.descriptor >= 0 else 1, low=0)
         self._is_chunked = http.version >= HttpVersion11
         framing = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
         self._headers = {**_HEADERS, **framing, **headers}
@@ -87,49 +87,38 @@ class EventStream:
 
     def send(self, event: bytes) -> None:
         """Whole events, in HTTP's chunked framing. A client that has gone is noticed by whoever runs the handler."""
+        self.outbox.flush()
         framed = b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event
         if not self.is_open:
             self.is_open = True
             framed = head_of(self._http, self._headers) + framed
-        write(self._transport, self._descriptor, framed)
+        write(self.transport, self.descriptor, framed)
 
-    def frame(self, before: bytes, after: bytes) -> TextFrame:
-        """For events that differ only in the text between the two."""
+    def frame(self, before: bytes, after: bytes) -> TextFrame | None:
+        """For events that differ only in the text between the two, and may go into the outbox; None: none may, because
+        bytes are not written to this connection as they are."""
+        if self.descriptor < 0:
+            return None
         return TextFrame(before, after, is_chunked=self._is_chunked)
 
-    def try_send(self, event: bytes) -> bool:
-        """A framed event, on a stream that is open. False: the client is too slow, or has gone; nothing was taken.
-
-        Each token of each stream comes here, and half of what it costs is the call of the kernel.
-        """
-        transport = self._transport
-        if self._protocol.writing_paused or transport.is_closing():
-            return False
-        if self._descriptor < 0:
-            transport.write(event)
-            return True
-        try:
-            num_taken = os.write(self._descriptor, event)  # Nothing waits before it: writing would be paused.
-        except OSError:  # It is full (BlockingIOError), or broken: the transport finds that out by itself.
-            num_taken = 0
-        if num_taken < len(event):
-            transport.write(event[num_taken:])
-        return True
+    def write_rest(self, rest: bytes) -> None:
+        self.transport.write(rest)
 
     async def end(self, *events: bytes) -> web.StreamResponse:
         """Whatever is kept, then `events`, then the end of the response, once the client has taken all of it."""
         if self._catching_up is not None:
             await asyncio.wait([self._catching_up])
+        self.outbox.flush()
         await self._http.writer.drain()
         self._flush()
         if last := b"".join(events):
             self.send(last)
         if self._is_chunked:
-            write(self._transport, self._descriptor, _LAST_CHUNK)
+            write(self.transport, self.descriptor, _LAST_CHUNK)
         await self._http.writer.drain()
-        self._transport.set_write_buffer_limits()
+        self.transport.set_write_buffer_limits()
         return AlreadySent(self._http)
 
     def abort(self) -> None:
         """The client does not read and its time is up."""
-        self._transport.abort()
+        self.transport.abort()

@@ -16,8 +16,6 @@ from tests.support.byte_model import byte_model
 MESSAGES = [{"role": "user", "content": "x"}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 OWN = {
-    "messages": [{"role": "user", "content": "another"}],
-    "prompt": "another",
     "seed": 9,
     "user": "u",
     "metadata": {"a": "b"},
@@ -80,6 +78,12 @@ def test_chats_and_completions_have_forms_of_their_own(chats: Forms) -> None:
     completions = Forms(byte_model(), is_chat=False)
     assert completions.of(body()).fields.sampling.max_tokens == forms.COMPLETION_TOKENS_DEFAULT
     assert chats.of(body()).fields.sampling.max_tokens > forms.COMPLETION_TOKENS_DEFAULT
+
+
+def test_prompts_of_any_kind_share_a_form(chats: Forms) -> None:
+    assert chats.of(body()) is chats.of(body(messages=[{"role": "user", "content": "another"}]))
+    completions = Forms(byte_model(), is_chat=False)
+    assert completions.of(body(prompt="a")) is completions.of(body(prompt=[1, 2]))
 
 
 def test_text_that_is_no_unicode_is_read_and_not_kept(chats: Forms) -> None:

@@ -1,0 +1,56 @@
+"""Events of many streams, written to their connections one right after the other.
+
+A decode step brings a token for each of its streams at once. Written as they are made, each write would find its
+reader asleep, because it takes longer to make an event than to read one; and waking somebody up costs as much as
+writing. So what is made in one turn of the event loop is kept, and written at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Protocol
+
+
+class Outlet(Protocol):
+    """A connection that takes events as they are."""
+
+    descriptor: int
+    """Of its socket; valid while the transport is not closing."""
+    transport: asyncio.Transport
+
+    def write_rest(self, rest: bytes) -> None:
+        """What the kernel did not take, or all of it when something is wrong with the connection."""
+
+
+class Outbox:
+    """Of one event loop. Invariant: a flush is due whenever something waits."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Outlet, bytes]] = []
+        """Whoever finds it empty calls `flush_soon()`, and whoever writes to an outlet otherwise `flush()`."""
+
+    def flush_soon(self) -> None:
+        asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        if not self.waiting:
+            return
+        waiting = self.waiting[:]
+        self.waiting.clear()
+        late: set[Outlet] = set()
+        write = os.write
+        for outlet, event in waiting:
+            # Before each write: a descriptor that is closed may by now be somebody else's.
+            if outlet.transport.is_closing():
+                continue
+            if outlet in late:
+                outlet.write_rest(event)
+                continue
+            try:
+                num_taken = write(outlet.descriptor, event)
+            except OSError:  # It is full (BlockingIOError), or broken: the transport finds that out by itself.
+                num_taken = 0
+            if num_taken != len(event):
+                outlet.write_rest(event[num_taken:])
+                late.add(outlet)
