@@ -9,11 +9,14 @@ suite in a process of its own, which `test_library_transports.py` starts, or you
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from tests.support.kv_endpoints import SLACK_S
 from tests.support.kv_pools import traces
+from tests.support.kv_transfers import Both, connected
 
 IN_ONE_PROCESS = ("SHM", "TCP")
 
@@ -34,11 +37,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "transport_name" in getattr(item, "fixturenames", ())]
 
 
+@pytest.fixture
+async def both(transport_name: str) -> AsyncIterator[Both]:
+    async with connected(transport_name) as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = traces()
     yield
     if traces().added_to(before):
         request.node.funcargs.clear()  # A pool is mapped until its last view goes, and pytest holds what it gave us.
+    end_s = time.monotonic() + SLACK_S
+    while traces().added_to(before) and time.monotonic() < end_s:
         gc.collect()
+        time.sleep(0.01)  # A thread that was told to end has no way to say that it has.
     assert not traces().added_to(before)

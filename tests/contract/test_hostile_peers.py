@@ -20,7 +20,7 @@ from kvtransfer.transports.frames import HEADER, Kind, ReadRequest, Welcome
 from kvtransfer.transports.meeting import EndpointIdentity
 from kvtransfer.transports.unix_port import host_key
 from tests.support import kv_wire
-from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, Pair, connected_pair
+from tests.support.kv_endpoints import PATIENT_S, PROGRESS_TIMEOUT_S, SLACK_S, Pair, connected_pair
 from tests.support.kv_pools import EPOCH, SMALL, blocks_of
 from tests.support.kv_wire import read_to_the_end
 
@@ -97,13 +97,13 @@ def test_who_never_greets_is_closed_in_time(pair: Pair, monkeypatch: pytest.Monk
 
 def test_who_greets_a_byte_at_a_time_is_closed_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "GREETING_TIMEOUT_S", 0.1)
-    begin_s = time.monotonic()
     with dial(pair) as sock, contextlib.suppress(ConnectionError):
         for byte in hello(pair, sock):
             sock.sendall(bytes([byte]))
             if wait_for_close(sock, 0.02):
                 break
-        assert time.monotonic() - begin_s < 2
+        else:
+            raise AssertionError("it was never closed")
 
 
 def wait_for_close(sock: socket.socket, timeout_s: float) -> bool:
@@ -215,11 +215,11 @@ def test_a_source_that_greets_wrongly_is_refused(pair: Pair, answer: bytes, to: 
 
 def test_a_source_that_never_greets_is_given_up(pair: Pair) -> None:
     leave = threading.Event()
-    with HostileSource(pair.name, lambda *_: void(leave.wait(5))) as hostile:
+    with HostileSource(pair.name, lambda *_: void(leave.wait(PATIENT_S))) as hostile:
         begin_s = time.monotonic()
         with pytest.raises(PeerLost):
             pair.connect(offer=hostile.offer)
-        assert time.monotonic() - begin_s < PROGRESS_TIMEOUT_S + 1
+        assert time.monotonic() - begin_s < PROGRESS_TIMEOUT_S + SLACK_S
         leave.set()
 
 

@@ -17,6 +17,7 @@ SUITE = (
     "test_transports.py",
     "test_hostile_peers.py",
     "test_transfers.py",
+    "test_transfer_endings.py",
     "test_transfer_faults.py",
     "test_dying_ends.py",
     "test_altered_greetings.py",
@@ -35,7 +36,7 @@ def not_within_itself(request: pytest.FixtureRequest) -> None:
         pytest.skip("this is the process that it starts")
 
 
-IN_ONE_PROCESS = ("test_transports.py", "test_hostile_peers.py", "test_transfers.py")
+IN_ONE_PROCESS = ("test_transports.py", "test_hostile_peers.py", "test_transfers.py", "test_transfer_endings.py")
 """A child of a test is in no MPI world; tests/system/test_servers_mpi.py has its dying ends."""
 
 

@@ -13,7 +13,7 @@ from kvtransfer.checksum import block_checksums, block_sums
 from kvtransfer.deadline import Deadline
 from kvtransfer.transport import ReadStop, ReadStopped
 from kvtransfer.transports import tcp
-from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, Pair, connected_pair
+from tests.support.kv_endpoints import PATIENT_S, PROGRESS_TIMEOUT_S, SLACK_S, Pair, connected_pair
 from tests.support.kv_pools import LARGE, blocks_of
 
 EVERY = tuple(range(LARGE.num_blocks))
@@ -41,13 +41,14 @@ def divided_read(pair: Pair, threads: concurrent.futures.Executor, stop: ReadSto
 
 def test_a_stop_ends_every_stripe_and_no_byte_comes_after() -> None:
     stop = ReadStop()
-    with connected_pair("TCP", LARGE) as pair, concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with (
+        connected_pair("TCP", LARGE, progress_timeout_s=PATIENT_S) as pair,
+        concurrent.futures.ThreadPoolExecutor(1) as threads,
+    ):
         reading = divided_read(pair, threads, stop)
-        begin_s = time.monotonic()
         stop.request()
         with pytest.raises(ReadStopped):
-            reading.result(5)
-        assert time.monotonic() - begin_s < PROGRESS_TIMEOUT_S
+            reading.result(SLACK_S)
         pair.gate.answers.set()
         pair.read(pair.order([1], [2]))
         assert not blocks_of(pair.into, LARGE, [1, 3, LARGE.num_blocks - 1]).any()
@@ -68,8 +69,8 @@ def test_a_source_that_answers_no_stripe_is_lost_after_the_progress_timeout() ->
     with connected_pair("TCP", LARGE) as pair, concurrent.futures.ThreadPoolExecutor(1) as threads:
         begin_s = time.monotonic()
         with pytest.raises(PeerLost, match="no byte"):
-            divided_read(pair, threads, ReadStop()).result(5)
-        assert PROGRESS_TIMEOUT_S * 0.9 <= time.monotonic() - begin_s < PROGRESS_TIMEOUT_S + 1
+            divided_read(pair, threads, ReadStop()).result(SLACK_S)
+        assert time.monotonic() - begin_s >= PROGRESS_TIMEOUT_S * 0.9
 
 
 def test_a_source_that_closes_ends_every_stripe() -> None:

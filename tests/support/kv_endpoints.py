@@ -29,6 +29,10 @@ from tests.support.kv_pools import EPOCH, SMALL, regions
 
 PROGRESS_TIMEOUT_S = 0.8
 """Tests wait for it; but a peer that gets no core for a while on a busy machine is not to be taken for lost."""
+SLACK_S = 8.0
+"""What a busy machine may add to what a test waits for."""
+PATIENT_S = 20.0
+"""The progress timeout where nobody is to wait for it: what ends within SLACK_S has not."""
 
 
 class LeaseGate:
@@ -132,13 +136,18 @@ class Pair:
 
 @contextlib.contextmanager
 def connected_pair(
-    name: str, layout: KVLayout = SMALL, *, readable: Sequence[int] | None = None, epoch: int = EPOCH
+    name: str,
+    layout: KVLayout = SMALL,
+    *,
+    readable: Sequence[int] | None = None,
+    epoch: int = EPOCH,
+    progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> Iterator[Pair]:
     """All blocks are readable unless told otherwise."""
     with regions(layout) as (source, into):
         gate = LeaseGate(range(layout.num_blocks) if readable is None else readable, num_layers=layout.num_layers)
         endpoint = make_endpoint(name, source, layout, epoch=epoch)
-        transport = make_transport(name, into, layout)
+        transport = make_transport(name, into, layout, progress_timeout_s=progress_timeout_s)
         identity = SourceIdentity(instance_id="context-0", epoch=epoch, layout=layout)
         endpoint.start(gate)
         try:
