@@ -228,7 +228,10 @@ class Server:
 
     def prefill_backlog_s(self) -> float:
         """Until everything that is to be computed there now has been, if nothing else comes."""
-        cost, seconds = self.speed.prompt, self.elsewhere.num_prefill_tokens * self.speed.prompt.token_s
+        cost = self.speed.prompt
+        seconds = self.elsewhere.num_prefill_tokens * cost.token_s
+        if not self.shares:
+            return seconds
         chunk_size = max(1, self.max_num_tokens)
         for share in self.shares.values():
             if share.num_prefill_tokens:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from disaggregated.block_hash import BlockHash
+from disaggregated.compute_cost import num_pairs
 from orchestrator.routing.speed import LINK_BYTES_PER_S
 from orchestrator.server import Server
 
@@ -112,7 +113,7 @@ class Estimator:
         return [self._prefill(server, holder) for server in servers]
 
     def _prefill(self, server: Server, holder: Server | None) -> Prefill:
-        held = self.num_held(server)
+        held = self.num_held(server) if self._hashes else 0
         queue_s, compute_s = server.prefill_backlog_s(), self._compute_s(server, held)
         if holder is not None and server.pulls_back:
             brought = min(self.num_held(holder), self._num_tokens - 1)
@@ -124,15 +125,18 @@ class Estimator:
         return Prefill(queue_s + compute_s, server, held, held, queue_s, compute_s)
 
     def _compute_s(self, server: Server, num_cached: int) -> float:
-        num_tokens = self._num_tokens
-        chunk_size = server.max_num_tokens or 1
-        return server.speed.prompt.part_s(num_cached, num_tokens, num_tokens=num_tokens, chunk_size=chunk_size)
+        """As `StepCost.part_s` of the whole rest of the prompt."""
+        cost, num_tokens = server.speed.prompt, self._num_tokens
+        num_left = num_tokens - num_cached
+        num_steps = -(-num_left // (server.max_num_tokens or 1))
+        return cost.fixed_s * num_steps + cost.token_s * num_left + cost.pair_s * num_pairs(num_cached, num_tokens)
 
     def decodes(self, servers: Sequence[Server]) -> list[Decode]:
         decodes = []
         for server in servers:
             num_requests = server.num_requests
-            moving_bytes = (self._num_tokens - self.num_held(server)) * server.token_bytes
+            held = self.num_held(server) if self._hashes else 0
+            moving_bytes = (self._num_tokens - held) * server.token_bytes
             decodes.append(Decode(self._decode_s(server, num_requests), server, moving_bytes, num_requests))
         return decodes
 

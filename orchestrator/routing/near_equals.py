@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from orchestrator.routing.estimate import Decode, Estimate, Prefill
 
@@ -18,11 +18,14 @@ NAMES_MAX: Final = 10_000
 """Instances whose last turn is remembered; when full, the one that was not taken for longest is forgotten."""
 
 
+Side = TypeVar("Side", Prefill, Decode)
+
+
 class Turns:
     """Who was taken when. Servers that cost the same are taken in turn, so that the caches of all of them are used.
 
-    Each side is put into an order of preference first: those near the least of their side, then the others by what they
-    cost. Pairs are made in this order, and the first one is taken that is near the least of all pairs.
+    Each side is put into an order of preference, pairs are made in this order, and the first pair is taken that is near
+    the least of all. What a server costs is no part of the order, but for who is in it when a side has too many.
 
     Invariant: the instance taken last stands at the end.
     """
@@ -32,34 +35,17 @@ class Turns:
         self._count = 0
 
     def prefills(self, prefills: list[Prefill]) -> list[Prefill]:
-        """Of those near the least, the one with the fewest tokens to compute comes first; then with the fewest
-        requests; then with the emptiest cache, so that nothing is evicted while another one has room; then in turn."""
-        if len(prefills) < 2:
-            return prefills
-        limit_s = _near(min([prefill.ttft_s for prefill in prefills]))
-        taken = self._taken.get
-
-        def order(prefill: Prefill) -> tuple[float, ...]:
-            ttft_s, server, num_cached, _, _, _ = prefill
-            near_s = ttft_s if ttft_s > limit_s else limit_s
-            num_blocks = len(server.known_blocks)
-            return near_s, -num_cached, server.num_requests, num_blocks, taken(server.instance_id, 0)
-
-        return sorted(prefills, key=order)[:SIDE_MAX]
+        """First who has the fewest tokens to compute; then the fewest requests; then the emptiest cache, so that
+        nothing is evicted while another one has room; then in turn."""
+        if len(prefills) > 1:
+            prefills.sort(key=self._prefill_order)
+        return _cheapest(prefills) if len(prefills) > SIDE_MAX else prefills
 
     def decodes(self, decodes: list[Decode]) -> list[Decode]:
-        """Of those near the least, the one with the fewest requests comes first; then in turn."""
-        if len(decodes) < 2:
-            return decodes
-        limit_s = _near(min([decode.decode_s for decode in decodes]))
-        taken = self._taken.get
-
-        def order(decode: Decode) -> tuple[float, ...]:
-            decode_s, server, _, num_requests = decode
-            near_s = decode_s if decode_s > limit_s else limit_s
-            return near_s, num_requests, taken(server.instance_id, 0)
-
-        return sorted(decodes, key=order)[:SIDE_MAX]
+        """First who has the fewest requests; then in turn."""
+        if len(decodes) > 1:
+            decodes.sort(key=self._decode_order)
+        return _cheapest(decodes) if len(decodes) > SIDE_MAX else decodes
 
     def least(self, estimates: Sequence[Estimate]) -> Estimate | None:
         """The first one that is near the least."""
@@ -67,6 +53,15 @@ class Turns:
             return None
         limit_s = _near(min([estimate.score_s for estimate in estimates]))
         return next(estimate for estimate in estimates if estimate.score_s <= limit_s)
+
+    def _prefill_order(self, prefill: Prefill) -> tuple[int, int, int, int]:
+        _, server, num_cached, _, _, _ = prefill
+        turn = self._taken.get(server.instance_id, 0)
+        return -num_cached, server.num_requests, len(server.known_blocks), turn
+
+    def _decode_order(self, decode: Decode) -> tuple[int, int]:
+        _, server, _, num_requests = decode
+        return num_requests, self._taken.get(server.instance_id, 0)
 
     def taken(self, estimate: Estimate) -> None:
         for server in (estimate.context, estimate.generation):
@@ -76,6 +71,12 @@ class Turns:
                 self._taken.move_to_end(server.instance_id)
         if len(self._taken) > NAMES_MAX:
             self._taken.popitem(last=False)
+
+
+def _cheapest(side: list[Side]) -> list[Side]:
+    """Those near the least come first, in their order; then the others, by what they cost."""
+    limit_s = _near(min([seconds for seconds, *_ in side]))
+    return sorted(side, key=lambda server: max(limit_s, server[0]))[:SIDE_MAX]
 
 
 def _near(least_s: float) -> float:
