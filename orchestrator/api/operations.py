@@ -86,6 +86,7 @@ def describe_worker(server: Server) -> dict[str, Any]:
         "unhealthy": server.unhealthy,
         "times_lost": server.num_times_lost,
         "requests": len(server.shares),
+        "requests_elsewhere": server.elsewhere.num_requests,
     }
     if server.client is not None:
         known |= {

@@ -21,13 +21,16 @@ from tests.support.fake_servers import fake_servers
 
 MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 KEY: Final = "sk-workers-0123456789"
+FREE_KEY: Final = "sk-without-a-quota-0123456789"
+NUM_CHOICES: Final = 8
 TEMPER: Final = Temper(latency_s=0.0, step_s=0.002, prefill_token_s=0.0, max_batch_size=64)
 
 
 @contextlib.asynccontextmanager
 async def two_workers(folder: Path) -> AsyncIterator[tuple[Deployment, FakeCluster]]:
     keys = folder / "keys.yml"
-    keys.write_text(f"keys: [{{name: k, key: {KEY}, operator: true, requests_per_minute: 70}}]")
+    limited = f"{{name: k, key: {KEY}, operator: true, requests_per_minute: 70}}"
+    keys.write_text(f"keys: [{limited}, {{name: free, key: {FREE_KEY}, operator: true}}]")
     keys.chmod(0o600)
     async with fake_servers(num_context=1, num_generation=1, temper=TEMPER) as cluster:
         urls: dict[str, list[str]] = {"context": [], "generation": []}
@@ -45,8 +48,9 @@ async def two_workers(folder: Path) -> AsyncIterator[tuple[Deployment, FakeClust
 class Client:
     """Makes a connection of its own for each request, so that the kernel deals them out."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, key: str = KEY) -> None:
         self.url = url
+        self._key = key
 
     async def get(self, path: str) -> tuple[int, bytes]:
         return await self._call("GET", path, None)
@@ -56,7 +60,7 @@ class Client:
         return await self._call("POST", "/v1/completions", body)
 
     async def _call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        headers = {"authorization": f"Bearer {KEY}", "x-request-id": f"r{id(body)}"}
+        headers = {"authorization": f"Bearer {self._key}", "x-request-id": f"r{id(body)}"}
         connector = aiohttp.TCPConnector(force_close=True)
         async with (
             aiohttp.ClientSession(connector=connector, headers=headers) as http,
@@ -112,8 +116,34 @@ async def test_workers_share_a_port_their_quotas_and_their_numbers_and_one_may_d
             await asyncio.sleep(0.1)
         assert victim.pid not in [worker.pid for worker in workers_of(deployment)]
         pids = [worker.pid for worker in workers_of(deployment)]
-        assert await deployment.stop() < 14.0
+        free = Client(deployment.url, key=FREE_KEY)
+        await check_a_burst_is_seen_by_both(free)
+        await check_what_is_under_way_ends_when_all_are_told_to_stop(free, deployment)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+async def check_a_burst_is_seen_by_both(client: Client) -> None:
+    """One request of many sequences is one worker's; the other one learns of it from the server's heartbeats alone."""
+    async with asyncio.TaskGroup() as group:
+        burst = group.create_task(client.complete(n=NUM_CHOICES, max_tokens=700))
+        seen: set[tuple[int, int]] = set()
+        async with asyncio.timeout(10.0):
+            while not {(NUM_CHOICES, 0), (0, NUM_CHOICES)} <= seen:
+                [server] = (await client.counts())["current_workers"]["generation_servers"]
+                seen.add((server["requests"], server["requests_elsewhere"]))
+    assert burst.result()[0] == 200
+
+
+async def check_what_is_under_way_ends_when_all_are_told_to_stop(client: Client, deployment: Deployment) -> None:
+    async with asyncio.TaskGroup() as group:
+        last = group.create_task(client.complete(max_tokens=200))
+        async with asyncio.timeout(5.0):
+            while not (await client.counts())["running"]:
+                pass
+        deployment.process.send_signal(signal.SIGTERM)
+    status, content = last.result()
+    assert (status, orjson.loads(content)["choices"][0]["finish_reason"]) == (200, "length")
+    assert await asyncio.wait_for(deployment.process.wait(), 14.0) == 0
 
 
 def answer_id(content: bytes) -> str:
