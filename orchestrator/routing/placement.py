@@ -150,7 +150,9 @@ class _Placing:
         best = self._best(both, alone)
         if best.context is not None and not free:
             return self._all_busy(prefillers)  # Waiting for one of them costs less than a prefill elsewhere.
-        return self._estimated(best, both + alone, first, second)
+        where = "" if best.context is not None else "prefilled there: "
+        reasons = [f"{hop.choice.why}; " for hop in (first, second) if hop.choice is not None]
+        return self._estimated(best, both + alone, where + "".join(reasons))
 
     def _alone(self, servers: Sequence[Server]) -> list[Estimate]:
         return self._estimator.alone(self._turns.prefills(self._estimator.prefills(servers))) if servers else []
@@ -175,7 +177,7 @@ class _Placing:
         estimates = one_token(self._turns.prefills(self._estimator.prefills(hop.servers)))
         best = self._turns.least(estimates)
         assert best is not None, "a server has room, and no estimate was made"
-        return self._estimated(best, estimates, hop, why="one token is wanted; ")
+        return self._estimated(best, estimates, "one token is wanted; ")
 
     def _on_generation_alone(self, able: Sequence[Server], because: str) -> Placement | NotYet:
         if not able:
@@ -192,7 +194,7 @@ class _Placing:
         assert best is not None, "a server has room, and no estimate was made"
         assert best.generation is not None, "prefilled on no generation server"
         because = because or self._why_local(best.generation)
-        return self._estimated(best, estimates, hop, why=f"prefilled there: {because}; ")
+        return self._estimated(best, estimates, f"prefilled there: {because}; ")
 
     # Who is asked.
 
@@ -231,11 +233,9 @@ class _Placing:
 
     # What is taken.
 
-    def _estimated(self, best: Estimate, estimates: list[Estimate], *hops: _Hop, why: str = "") -> Placement:
-        reasons = [hop.choice.why + "; " for hop in hops if hop.choice is not None]
-        where = "" if best.context is not None or why else "prefilled there: "
+    def _estimated(self, best: Estimate, estimates: list[Estimate], because: str) -> Placement:
+        ttft_s = best.ttft_s
         cached = f", {best.num_cached} tokens cached" if best.num_cached else ""
-        least = f"least of {len(estimates)}: first token in {1000 * best.ttft_s:.1f} ms{cached}"
         self._turns.taken(best)
         others = [as_scored(estimate) for estimate in estimates if estimate is not best]
         if len(others) >= CANDIDATES_KEPT:
@@ -243,9 +243,9 @@ class _Placing:
         return self._placement(
             best.context,
             best.generation,
-            f"{why}{where}{''.join(reasons)}{least}",
+            f"{because}least of {len(estimates)}: first token in {1000 * ttft_s:.1f} ms{cached}",
             (as_scored(best), *others),
-            ttft_s=best.ttft_s,
+            ttft_s,
         )
 
     def _placement(
@@ -254,7 +254,6 @@ class _Placing:
         generation: Server | None,
         why: str,
         weighed: tuple[tuple[Any, ...], ...],
-        *,
         ttft_s: float | None = None,
     ) -> Placement:
         server = context or generation
