@@ -41,8 +41,12 @@ static void pack_int8(const float *weight, int64_t depth, uint8_t *strip, int64_
         rotated[k] *= shrink;
     uint8_t *to = strip + head_bytes(LINEAR_INT8) + lane * WORD_VALUES;
     ((float *)strip)[lane] = quantize_row(rotated, depth, values).scale;
-    for (int64_t k = 0; k < words_of(depth) * WORD_VALUES; k++)
-        to[k / WORD_VALUES * VECTOR_WEIGHT_BYTES + k % WORD_VALUES] = (uint8_t)(values[k] + WEIGHT_OFFSET);
+    for (int64_t word = 0; word < words_of(depth); word++) {
+        uint8_t bytes[WORD_VALUES];
+        for (int i = 0; i < WORD_VALUES; i++)
+            bytes[i] = (uint8_t)(values[word * WORD_VALUES + i] + WEIGHT_OFFSET);
+        memcpy(to + word * VECTOR_WEIGHT_BYTES, bytes, sizeof bytes);
+    }
 }
 
 /* weight (M, K), bias (M) or NULL → panels of a narrow kind; K is a multiple of GROUP. Returns whether it holds every
