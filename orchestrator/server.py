@@ -103,11 +103,13 @@ class Server:
         self._pool_speed = pool_speed or PoolSpeed()
         self.speed = ServerSpeed(self._pool_speed)
         self.instance_id = address
-        """Its own name for itself, once it has told it. These six are read for each request, and each server of it."""
+        """Its own name for itself, once it has told it. These are read for each request, and each server of it."""
         self.block_size = self.token_bytes = self.max_num_tokens = 0
         """In tokens; bytes of KV for one token; tokens of a step."""
         self.max_batch_size = 1
         self.can_prefill = False
+        self.names: tuple[str, ...] = (address,)
+        """What a weight may call it: its address, its instance, its version, its model."""
         self.unhealthy = ""
         """What it says is wrong with it, although it answers; "" while all is well."""
         self.elsewhere = Elsewhere()
@@ -141,6 +143,7 @@ class Server:
         self.max_num_tokens = description.max_num_tokens
         self.max_batch_size = max(1, description.max_batch_size)
         self.can_prefill = description.can_prefill
+        self.names = (self.address, self.instance_id, description.version, description.model)
 
     def ready(self) -> None:
         self.standing, self.reason = Standing.READY, ""
@@ -248,5 +251,5 @@ class Server:
             num_tokens + self.elsewhere.num_prefill_tokens,
             num_cached_blocks,
             self.block_size,
-            (self.address, self.instance_id, self.description.version, self.description.model),
+            self.names,
         )

@@ -60,19 +60,20 @@ class Conversation:
 
     def _of_session(self, asked: Asked, allowed: Sequence[Candidate]) -> Choice:
         instance_id = self._sessions.find(asked.session, now_s=asked.now_s)
-        if instance_id is not None and _is_among(instance_id, allowed):
-            return Choice(instance_id, "its session is there")
+        loads = _loads(allowed)
+        if instance_id in loads:
+            return Choice(instance_id, "its session is there", loads)
         drawn = rendezvous(asked.session, allowed).instance_id
-        loads = {candidate.instance_id: float(candidate.num_requests) for candidate in allowed}
         return Choice(drawn, f"its session's name draws it from {len(allowed)}", loads)
 
     def _of_beginning(self, asked: Asked, allowed: Sequence[Candidate]) -> Choice | None:
         depth, instance_id = self._beginnings.deepest(asked.block_hashes)
         if not self._is_same_conversation(depth, asked.block_hashes, allowed[0].block_size):
             return None
-        if not _is_among(instance_id, allowed):
+        loads = _loads(allowed)
+        if instance_id not in loads:
             return None
-        return Choice(instance_id, f"{depth} of its {len(asked.block_hashes)} blocks were sent there before")
+        return Choice(instance_id, f"{depth} of its {len(asked.block_hashes)} blocks were sent there before", loads)
 
     def _is_same_conversation(self, depth: int, hashes: Sequence[BlockHash], block_size: int) -> bool:
         num_skipped = -(-self._hash_skip_count // block_size) if block_size else 0
@@ -80,5 +81,6 @@ class Conversation:
         return num_telling > 0 and depth - num_skipped >= self._match_threshold * num_telling
 
 
-def _is_among(instance_id: str, candidates: Sequence[Candidate]) -> bool:
-    return any(candidate.instance_id == instance_id for candidate in candidates)
+def _loads(candidates: Sequence[Candidate]) -> dict[str, float]:
+    """Requests: what else could have been, for who asks why."""
+    return {candidate.instance_id: float(candidate.num_requests) for candidate in candidates}
