@@ -119,9 +119,9 @@ def run_verb(config_file: Path, check: bool, metadata_server_config_file: str | 
         from orchestrator.run import run
 
         sys.exit(run(config))
-    from orchestrator.start_checks import check_model, check_start
+    from orchestrator.start_checks import check_model, check_port, check_start
 
-    for note in (*config.notes, *check_start(config), *check_model(config)):
+    for note in (*config.notes, *check_start(config), *check_port(config), *check_model(config)):
         click.echo(f"note: {note}")
     click.echo(f"{config_file.name}: can be started")
 

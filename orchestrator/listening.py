@@ -39,7 +39,8 @@ def listen(hostname: str, port: int, *, shared: bool = False, accepts: bool = Tr
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise PortTaken(f"port {port} of {hostname} is taken{_by_whom(port)}; choose another one") from error
-        raise ConfigError(f"cannot listen on {hostname}:{port}: {error.strerror}") from error
+        at = "port" if error.errno == errno.EACCES else "hostname"
+        raise ConfigError(f"{at}: cannot listen on {hostname}:{port}: {error.strerror}") from error
     listener.setblocking(False)
     return listener
 

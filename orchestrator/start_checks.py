@@ -7,18 +7,19 @@ have their own, and find out themselves.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.load import check_can_start
 from disaggregated.config.server import CacheTransceiverConfig
-from disaggregated.errors import ModelUnavailable
+from disaggregated.errors import ModelUnavailable, PortTaken
 from disaggregated.model_files.resolve import foresee
 from disaggregated.security import secret, tls
 from orchestrator.admission.api_keys import read_keys
 from orchestrator.admission.http_tls import front_door_tls
+from orchestrator.listening import listen
 from orchestrator.routing.make import make_placer
 
 _NEGOTIATED: Final = CacheTransceiverConfig().backend
@@ -37,14 +38,36 @@ def check_start(config: DeploymentConfig, environ: Mapping[str, str] = os.enviro
     secret.find(environ, file=security.cluster_secret_file, key=security.internal_request_auth_key)
     tls.load(security.tls)
     front_door_tls(config.door)
+    notes = [*_certificate_notes(config)]
     if config.door.api_keys_file:
         read_keys(Path(config.door.api_keys_file))
     transceivers = {pool.server.role: pool.server.cache_transceiver_config for pool in _started_here(config)}
     if all(each.backend == _NEGOTIATED for each in transceivers.values()):
-        return ()
+        return tuple(notes)
     from orchestrator.transport_checks import check_transports  # which takes 18 MB, numpy's for the most part
 
-    return check_transports(transceivers)
+    return (*notes, *check_transports(transceivers))
+
+
+def _certificate_notes(config: DeploymentConfig) -> Iterator[str]:
+    """Not errors: who renews a certificate late still wants to start."""
+    files, door = config.security.tls, config.door
+    pairs = (("tls", files.cert_file, files.key_file), ("http_tls", door.cert_file, door.key_file))
+    for name, cert_file, key_file in pairs:
+        if cert_file and (why := tls.why_not_believed(cert_file, key_file)):
+            yield f"{name}_cert_file: {cert_file}: {why}: callers will refuse it; put a new one there, and its key"
+
+
+def check_port(config: DeploymentConfig) -> tuple[str, ...]:
+    """A sentence when somebody listens there: for `--check`, since that may be the deployment that runs now.
+
+    Raises ConfigError when this machine has no such address.
+    """
+    try:
+        listen(config.hostname, config.port).close()
+    except PortTaken as error:
+        return (str(error),)
+    return ()
 
 
 def check_model(config: DeploymentConfig) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import ssl
@@ -79,6 +80,10 @@ class Tls:
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
 
 
+_FLIGHTS: Final = 3
+"""Of messages each way; TLS 1.2 has two."""
+
+
 def load(files: TlsFiles) -> Tls | None:
     """None when nothing is configured. Raises ConfigError that names the key and the file."""
     if files == TlsFiles():
@@ -139,6 +144,31 @@ def server_context(
     except ValueError as error:
         raise ConfigError(f"{cert_name}: {cert_file} with {key_name} {key_file}: {error}") from error
     return context
+
+
+def why_not_believed(cert_file: str, key_file: str) -> str:
+    """What a client that trusts this very certificate says against it, such as "certificate has expired"; "" when
+    nothing. Shakes hands with ourselves in memory: the standard library reads certificates no other way.
+
+    Raises ConfigError as `server_context` does.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(cert_file)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        server_context(cert_file, key_file).wrap_bio(to_server, to_client, server_side=True),
+        client.wrap_bio(to_client, to_server),
+    )
+    try:
+        for _ in range(_FLIGHTS):
+            for end in ends:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    return ""
 
 
 def _check_private(path: str, name: str) -> None:

@@ -86,7 +86,7 @@ def read_keys(path: Path) -> list[ApiKey]:
         ConfigError: one line that names the entry and what is wrong with it, and never shows a key.
     """
     _check_size(path)
-    document = read_yaml(path)
+    document = _read_document(path)
     entries = document.pop("keys", None)
     if document:
         raise ConfigError(f"{FILE_KEY}: {path}: unknown key {next(iter(document))!r}; there is only `keys`")
@@ -99,6 +99,13 @@ def read_keys(path: Path) -> list[ApiKey]:
     if any("key" in entry for entry in entries):
         _check_private(path)
     return keys
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"{FILE_KEY}: {error}") from error
 
 
 def _check_size(path: Path) -> None:

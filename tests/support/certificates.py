@@ -19,3 +19,16 @@ def make_certificate(folder: Path, name: str = "door") -> tuple[Path, Path]:
     Path(f"{key}.new").replace(key)
     Path(f"{cert}.new").replace(cert)
     return cert, key
+
+
+def make_expired_certificate(folder: Path) -> tuple[Path, Path]:
+    """One that was good until yesterday."""
+    cert, key = make_certificate(folder, "expired")
+    request = subprocess.run(
+        ["openssl", "x509", "-x509toreq", "-in", cert, "-signkey", key], check=True, capture_output=True
+    ).stdout
+    subprocess.run(
+        ["openssl", "x509", "-req", "-days", "-1", "-signkey", key, "-out", cert],
+        input=request, check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key

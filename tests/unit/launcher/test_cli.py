@@ -14,7 +14,7 @@ from disaggregated.errors import PortTaken
 from orchestrator.cli import main, split_role
 from orchestrator.listening import address_of, listen
 
-FILE = "model: smollm2-135m-instruct\nenable_chunked_prefill: false\n"
+FILE = "model: smollm2-135m-instruct\nport: 0\nenable_chunked_prefill: false\n"
 
 
 @pytest.fixture

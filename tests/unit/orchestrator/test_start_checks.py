@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +12,8 @@ from disaggregated.config.load import load_deployment
 from disaggregated.errors import ConfigError, ModelUnavailable
 from disaggregated.model_files import bundled_fetch
 from kvtransfer import registry
-from orchestrator.start_checks import check_model, check_start
+from orchestrator.start_checks import check_model, check_port, check_start
+from tests.support.certificates import make_certificate, make_expired_certificate
 
 UCX_MISSING: Final = "needs the ucxx package: pip install 'disaggregated[ucx]'"
 SECRET: Final = "0123456789abcdef" * 2
@@ -106,6 +108,28 @@ def test_the_environment_is_left_as_it_is(tmp_path: Path) -> None:
     environ = {"DISAGG_CLUSTER_SECRET": SECRET}
     checked(tmp_path, "", environ)
     assert environ == {"DISAGG_CLUSTER_SECRET": SECRET}
+
+
+def test_a_certificate_that_has_expired_is_told_as_it_is(tmp_path: Path) -> None:
+    for make, says in ((make_certificate, False), (make_expired_certificate, True)):
+        cert, key = make(tmp_path)
+        for name in ("tls", "http_tls"):
+            notes = checked(tmp_path, f"{name}_cert_file: {cert}\n{name}_key_file: {key}\n")
+            told = f"{name}_cert_file: {cert}: certificate has expired: callers will refuse it"
+            assert [note.startswith(told) for note in notes] == [True] * says
+
+
+def test_a_port_that_somebody_has_is_told_and_an_address_that_is_not_ours_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disagg-config.yml"
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        path.write_text(f"model: m\nhostname: 127.0.0.1\nport: {port}\n")
+        [note] = check_port(load_deployment(path, {}))
+        assert note.startswith(f"port {port} of 127.0.0.1 is taken by process ")
+    assert check_port(load_deployment(path, {})) == ()
+    path.write_text("model: m\nhostname: 192.0.2.1\n")
+    with pytest.raises(ConfigError, match=r"^hostname: cannot listen on 192\.0\.2\.1:8000: "):
+        check_port(load_deployment(path, {}))
 
 
 def model_checked(tmp_path: Path, model: object, servers: str = "") -> tuple[str, ...]:
