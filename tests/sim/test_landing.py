@@ -7,7 +7,7 @@ import asyncio
 from disaggregated.errors import TransferTimeout
 from disaggregated.v1 import control_pb2
 from orchestrator.attempt import TRANSFER_TIMEOUT_S
-from tests.sim.test_dispatch import scene
+from tests.support.dispatch_scene import scene
 from tests.support.fake_cluster import FakeCluster, FakeServer, Pipe, Temper
 from tests.support.virtual_time import run_in_virtual_time
 

@@ -18,7 +18,7 @@ import pytest
 from disaggregated.errors import AdmissionError, DisaggregatedError, Overloaded, QueueFull
 from orchestrator.admission.ticket import Objectives, Ticket
 from orchestrator.request_run import TokenRequest
-from tests.sim.test_dispatch import Client, Scene, scene
+from tests.support.dispatch_scene import Client, Scene, scene
 from tests.support.fake_cluster import FakeCluster, Temper
 from tests.support.virtual_time import run_in_virtual_time
 

@@ -17,7 +17,7 @@ from disaggregated.sampling_params import SamplingParams
 from orchestrator.request_run import TokenRequest
 from orchestrator.routing.scorecard import cached_verdict
 from orchestrator.story import RequestStory
-from tests.sim.test_dispatch import Scene, scene
+from tests.support.dispatch_scene import Scene, scene
 from tests.support.fake_cluster import FakeCluster, Temper
 from tests.support.virtual_time import run_in_virtual_time
 
@@ -198,6 +198,23 @@ def test_a_conversation_that_names_itself_stays_though_its_prompts_have_nothing_
                 await chats.ask(tokens, session=session, max_tokens=3)
             for offset in range(3):
                 stories = chats.stories[offset::3]
+                assert len({story.attempts[0].context_instance for story in stories}) == 1
+                assert len({story.attempts[0].generation_instance for story in stories}) == 1
+
+    run_in_virtual_time(play())
+
+
+def test_turns_of_a_session_meet_on_one_server_though_each_comes_to_another_orchestrator() -> None:
+    async def play() -> None:
+        cluster = FakeCluster(10, num_context=3, num_generation=3, temper=TEMPER)
+        settings = routed(cluster, "conversation", "conversation")
+        async with scene(cluster, **settings) as one, scene(cluster, **settings) as two:
+            workers = [Chats(one), Chats(two)]
+            for turn, session in itertools.product(range(4), "abcd"):
+                tokens = [(turn * 333 + ord(session) * 7 + position) % 997 for position in range(50)]
+                await workers[turn % 2].ask(tokens, session=session, max_tokens=3)
+            for offset in range(4):
+                stories = [*workers[0].stories[offset::4], *workers[1].stories[offset::4]]
                 assert len({story.attempts[0].context_instance for story in stories}) == 1
                 assert len({story.attempts[0].generation_instance for story in stories}) == 1
 

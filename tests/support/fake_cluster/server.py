@@ -1,63 +1,28 @@
-"""Servers in virtual time that crash, freeze, refuse and damage at moments drawn from a seed.
-
-`FakeServer` is the process, `FakeClient` one connection to it, with the Protocol of `orchestrator.server_client`. What
-a frozen server is told waits until it thaws; what a crashed one was doing is gone, and every call to it fails.
-"""
+"""The process: what it computes, whom it tells, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
-import random
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
 
 from disaggregated import rpc
-from disaggregated.errors import ChecksumMismatch, DisaggregatedError, PeerLost, PoolExhausted, ServerLost, StaleEpoch
+from disaggregated.errors import ChecksumMismatch, PeerLost, PoolExhausted, ServerLost, StaleEpoch
 from disaggregated.kv_layout import KVLayout
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.step_batches import packed
 from disaggregated.v1 import control_pb2
-from orchestrator.server_client import Admitted, PrefillReceiver
+from tests.support.fake_cluster.pipe import Pipe
 from tests.support.fake_prefix_cache import FakePrefixCache
 from tests.support.token_hash import finish_reason_of, logprobs_of, next_token, prompt_logprobs_of
 
+if TYPE_CHECKING:
+    from tests.support.fake_cluster.cluster import FakeCluster
+
 LEASE_S = 5.0
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=400)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Temper:
-    """How badly a server behaves. Probabilities are per call."""
-
-    latency_s: float = 0.002
-    step_s: float = 0.01
-    prefill_token_s: float = 0.0002
-    refusal: float = 0.0
-    damaged_transfer: float = 0.0
-    max_batch_size: int = 8
-    max_seq_len: int = 4096
-    num_blocks: int = 400
-    tokens_a_step_max: int = 1
-    """More than one: as speculative decoding brings them."""
-    cache_blocks: int = 0
-    """Of the prefix cache; 0: there is none."""
-    prefills_in_turn: bool = False
-    """One prompt at a time, as it is in truth; else all at once, each as fast as if it were alone."""
-
-
-class Pipe:
-    """What one call brings back: messages, then the error or None that ends it."""
-
-    def __init__(self) -> None:
-        self.queue: asyncio.Queue[Any] = asyncio.Queue()
-
-    async def read(self) -> Any:
-        item = await self.queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
 
 
 @dataclasses.dataclass(eq=False)
@@ -301,182 +266,3 @@ class FakeServer:
         for transfer_id in transfer_ids:
             if (prefill := self.prefills.get(transfer_id)) is not None:
                 prefill.cancel()
-
-
-class FakeClient:
-    def __init__(self, server: FakeServer) -> None:
-        self._server = server
-
-    @contextlib.contextmanager
-    def _call(self, work: Callable[[Pipe], Coroutine[Any, Any, None]] | None) -> Iterator[Pipe]:
-        if not self._server.is_alive:
-            raise ServerLost(f"{self._server.address} refuses connections")
-        pipe = Pipe()
-        self._server.pipes.add(pipe)
-        task = self._server.spawn(work(pipe)) if work is not None else None
-        try:
-            yield pipe
-        finally:
-            self._server.pipes.discard(pipe)
-            if task is not None:
-                task.cancel()
-
-    async def describe(self, *, timeout_s: float) -> control_pb2.ServerDescription:
-        with self._call(self._server.describe) as pipe:
-            return await _within(pipe, timeout_s)  # type: ignore[no-any-return]
-
-    async def watch(self, *, interval_s: float) -> AsyncGenerator[control_pb2.Heartbeat, None]:
-        with self._call(lambda pipe: self._server.watch(pipe, interval_s)) as pipe:
-            while True:
-                yield await pipe.read()
-
-    async def watch_blocks(self) -> AsyncGenerator[control_pb2.BlockEvents, None]:
-        with self._call(None) as pipe:
-            cache = self._server.cache
-            await self._server.turn()
-            cache.watch(pipe.queue)
-            try:
-                while True:
-                    yield await pipe.read()
-            finally:
-                cache.unwatch(pipe.queue)
-
-    async def drain(self, *, deadline_s: float) -> int:
-        return 0
-
-    async def ledger(self, *, timeout_s: float) -> Sequence[control_pb2.LedgerEntry]:
-        return [
-            control_pb2.LedgerEntry(kind="sequence", owner=owner, count=1) for owner in self._server.admitted.values()
-        ]
-
-    async def prefill(
-        self, request: control_pb2.PrefillRequest, *, timeout_s: float
-    ) -> AsyncGenerator[control_pb2.PrefillProgress, None]:
-        server = self._server
-        pipe = Pipe()
-        if not server.is_alive:
-            raise ServerLost(f"{server.address} refuses connections")
-        server.pipes.add(pipe)
-        task = server.spawn(server.prefill(pipe, request))
-        has_outcome = False
-        try:
-            while (message := await pipe.read()) is not None:
-                has_outcome = has_outcome or message.HasField("outcome")
-                yield message
-        finally:
-            server.pipes.discard(pipe)
-            if not has_outcome:
-                task.cancel()
-
-    async def generate(
-        self, orchestrator_id: str, opened: Callable[[], None]
-    ) -> AsyncGenerator[control_pb2.StepBatch, None]:
-        server, epoch = self._server, self._server.epoch
-        with self._call(None) as pipe:
-            await server.turn()
-            server.links[orchestrator_id] = pipe
-            opened()
-            try:
-                while True:
-                    yield await pipe.read()
-            finally:
-                if server.epoch == epoch:
-                    server.links.pop(orchestrator_id, None)
-                    server.cancel(orchestrator_id, None)
-
-    async def admit(self, request: control_pb2.AdmitRequest, *, timeout_s: float) -> control_pb2.AdmitReply:
-        with self._call(lambda pipe: self._server.admit(pipe, request)) as pipe:
-            return await _within(pipe, timeout_s)  # type: ignore[no-any-return]
-
-    def begin_prefill(self, request: control_pb2.PrefillRequest, receiver: PrefillReceiver) -> Callable[[], None]:
-        async def work() -> None:
-            error: DisaggregatedError | None = None
-            try:
-                async with contextlib.aclosing(self.prefill(request, timeout_s=60.0)) as progresses:
-                    async for progress in progresses:
-                        receiver.on_progress(progress)
-            except DisaggregatedError as failure:
-                error = failure
-            receiver.on_prefill_over(error)
-
-        task = _owned(work())
-
-        def stop() -> None:
-            task.cancel()
-
-        return stop
-
-    def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
-        async def work() -> None:
-            try:
-                outcome: control_pb2.AdmitReply | DisaggregatedError = await self.admit(request, timeout_s=60.0)
-            except DisaggregatedError as error:
-                outcome = error
-            admitted(outcome)
-
-        _owned(work())
-
-    async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
-        async def work(pipe: Pipe) -> None:
-            await self._server.turn()
-            self._server.cancel(orchestrator_id, stream_keys)
-            pipe.queue.put_nowait(None)
-
-        with self._call(work) as pipe:
-            await _within(pipe, timeout_s)
-
-    async def abort(self, transfer_ids: Sequence[str], *, timeout_s: float) -> None:
-        async def work(pipe: Pipe) -> None:
-            await self._server.turn()
-            self._server.abort(transfer_ids)
-            pipe.queue.put_nowait(None)
-
-        with self._call(work) as pipe:
-            await _within(pipe, timeout_s)
-
-    async def close(self) -> None:
-        pass
-
-
-_callers: set[asyncio.Task[None]] = set()
-"""The orchestrator's ends of calls: they end by themselves, since a server's crash ends every pipe."""
-
-
-def _owned(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    task = asyncio.get_running_loop().create_task(work)
-    _callers.add(task)
-    task.add_done_callback(_callers.discard)
-    return task
-
-
-async def _within(pipe: Pipe, timeout_s: float) -> Any:
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await pipe.read()
-    except TimeoutError as error:
-        raise ServerLost(f"no answer within {timeout_s} s") from error
-
-
-class FakeCluster:
-    def __init__(self, seed: int, *, num_context: int, num_generation: int, temper: Temper | None = None) -> None:
-        self.random = random.Random(seed)
-        self.temper = temper or Temper()
-        self.servers: dict[str, FakeServer] = {}
-        for role, count in (("context", num_context), ("generation", num_generation)):
-            for number in range(count):
-                address = f"{role}-{number}"
-                self.servers[address] = FakeServer(self, role, address)
-
-    def connect(self, address: str) -> FakeClient:
-        return FakeClient(self.servers[address])
-
-    def of(self, role: str) -> list[FakeServer]:
-        return [server for server in self.servers.values() if server.role == role]
-
-    async def close(self) -> None:
-        """The machines are switched off; every call must have been ended by its caller before."""
-        tasks = [task for server in self.servers.values() for task in server.tasks]
-        for server in self.servers.values():
-            server.crash()
-        if tasks:
-            await asyncio.wait(tasks)
