@@ -8,10 +8,11 @@ the turns of all chats mix as they come and prompts wait for each other. Rounds 
 that what else the machine does falls on both; caches stay as they are from round to round, full of chats that are over.
 
 What can be had is told beside what was: the most that any placement could find is what a cache without end would hold.
-Turns taken with two servers are right every other time, so no placement finds more than about twice as much as they do:
-over thirty draws of these chats, replayed with caches and nothing else, chats that never move find 1.9 times as much
-(1.4 to 2.3). Blocks are not brought back from the generation server unless `--pull-back` says so: what is cached is
-there because it was routed there.
+Turns taken with two servers are right every other time, and leave most chats in both caches, so that neither has room
+for all. Over thirty draws of these chats, replayed with caches and nothing else, chats that never move find 1.9 times
+as much as turns (1.4 to 2.3). Servers find less: prompts under way hold blocks, the more of them the longer they wait.
+Blocks are not brought back from the generation server unless `--pull-back` says so: what is cached is there because it
+was routed there.
 """
 
 from __future__ import annotations
