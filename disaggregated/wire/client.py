@@ -15,6 +15,7 @@ from disaggregated.errors import DisaggregatedError, ServerLost, Unauthenticated
 from disaggregated.security import membership as membership_of
 from disaggregated.security.membership import Membership
 from disaggregated.v1 import control_pb2
+from disaggregated.wire.frame_writer import FrameWriter
 from disaggregated.wire.frames import FrameError, FrameReader, Kind, call_frame, frame
 from disaggregated.wire.handshake import CHALLENGE_BYTES, HANDSHAKE_TIMEOUT_S, WELCOME_BYTES, CallerHandshake
 
@@ -89,13 +90,13 @@ class WireConnection(asyncio.Protocol):
             raise self._lost
         number = next(self._numbers) % CALLS_MAX
         self._receivers[number] = receiver
-        self._transport.write(call_frame(number, method, request))
+        self._writer.send(call_frame(number, method, request))
         return number
 
     def cancel(self, number: int) -> None:
         """Its receiver hears nothing more. Of a call that is over: nothing."""
         if self._receivers.pop(number, None) is not None and self._lost is None:
-            self._transport.write(frame(Kind.CANCEL, number))
+            self._writer.send(frame(Kind.CANCEL, number))
 
     async def ask(self, method: bytes, request: bytes) -> bytes:
         """A call with one answer. The caller has a deadline.
@@ -133,6 +134,7 @@ class WireConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one without saying so.
+        self._writer = FrameWriter(self._transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._ready.done():

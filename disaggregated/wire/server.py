@@ -20,6 +20,7 @@ from disaggregated.security import membership as membership_of
 from disaggregated.security.membership import Membership
 from disaggregated.security.seldom import Seldom
 from disaggregated.v1 import control_pb2
+from disaggregated.wire.frame_writer import FrameWriter
 from disaggregated.wire.frames import FrameError, FrameReader, Kind, frame
 from disaggregated.wire.handshake import HANDSHAKE_TIMEOUT_S, HELLO_BYTES, ServerHandshake
 from disaggregated.wire.silent_ends import notice_a_silent_end
@@ -113,6 +114,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one without saying so.
+        self._writer = FrameWriter(self._transport)
         notice_a_silent_end(self._transport)
         if len(self._server.connections) >= CONNECTIONS_MAX:
             self._refuse("there are too many connections")
@@ -172,6 +174,7 @@ class _Connection(asyncio.Protocol):
         if self._handshake is not None:
             with contextlib.suppress(AttributeError):
                 self._patience.cancel()
+        self._writer.flush()
         self._transport.close()
 
     # Calls.
@@ -214,8 +217,7 @@ class _Connection(asyncio.Protocol):
         self.send(Kind.END, number, b"")
 
     def send(self, kind: Kind, number: int, payload: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(frame(kind, number, payload))
+        self._writer.send(frame(kind, number, payload))
 
     def _fail(self, number: int, error: DisaggregatedError) -> None:
         fields: Mapping[str, str] = {"kind": rpc.kind_of(error), "message": str(error)[: rpc.ERROR_TEXT_MAX]}

@@ -7,11 +7,14 @@ aiohttp still reads the request, routes it, and keeps the connection for the nex
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Mapping
 
 from aiohttp import HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
+
+from orchestrator.api.outbox import Outbox
 
 
 class AlreadySent(web.StreamResponse):
@@ -40,13 +43,30 @@ def head_of(http: web.Request, headers: Mapping[str, str]) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-async def send_json(http: web.Request, body: bytes, headers: Mapping[str, str]) -> AlreadySent:
+async def send_json(http: web.Request, body: bytes, headers: Mapping[str, str], outbox: Outbox) -> AlreadySent:
     """The whole answer in one write; returns when the connection could take more. To a client that left: nothing."""
-    if http.transport is not None:
+    transport = http.transport
+    if transport is not None:
         kind = {"Content-Type": "application/json; charset=utf-8", "Content-Length": str(len(body))}
-        write(http.transport, plain_descriptor(http.transport), head_of(http, {**kind, **headers}) + body)
+        answer = head_of(http, {**kind, **headers}) + body
+        if (descriptor := plain_descriptor(transport)) < 0 or transport.get_write_buffer_size():
+            transport.write(answer)
+        else:
+            outbox.put(_Answered(transport, descriptor), answer)
+            await asyncio.sleep(0)  # It has left by then, and whoever runs the handler may close the connection.
         await http.writer.drain()
     return AlreadySent(http)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Answered:
+    """Implements `Outlet`."""
+
+    transport: asyncio.Transport
+    descriptor: int
+
+    def write_rest(self, rest: bytes) -> None:
+        self.transport.write(rest)
 
 
 def plain_descriptor(transport: asyncio.Transport) -> int:

@@ -46,7 +46,7 @@ async def _collect(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRe
         return job.shape.whole([choice.reply() for choice in shown], usage)
 
     body = await asyncio.to_thread(whole) if any(choice.is_large for choice in shown) else whole()
-    return await send_json(http, body, job.headers)
+    return await send_json(http, body, job.headers, door.outbox)
 
 
 async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:

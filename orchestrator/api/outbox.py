@@ -15,9 +15,12 @@ from typing import Protocol
 class Outlet(Protocol):
     """A connection that takes events as they are."""
 
-    descriptor: int
-    """Of its socket; valid while the transport is not closing."""
-    transport: asyncio.Transport
+    @property
+    def descriptor(self) -> int:
+        """Of its socket; valid while the transport is not closing."""
+
+    @property
+    def transport(self) -> asyncio.Transport: ...
 
     def write_rest(self, rest: bytes) -> None:
         """What the kernel did not take, or all of it when something is wrong with the connection."""
@@ -29,6 +32,12 @@ class Outbox:
     def __init__(self) -> None:
         self.waiting: list[tuple[Outlet, bytes]] = []
         """Whoever finds it empty calls `flush_soon()`, and whoever writes to an outlet otherwise `flush()`."""
+
+    def put(self, outlet: Outlet, event: bytes) -> None:
+        """For who can afford the call."""
+        if not self.waiting:
+            self.flush_soon()
+        self.waiting.append((outlet, event))
 
     def flush_soon(self) -> None:
         asyncio.get_running_loop().call_soon(self.flush)

@@ -48,22 +48,16 @@ async def connected(*, send_bytes: int = 0) -> AsyncIterator[Stream]:
         theirs.close()
 
 
-def put(outbox: Outbox, stream: Stream, event: bytes) -> None:
-    if not outbox.waiting:
-        outbox.flush_soon()
-    outbox.waiting.append((stream, event))
-
-
 async def test_what_is_put_in_one_turn_leaves_at_its_end_in_order() -> None:
     outbox = Outbox()
     async with connected() as one, connected() as other:
         for number in range(3):
-            put(outbox, one, b"a%d" % number)
-            put(outbox, other, b"b%d" % number)
+            outbox.put(one, b"a%d" % number)
+            outbox.put(other, b"b%d" % number)
         assert len(outbox.waiting) == 6
         assert (await one.read(6), await other.read(6)) == (b"a0a1a2", b"b0b1b2")
         assert not outbox.waiting
-        put(outbox, one, b"next")
+        outbox.put(one, b"next")
         assert await one.read(4) == b"next"
 
 
@@ -72,8 +66,8 @@ async def test_what_the_kernel_does_not_take_stays_before_what_comes_after_it() 
     events = [bytes([number]) * 30_000 for number in range(8)]
     async with connected(send_bytes=4096) as slow, connected() as other:
         for event in events:
-            put(outbox, slow, event)
-            put(outbox, other, b"x")
+            outbox.put(slow, event)
+            outbox.put(other, b"x")
         outbox.flush()
         assert len(slow.rests) > 1, "the kernel took it all: the test shows nothing"
         assert await other.read(8) == b"x" * 8
@@ -83,7 +77,7 @@ async def test_what_the_kernel_does_not_take_stays_before_what_comes_after_it() 
 async def test_a_descriptor_that_became_somebody_elses_is_not_written_to() -> None:
     outbox = Outbox()
     async with connected() as gone:
-        put(outbox, gone, b"not for you")
+        outbox.put(gone, b"not for you")
         gone.transport.abort()
         reader, writer = os.pipe()
         try:
@@ -102,7 +96,7 @@ async def test_a_connection_that_broke_keeps_nobody_else_from_theirs() -> None:
     async with connected() as broken, connected() as other:
         broken._reader.close()
         for _ in range(2):
-            put(outbox, broken, b"lost")
-            put(outbox, other, b"kept")
+            outbox.put(broken, b"lost")
+            outbox.put(other, b"kept")
         outbox.flush()
         assert await other.read(8) == b"keptkept"
