@@ -125,6 +125,27 @@ async def test_aiperf(clients: StockClients, deployment: Deployment, tmp_path: p
     assert told["time_to_first_token"]["avg"] > 0
 
 
+async def test_guidellm(deployment: Deployment, tmp_path: pathlib.Path) -> None:
+    """The other load tool: it counts whatever is not a whole stream of what it asked for as an error."""
+    clients = StockClients.with_guidellm()
+    if clients is None:
+        pytest.skip("DISAGG_GUIDELLM names no environment with guidellm")
+    tokenizer = resolve(MODEL.lower(), weights=False).path
+    await clients.run(
+        "guidellm", "run", "--backend", f"kind=openai_http,target={deployment.url},model={MODEL}",
+        "--profile", "kind=concurrent,streams=3", "--constraint", "kind=max_requests,count=9",
+        "--tokenizer", f"kind=huggingface_auto,model={tokenizer}",
+        "--data", "kind=synthetic_text,prompt_tokens=40,output_tokens=8",
+        "--output", f"kind=json,path={tmp_path / 'out.json'}", "--disable-progress",
+        timeout_s=300,
+    )  # fmt: skip
+    (benchmark,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    requests = benchmark["requests"]
+    assert not requests["errored"], requests["errored"][0]["info"]["error"]
+    assert len(requests["successful"]) == 9
+    assert all(one["output_metrics"]["text_tokens"] == 8 for one in requests["successful"])
+
+
 async def test_schemathesis(clients: StockClients) -> None:
     """From the document of the front door itself: good bodies, bad ones, one call after another. Fake servers behind
     it, because a good body may ask for 128 replies of any length."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 VARIABLE: Final = "DISAGG_CLIENTS"
+GUIDELLM_VARIABLE: Final = "DISAGG_GUIDELLM"
 DEFAULT_FOLDER: Final = "~/.cache/disaggregated-clients"
 PACKAGES: Final = (
     "openai==2.54.0",
@@ -48,6 +49,12 @@ class StockClients:
             subprocess.run(pip, check=True, timeout=MAKE_TIMEOUT_S)
             stamp.write_text(wanted)
         return clients
+
+    @classmethod
+    def with_guidellm(cls) -> StockClients | None:
+        """An environment of its own, since it wants torch: nobody makes it here, `DISAGG_GUIDELLM` says where it is."""
+        folder = os.environ.get(GUIDELLM_VARIABLE)
+        return None if folder is None else cls(pathlib.Path(folder).expanduser())
 
     def program(self, name: str) -> str:
         return str(self.folder / "bin" / name)
