@@ -17,10 +17,12 @@ class Segments(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.received: list[bytes] = []
+        self.came = asyncio.Event()
         self.ended = asyncio.Event()
 
     def data_received(self, received: bytes) -> None:
         self.received.append(received)
+        self.came.set()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.ended.set()
@@ -76,4 +78,5 @@ async def test_after_closing_nothing_is_written_and_nothing_raises() -> None:
 async def _until_received(segments: Segments, num_bytes: int) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while sum(map(len, segments.received)) < num_bytes:
-            await asyncio.sleep(0)
+            segments.came.clear()
+            await segments.came.wait()
