@@ -18,7 +18,7 @@ from benchmarks.gpu.__main__ import PARTS, ROOT, Part, run
 from benchmarks.gpu.collect import PartResult, report
 
 
-def outcome(tmp_path: pathlib.Path, code: str, *, timeout_s: float = 30.0, left_s: float = 100.0) -> PartResult:
+def outcome(tmp_path: pathlib.Path, code: str, *, timeout_s: float = 100.0, left_s: float = 110.0) -> PartResult:
     with (tmp_path / "log").open("w") as log:
         return run(Part("part", ["-c", code], timeout_s), tmp_path, log, left_s=left_s)
 
@@ -31,10 +31,9 @@ def test_a_part_passes_or_fails_by_its_exit_code(tmp_path: pathlib.Path) -> None
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: pathlib.Path) -> None:
-    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    hung = outcome(tmp_path, code, timeout_s=5.0)
-    assert (hung.outcome, hung.words) == ("failed", "not over after 5 s")
+    code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    hung = outcome(tmp_path, code, timeout_s=3.0)
+    assert (hung.outcome, hung.words) == ("failed", "not over after 3 s")
     child_pid = int((tmp_path / "log").read_text().split()[-1])
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(child_pid).wait(timeout=10)
@@ -73,7 +72,7 @@ def test_a_report_without_figures_says_that_nothing_was_run() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line_and_is_no_failure() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=110
     )
     assert done.returncode == 0
     assert done.stdout.startswith("GPU checks and benchmarks were not run: torch ")
