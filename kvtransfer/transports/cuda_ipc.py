@@ -20,7 +20,6 @@ mapping is closed with the link, as soon as the source is found to be lost.
 
 from __future__ import annotations
 
-import socket
 import struct
 import threading
 from typing import Final
@@ -32,21 +31,19 @@ from kvtransfer.deadline import Deadline
 from kvtransfer.device_pool import DeviceMapper, DevicePool, DeviceSums, Exported, Mapped, SharedPool, why_not_shared
 from kvtransfer.transport import (
     BlockRead,
-    EndpointStatistics,
     Offer,
     OurEnd,
     PeerLink,
-    ReadGate,
     ReadStop,
     SourceIdentity,
 )
-from kvtransfer.transports import frames, unix_port
+from kvtransfer.transports import unix_port
 from kvtransfer.transports.frame_socket import FrameSocket
-from kvtransfer.transports.frames import Hello, MalformedFrame, ReadRequest
+from kvtransfer.transports.frames import Hello, MalformedFrame
+from kvtransfer.transports.handed_pool import HandedPool
 from kvtransfer.transports.link import FramedLink
 from kvtransfer.transports.listener import Greeting
 from kvtransfer.transports.meeting import Introduction
-from kvtransfer.transports.unix_port import UnixPort
 
 log = logs.get(__name__)
 
@@ -70,41 +67,16 @@ def share(pool: DevicePool, mapper: DeviceMapper) -> SharedPool | None:
     return SharedPool(pool, mapper, exported)
 
 
-class CudaIpcEndpoint:
-    """Hands the pool's handle to peers of our own user, and answers "may I read this?"."""
-
-    name = NAME
+class CudaIpcEndpoint(HandedPool):
+    """Hands the pool's handle to peers."""
 
     def __init__(self, shared: SharedPool, *, epoch: int) -> None:
         """The pool must stay allocated until every process that was handed its handle has let go of it, or ended."""
         self._exported = shared.exported
-        self._layout = shared.pool.layout
-        self._port = UnixPort(NAME, self, self._layout, epoch=epoch)
-
-    def start(self, gate: ReadGate) -> None:
-        self._port.start(gate)
-
-    def describe(self) -> Offer:
-        return self._port.describe()
-
-    def close(self, *, deadline: Deadline) -> None:
-        self._port.close(deadline=deadline)
-
-    def statistics(self) -> EndpointStatistics:
-        return self._port.statistics()
-
-    def is_welcome(self, accepted: socket.socket) -> bool:
-        return unix_port.is_ours(accepted)
+        super().__init__(NAME, shared.pool.layout, epoch=epoch)
 
     def greeting(self, connection: FrameSocket, hello: Hello) -> Greeting:
         return Greeting(tail=pack_exported(self._exported))
-
-    def answer(self, connection: FrameSocket, read: ReadRequest) -> int:
-        connection.send(frames.pack_blocks_header(0))
-        return sum(run.count for run in read.blocks) * len(read.layers) * self._layout.block_bytes
-
-    def part(self, connection: FrameSocket) -> None:
-        """A connection is all there was."""
 
 
 class CudaIpcTransport:

@@ -7,7 +7,6 @@ to device: `cuda_ipc.py`.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from typing import Final
 
@@ -18,61 +17,35 @@ from kvtransfer.region import MappedRegion, Region
 from kvtransfer.transport import (
     BlockRead,
     DestinationTransport,
-    EndpointStatistics,
     Offer,
     OurEnd,
     PeerLink,
-    ReadGate,
     ReadStop,
     SourceEndpoint,
     SourceIdentity,
 )
-from kvtransfer.transports import frames, unix_port
+from kvtransfer.transports import unix_port
 from kvtransfer.transports.frame_socket import FrameSocket
-from kvtransfer.transports.frames import Hello, ReadRequest
+from kvtransfer.transports.frames import Hello
+from kvtransfer.transports.handed_pool import HandedPool
 from kvtransfer.transports.link import FramedLink
 from kvtransfer.transports.listener import Greeting
 from kvtransfer.transports.meeting import Introduction
-from kvtransfer.transports.unix_port import UnixPort, host_key
+from kvtransfer.transports.unix_port import host_key
 
 NAME: Final = "SHM"
 
 
-class ShmEndpoint:
-    """Hands the pool's descriptor to peers of our own user, and answers "may I read this?"."""
-
-    name = NAME
+class ShmEndpoint(HandedPool):
+    """Hands the pool's descriptor to peers."""
 
     def __init__(self, region: Region, layout: KVLayout, *, epoch: int) -> None:
         """`region` must stay open until `close`."""
         self._region = region
-        self._layout = layout
-        self._port = UnixPort(NAME, self, layout, epoch=epoch)
-
-    def start(self, gate: ReadGate) -> None:
-        self._port.start(gate)
-
-    def describe(self) -> Offer:
-        return self._port.describe()
-
-    def close(self, *, deadline: Deadline) -> None:
-        self._port.close(deadline=deadline)
-
-    def statistics(self) -> EndpointStatistics:
-        return self._port.statistics()
-
-    def is_welcome(self, accepted: socket.socket) -> bool:
-        return unix_port.is_ours(accepted)
+        super().__init__(NAME, layout, epoch=epoch)
 
     def greeting(self, connection: FrameSocket, hello: Hello) -> Greeting:
         return Greeting(fd=self._region.fd)
-
-    def answer(self, connection: FrameSocket, read: ReadRequest) -> int:
-        connection.send(frames.pack_blocks_header(0))
-        return sum(run.count for run in read.blocks) * len(read.layers) * self._layout.block_bytes
-
-    def part(self, connection: FrameSocket) -> None:
-        """A connection is all there was."""
 
 
 class ShmTransport:
