@@ -72,6 +72,37 @@ GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
             ],
         },
     ),
+    (
+        "/v1/responses",
+        {
+            "model": "fake", "max_output_tokens": 2, "store": False, "client_metadata": {"a": "b"},
+            "tools": [
+                {"type": "namespace", "name": "agents", "tools": [{"type": "function", **_FUNCTION}]},
+                {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+                {"type": "web_search", "external_web_access": False},
+            ],
+            "input": [
+                {"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+                {"type": "function_call", "call_id": "c1", "namespace": "agents", "name": "weather", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "sunny"}]},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "x"},
+                {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+            ],
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "model": "fake", "max_tokens": 2, "messages": [_USER],
+            "response_format": {
+                "type": "structural_tag",
+                "format": {
+                    "type": "triggered_tags", "triggers": ["<f="], "at_least_one": True,
+                    "tags": [{"begin": "<f=x>", "content": {"type": "any_text"}, "end": "</f>"}],
+                },
+            },
+        },
+    ),
     ("/v1/responses/input_tokens", {"model": "fake", "input": "Hi"}),
     ("/tokenize", {"model": "fake", "prompt": "Hi", "add_special_tokens": True, "return_token_strs": True}),
     ("/tokenize", {"messages": [_USER], "add_generation_prompt": False, "tools": [_TOOL]}),
