@@ -182,8 +182,9 @@ class EngineThread:
                 commands, is_last = self._take_commands()
                 for command in commands:
                     command()
-                self._publish_statistics()
-                self._publish_block_events()
+                if commands:  # Otherwise nothing has changed since the step before.
+                    self._publish_statistics()
+                    self._publish_block_events()
                 if is_last:
                     return
                 if self._engine.has_work:
