@@ -23,9 +23,7 @@ from tests.support.kv_pools import (
     regions,
     served_source,
 )
-
-TABLE = [7, 8, 9, 2, 30, 1]
-INTO = [20, 3, 4, 5, 11, 10, 17]
+from tests.support.kv_transfers import INTO, TABLE
 
 
 @contextlib.asynccontextmanager

@@ -3,7 +3,6 @@ difference between alone and together, chunks and single tokens, one thread and 
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Final
 
@@ -16,7 +15,6 @@ from disaggregated.engine.kv_cache import KVCache
 from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import AttentionSpec, LayerPool, Ops
 from disaggregated.engine.ops.kv_values import write_plane
-from disaggregated.engine.ops.native_isa import runnable_isas
 from disaggregated.engine.ops.quantise import dequantise, quantise_rows
 from disaggregated.kv_layout import KVLayout
 from tests.unit.engine.attention_cases import (
@@ -28,9 +26,9 @@ from tests.unit.engine.attention_cases import (
     chunks_of,
     dense_attention,
 )
+from tests.unit.engine.native_libraries import ISAS, loaded, needs_kernels
 
 DTYPES: Final = sorted(native.KV_DTYPES)
-ISAS: Final = [isa for isa in runnable_isas() if not isa.endswith("vnni")]
 HEADS: Final = (
     (6, 2, 16), (3, 1, 48), (9, 3, 64), (4, 4, 32), (12, 1, 16), (4, 2, 80), (2, 1, 96), (5, 1, 128), (2, 1, 256),
 )  # fmt: skip
@@ -42,15 +40,8 @@ SPECS: Final = st.builds(
     softcap=st.none() | st.floats(0.5, 60.0),
 )
 
-pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
+pytestmark = needs_kernels
 thorough = settings(max_examples=12)
-
-
-@functools.cache
-def loaded(isa: str, num_threads: int = 1) -> Ops:
-    ops = native.load(num_threads, isa)
-    assert ops is not None
-    return ops
 
 
 @pytest.fixture(params=ISAS)

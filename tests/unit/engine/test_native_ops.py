@@ -5,7 +5,6 @@ Every test runs for each instruction set that this CPU has. Without a C compiler
 
 from __future__ import annotations
 
-import functools
 import random
 
 import pytest
@@ -13,9 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import AttentionSpec, LayerPool, Ops
-from disaggregated.engine.ops.native_isa import runnable_isas
 from tests.unit.engine.attention_cases import (
     PagedSequences,
     Row,
@@ -24,21 +21,13 @@ from tests.unit.engine.attention_cases import (
     chunks_of,
     dense_attention,
 )
+from tests.unit.engine.native_libraries import ISAS, loaded, needs_kernels
 
 HEADS = ((9, 3, 64), (4, 4, 16), (5, 1, 48), (2, 1, 256), (40, 2, 32), (120, 1, 16))
 """Query heads, kv heads, head size: grouped, multi-head, odd vectors, the largest, and groups beyond a tile's rows."""
-ISAS = tuple(isa for isa in runnable_isas() if not isa.endswith("vnni"))
-"""VNNI makes a difference to linears alone, which have tests of their own."""
 
-pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
+pytestmark = needs_kernels
 thorough = settings(max_examples=25)
-
-
-@functools.cache
-def loaded(isa: str, num_threads: int = 1) -> Ops:
-    ops = native.load(num_threads, isa)
-    assert ops is not None
-    return ops
 
 
 @pytest.fixture(params=ISAS)

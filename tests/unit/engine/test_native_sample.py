@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disaggregated.engine.ops import native
 from disaggregated.engine.ops.api import Ops
-from disaggregated.engine.ops.native_isa import runnable_isas
 from disaggregated.engine.ops.reference import ReferenceOps
 from disaggregated.engine.sample_row import SampleRow
 from disaggregated.engine.sampler import sample
 from disaggregated.sampling_params import SamplingParams
+from tests.unit.engine.native_libraries import ISAS, loaded, needs_kernels
 
-ISAS = tuple(isa for isa in runnable_isas() if not isa.endswith("vnni"))
-
-pytestmark = pytest.mark.skipif(native.load(1) is None, reason="no native kernels here: no C compiler")
+pytestmark = needs_kernels
 thorough = settings(max_examples=40)
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38, torch.inf, -torch.inf])
 """Few, so that rows are full of equals, and all of them awkward."""
-
-
-@functools.cache
-def loaded(isa: str, num_threads: int = 1) -> Ops:
-    ops = native.load(num_threads, isa)
-    assert ops is not None
-    return ops
 
 
 @pytest.fixture(params=ISAS)
