@@ -32,9 +32,7 @@ async def test_six_streams_at_once_give_the_tokens_they_give_alone(deployment: D
 
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 6])
-async def test_the_blocks_of_a_client_that_leaves_are_back_soon(
-    deployment: Deployment, num_chunks: int
-) -> None:
+async def test_the_blocks_of_a_client_that_leaves_are_back_soon(deployment: Deployment, num_chunks: int) -> None:
     await leave_after(deployment, num_chunks)
     assert is_idle(left := await deployment.wait_idle(timeout_s=5.0)), left
 
