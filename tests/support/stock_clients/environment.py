@@ -80,7 +80,7 @@ class StockClients:
 
     async def run_script(self, name: str, api: str, model: str) -> Mapping[str, Any]:
         """One of the scripts beside this file; what its last line says in JSON."""
-        said = await self.run("python", str(HERE / f"{name}.py"), api, model, timeout_s=120)
+        said = await self.run("python", str(HERE / f"{name}.py"), api, model, timeout_s=300)
         answer: Mapping[str, Any] = json.loads(said.strip().splitlines()[-1])
         return answer
 
