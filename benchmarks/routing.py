@@ -12,7 +12,8 @@ Turns taken with two servers are right every other time, and leave most chats in
 for all. Over thirty draws of these chats, replayed with caches and nothing else, chats that never move find 1.9 times
 as much as turns (1.4 to 2.3). Servers find less: prompts under way hold blocks, the more of them the longer they wait.
 Blocks are not brought back from the generation server unless `--pull-back` says so: what is cached is there because it
-was routed there.
+was routed there. Brought back, turns find as much as routing does (71 % beside 67 % of these chats): one generation
+server, on the same host, has room for all chats, and what lies there costs milliseconds to bring.
 """
 
 from __future__ import annotations
