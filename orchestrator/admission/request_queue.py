@@ -235,7 +235,7 @@ class RequestQueue(Generic[Item]):
         if self._alone is not None:
             assert not self._alone.is_gone, "who is gone is thought to be alone here"
             assert (self._length, self._num_tokens) == (1, self._alone.cost), "whoever is alone is miscounted"
-            assert not (self._turns or self._counts or self._debts), "whoever is alone is not"
+            assert not any((self._turns, self._counts, self._debts)), "whoever is alone is not"
             return
         for turns in self._turns.values():
             assert len(turns), "a priority without lines"
