@@ -7,7 +7,6 @@ in between. When the stream breaks, every request on it learns so at once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
@@ -93,12 +92,11 @@ class GenerationLink:
             raise
 
     async def _read(self, opened: Callable[[], None]) -> None:
-        async with contextlib.aclosing(self._client.generate(self.link_id, opened)) as batches:
-            async for batch in batches:
-                self._take_apart(batch, self._clock())
+        await self._client.generate(self.link_id, opened, self._take_apart)
         raise ServerLost("it ended its stream of tokens")
 
-    def _take_apart(self, batch: control_pb2.StepBatch, now_s: float) -> None:
+    def _take_apart(self, batch: control_pb2.StepBatch) -> None:
+        now_s = self._clock()
         self.num_messages += 1
         receivers = self._receivers
         for stream_key, position, token_id in tokens_of(batch):

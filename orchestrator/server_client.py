@@ -33,6 +33,10 @@ Admitted = Callable[[control_pb2.AdmitReply | DisaggregatedError], None]
 """Told once what became of an admission: AdmissionError when it was refused, ServerLost when it was not answered."""
 
 
+TakeBatch = Callable[[control_pb2.StepBatch], None]
+"""Called on the event loop with each message of a stream, at once; must not block."""
+
+
 class ServerClient(Protocol):
     """One connection to one server process. A lost server gets a new client; a client never comes back to life."""
 
@@ -55,8 +59,9 @@ class ServerClient(Protocol):
         Raises ServerLost: the connection is broken, and the receiver hears nothing.
         """
 
-    def generate(self, orchestrator_id: str, opened: Callable[[], None]) -> AsyncGenerator[control_pb2.StepBatch, None]:
-        """`opened` is called once the server has taken the stream: from then on it may be sent admissions."""
+    async def generate(self, orchestrator_id: str, opened: Callable[[], None], take: TakeBatch) -> None:
+        """Until the stream ends. What `take` raises ends it, too. `opened` is called once the server has taken the
+        stream: from then on it may be sent admissions."""
 
     def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
         """Runs to its end, whatever becomes of whoever asked. Raises ServerLost when nothing was sent."""
@@ -124,14 +129,14 @@ class WireServerClient:
         number = connection.call(b"Context.Prefill", request.SerializeToString(), _Prefill(receiver))
         return lambda: connection.cancel(number)
 
-    async def generate(
-        self, orchestrator_id: str, opened: Callable[[], None]
-    ) -> AsyncGenerator[control_pb2.StepBatch, None]:
-        request = control_pb2.GenerateRequest(orchestrator_id=orchestrator_id).SerializeToString()
-        messages = self._connection.stream(b"Generation.Generate", request, on_opened=opened)
-        async with contextlib.aclosing(messages):
-            async for message in messages:
-                yield control_pb2.StepBatch.FromString(message)
+    async def generate(self, orchestrator_id: str, opened: Callable[[], None], take: TakeBatch) -> None:
+        request = control_pb2.GenerateRequest(orchestrator_id=orchestrator_id)
+        stream, connection = _Generate(opened, take), self._connection
+        number = connection.call(b"Generation.Generate", request.SerializeToString(), stream)
+        try:
+            await stream.ended
+        finally:
+            connection.cancel(number)
 
     def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
         self._connection.call(b"Generation.Admit", request.SerializeToString(), _Admission(admitted))
@@ -174,6 +179,31 @@ class _Prefill:
 
     def on_end(self, error: DisaggregatedError | None) -> None:
         self._receiver.on_prefill_over(error)
+
+
+class _Generate:
+    """What comes of a Generate call: no task and no queue is between the connection and `take`."""
+
+    def __init__(self, opened: Callable[[], None], take: TakeBatch) -> None:
+        self.on_opened = opened
+        self._take = take
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_message(self, message: bytes) -> None:
+        if self.ended.done():
+            return
+        try:
+            self._take(control_pb2.StepBatch.FromString(message))
+        except Exception as error:  # noqa: BLE001 - for whoever awaits the stream, and not for the connection
+            self.ended.set_exception(error)
+
+    def on_end(self, error: DisaggregatedError | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
 
 
 class _Admission:

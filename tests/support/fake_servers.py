@@ -55,7 +55,7 @@ class GrpcFront(control_pb2_grpc.ServerServicer, control_pb2_grpc.ContextService
 
     async def Generate(self, request: control_pb2.GenerateRequest, call: Any) -> AsyncIterator[control_pb2.StepBatch]:
         await call.send_initial_metadata(())
-        async with contextlib.aclosing(self._client.generate(request.orchestrator_id, lambda: None)) as batches:
+        async with contextlib.aclosing(self._client.step_batches(request.orchestrator_id, lambda: None)) as batches:
             async for batch in batches:
                 yield batch
 

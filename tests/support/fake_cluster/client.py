@@ -9,7 +9,7 @@ from typing import Any
 
 from disaggregated.errors import DisaggregatedError, ServerLost
 from disaggregated.v1 import control_pb2
-from orchestrator.server_client import Admitted, PrefillReceiver
+from orchestrator.server_client import Admitted, PrefillReceiver, TakeBatch
 from tests.support.fake_cluster.pipe import Pipe, within
 from tests.support.fake_cluster.server import FakeServer
 
@@ -79,7 +79,12 @@ class FakeClient:
             if not has_outcome:
                 task.cancel()
 
-    async def generate(
+    async def generate(self, orchestrator_id: str, opened: Callable[[], None], take: TakeBatch) -> None:
+        async with contextlib.aclosing(self.step_batches(orchestrator_id, opened)) as batches:
+            async for batch in batches:
+                take(batch)
+
+    async def step_batches(
         self, orchestrator_id: str, opened: Callable[[], None]
     ) -> AsyncGenerator[control_pb2.StepBatch, None]:
         server, epoch = self._server, self._server.epoch

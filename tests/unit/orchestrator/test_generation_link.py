@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from disaggregated.errors import DisaggregatedError, PoolExhausted, ServerLost
 from disaggregated.v1 import control_pb2
 from orchestrator.generation_link import ADMIT_TIMEOUT_S, GenerationLink
-from orchestrator.server_client import Admitted
+from orchestrator.server_client import Admitted, TakeBatch
 from tests.support.fake_cluster import FakeClient, FakeCluster
 from tests.support.virtual_time import run_in_virtual_time
 
@@ -26,12 +26,10 @@ class ScriptedClient(FakeClient):
         """Of admissions that wait."""
         self.asked: list[str] = []
 
-    async def generate(
-        self, orchestrator_id: str, opened: Callable[[], None]
-    ) -> AsyncGenerator[control_pb2.StepBatch, None]:
+    async def generate(self, orchestrator_id: str, opened: Callable[[], None], take: TakeBatch) -> None:
         opened()
         while not isinstance(batch := await self.batches.get(), Exception):
-            yield batch
+            take(batch)
         raise batch
 
     def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
