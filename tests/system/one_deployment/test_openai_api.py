@@ -22,8 +22,13 @@ pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180
 
 
 async def test_a_chat_is_answered_rightly(client: openai.AsyncOpenAI, deployment: Deployment) -> None:
+    """Nobody's blocks are its beginning, so that it is too long to be prefilled where it decodes."""
     answer = await client.chat.completions.create(
-        model=MODEL, messages=QUESTION, temperature=0, extra_headers={"x-request-id": "paris"}
+        model=MODEL,
+        messages=QUESTION,
+        temperature=0,
+        extra_headers={"x-request-id": "paris"},
+        extra_body={"cache_salt": "paris"},
     )
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.choices[0].finish_reason == "stop"
