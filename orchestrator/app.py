@@ -16,6 +16,7 @@ from disaggregated.errors import DisaggregatedError
 from orchestrator.admission.make import CALLER_KEY
 from orchestrator.admission.quotas import Levels
 from orchestrator.api import generate, operations, tokenization
+from orchestrator.api.bodies import BODY_TIMEOUT_S
 from orchestrator.api.error_body import error_response, plain_error_response
 from orchestrator.api.openapi.document import openapi
 from orchestrator.api.request_ids import assign_request_id
@@ -30,6 +31,8 @@ log = logs.get(__name__)
 
 SHUTDOWN_TIMEOUT_S: Final = 60.0
 """For requests under way when the application is cleaned up; whoever cleans up may be less patient."""
+KEEPALIVE_S: Final = 60.0
+"""A connection on which no whole head of a request has come for so long is closed."""
 _RESPONSE_PATH: Final = "/v1/responses/{response_id:resp_[0-9a-f]+}"
 DOOR: Final = web.AppKey("door", FrontDoor)
 
@@ -89,7 +92,13 @@ def make_app(
 
 def make_runner(app: web.Application, *, shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S) -> web.AppRunner:
     """A client that hangs up cancels its handler, and with it the work on every server."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s)
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=shutdown_timeout_s,
+        keepalive_timeout=KEEPALIVE_S,
+    )
 
 
 async def _call(door: FrontDoor, handler: DoorHandler, http: web.Request) -> web.StreamResponse:
@@ -128,6 +137,9 @@ def _refused_by_http(door: FrontDoor, http: web.Request, error: web.HTTPExceptio
     match error:
         case web.HTTPRequestEntityTooLarge():
             message = f"the body is larger than the limit of {door.config.door.body_bytes_max} bytes"
+        case web.HTTPRequestTimeout():
+            message = f"the body did not come in {BODY_TIMEOUT_S:g} s"
+            headers["Connection"] = "close"
         case web.HTTPNotFound():
             message = f"there is no {http.method} {_shown(http.path)}"
         case web.HTTPMethodNotAllowed():

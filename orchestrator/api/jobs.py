@@ -15,6 +15,7 @@ from disaggregated.text import ChoiceText
 from orchestrator.admission.gate import Visit
 from orchestrator.admission.make import caller_of
 from orchestrator.api.beside import Beside, beside_of
+from orchestrator.api.bodies import received_body
 from orchestrator.api.chat import read_chat_form, read_messages
 from orchestrator.api.fields import Fields
 from orchestrator.api.forms import Form
@@ -144,7 +145,7 @@ class Draft:
     @classmethod
     async def read(cls, door: FrontDoor, http: web.Request, *, is_chat: bool) -> Draft:
         arrived_s = door.clock()
-        body = Fields.parse(await http.read())
+        body = Fields.parse(await received_body(http))
         return cls.of(door, http, body, arrived_s=arrived_s, is_chat=is_chat)
 
     @classmethod

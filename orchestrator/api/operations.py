@@ -11,6 +11,7 @@ from disaggregated import __version__
 from disaggregated.errors import DisaggregatedError, InvalidRequest, NoServerAvailable
 from disaggregated.v1 import control_pb2
 from orchestrator.admission.make import caller_of
+from orchestrator.api.bodies import received_body
 from orchestrator.api.error_body import error_response, json_response, plain_error_response
 from orchestrator.api.fields import Fields
 from orchestrator.front_door import FrontDoor
@@ -122,7 +123,7 @@ async def scale(door: FrontDoor, http: web.Request) -> web.Response:
     """`{"generation": 2}`. Answers once it is so, which takes as long as a server takes to load its model."""
     if door.scaler is None:
         raise InvalidRequest("the servers of this deployment are run by somebody else; start or stop them there")
-    body = Fields.parse(await http.read())
+    body = Fields.parse(await received_body(http))
     if not body.values:
         raise InvalidRequest('name a role and a count, such as {"generation": 2}')
     for role in body.values:

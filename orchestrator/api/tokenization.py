@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 from aiohttp import web
 
 from disaggregated.errors import InvalidRequest
+from orchestrator.api.bodies import received_body
 from orchestrator.api.chat import chat_prompt
 from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, wrong_type
@@ -32,7 +33,7 @@ async def tokenize(door: FrontDoor, http: web.Request) -> web.Response:
     Raises:
         InvalidRequest: names the field that is missing or wrong.
     """
-    fields = Fields.parse(await http.read())
+    fields = Fields.parse(await received_body(http))
     model = known_model(door, fields, is_optional=True)
     shows_strings = fields.flag("return_token_strs")
     ids = await _ids_of(fields, model)
@@ -48,7 +49,7 @@ async def detokenize(door: FrontDoor, http: web.Request) -> web.Response:
     Raises:
         InvalidRequest: names the field that is missing or wrong.
     """
-    fields = Fields.parse(await http.read())
+    fields = Fields.parse(await received_body(http))
     model = known_model(door, fields, is_optional=True)
     skips = fields.flag("skip_special_tokens")
     ids = fields.get("tokens")

@@ -84,7 +84,6 @@ async def test_clients_who_stop_in_the_middle_keep_nobody_waiting_and_cost_next_
 
 
 @pytest.mark.soak
-@pytest.mark.xfail(reason="aiohttp waits for ever for the rest of a head or of a body", strict=False)
 async def test_a_client_who_does_not_go_on_is_hung_up_on(orchestrator: Deployment) -> None:
     port = port_of(orchestrator)
     async with asyncio.TaskGroup() as group:

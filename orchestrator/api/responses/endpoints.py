@@ -15,6 +15,7 @@ from aiohttp import web
 from disaggregated.errors import InvalidRequest, UnknownPreviousResponse, UnknownResponse
 from orchestrator.admission.gate import Caller
 from orchestrator.admission.make import CALLER_KEY
+from orchestrator.api.bodies import received_body
 from orchestrator.api.chat import chat_prompt
 from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, shown
@@ -45,7 +46,7 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
         UnknownPreviousResponse: `previous_response_id` is not kept here, or no longer.
     """
     arrived_s = door.clock()
-    fields = Fields.parse(await http.read())
+    fields = Fields.parse(await received_body(http))
     known_model(door, fields)
     body = read_body(fields, await _conversation_before(door, http, fields))
     try:
@@ -62,7 +63,7 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
 
 async def count(door: FrontDoor, http: web.Request) -> web.Response:
     """POST /v1/responses/input_tokens: what the same body would cost, without running it."""
-    fields = Fields.parse(await http.read())
+    fields = Fields.parse(await received_body(http))
     model = known_model(door, fields, is_optional=True)
     body = read_body(fields, await _conversation_before(door, http, fields))
     chat = Fields(body.chat)
