@@ -12,9 +12,7 @@ from kvtransfer import Preference, Region
 def main(config: ServerConfig) -> int:
     transceiver = config.cache_transceiver_config
     Preference(transceiver.backend, transceiver.fallback).check()  # Before minutes go by in which weights are loaded.
-    return run_server(
-        config, allocate=lambda layout: Region.allocate(layout.pool_bytes), make_role=GenerationRole
-    )
+    return run_server(config, allocate=lambda layout: Region.allocate(layout.pool_bytes), make_role=GenerationRole)
 
 
 if __name__ == "__main__":

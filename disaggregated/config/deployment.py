@@ -90,4 +90,3 @@ class DeploymentConfig:
     def routes_by_session(self) -> bool:
         """Somebody wants to know which conversation a request belongs to."""
         return "conversation" in (self.context.router.type, self.generation.router.type)
-
