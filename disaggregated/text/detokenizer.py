@@ -8,7 +8,6 @@ each token costs one look-up, and nothing is ever decoded twice.
 from __future__ import annotations
 
 import codecs
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -64,34 +63,40 @@ def sentencepiece_spelling(piece: str) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class ByteLevelCache:
-    """What is known of tokens by now."""
+    """What is known of tokens by now. Shared by all requests of a tokenizer; it grows to one entry a token of the
+    vocabulary."""
 
-    bytes_of: dict[int, bytes] = dataclasses.field(default_factory=dict)
-    escaped: dict[int, bytes] = dataclasses.field(default_factory=dict)
-    """Of those that are text by themselves."""
-    parts: set[int] = dataclasses.field(default_factory=set)
-    """Those that are not."""
+    def __init__(self, piece: Piece) -> None:
+        self._piece = piece
+        self._bytes_of: dict[int, bytes] = {}
+        self.escaped: dict[int, bytes] = {}
+        """Text in JSON, of those that are text by themselves."""
+        self.parts: set[int] = set()
+        """Those that are not."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        found = self._bytes_of.get(token_id)
+        if found is None:
+            found = self._bytes_of[token_id] = byte_level_spelling(self._piece(token_id) or "")
+        return found
 
 
 class ByteLevelDetokenizer:
-    """Tokens are bytes in GPT-2's alphabet (Llama 3, Qwen, SmolLM).
+    """Tokens are bytes in GPT-2's alphabet (Llama 3, Qwen, SmolLM)."""
 
-    `cache` is shared by all requests of a tokenizer; it grows to one entry a token of the vocabulary.
-    """
-
-    def __init__(self, piece: Piece, cache: ByteLevelCache, prompt_ids: Sequence[int] = ()) -> None:
-        self._piece = piece
-        self._cache = cache.bytes_of
+    def __init__(self, cache: ByteLevelCache, prompt_ids: Sequence[int] = ()) -> None:
+        self._bytes = cache.bytes_of
         self._escaped = cache.escaped
         self._parts = cache.parts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # A prompt of raw ids may end within a character, which the reply then completes.
         tail = b"".join(map(self._bytes, prompt_ids[-_UTF8_BYTES_MAX:]))
-        self._decoder.decode(tail)
-        self._is_within = bool(self._decoder.getstate()[0])
+        self._is_within = False
         """A character has begun and has not ended."""
+        if not tail.isascii():
+            self._decoder.decode(tail)
+            self._is_within = bool(self._decoder.getstate()[0])
 
     def push(self, ids: Iterable[int]) -> str:
         text = self._decoder.decode(b"".join(map(self._bytes, ids)))
@@ -115,15 +120,6 @@ class ByteLevelDetokenizer:
 
     def known(self) -> Mapping[int, bytes]:
         return _NONE if self._is_within else self._escaped
-
-    def _bytes(self, token_id: int) -> bytes:
-        found = self._cache.get(token_id)
-        if found is None:
-            found = self._cache[token_id] = self._spelled(token_id)
-        return found
-
-    def _spelled(self, token_id: int) -> bytes:
-        return byte_level_spelling(self._piece(token_id) or "")
 
 
 class SentencePieceDetokenizer:

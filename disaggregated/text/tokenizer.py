@@ -18,6 +18,7 @@ from disaggregated.text.detokenizer import (
     ByteLevelCache,
     ByteLevelDetokenizer,
     Detokenizer,
+    Piece,
     SentencePieceDetokenizer,
     byte_level_spelling,
     sentencepiece_spelling,
@@ -153,18 +154,23 @@ class Tokenizer:
     ) -> Detokenizer:
         """For one reply to `prompt_ids`; the prompt's own text is not repeated. `shown` are special tokens that are not
         skipped: the same few for all replies."""
-        piece = self._backend.id_to_token
-        if skip_special_tokens:
-            piece = functools.partial(self._printed_piece, self._special_ids - shown if shown else self._special_ids)
         if self._byte_level:
-            cache = self._byte_caches.setdefault(shown if skip_special_tokens else None, ByteLevelCache())
-            return ByteLevelDetokenizer(piece, cache, prompt_ids)
+            key = shown if skip_special_tokens else None
+            cache = self._byte_caches.get(key)
+            if cache is None:
+                cache = self._byte_caches[key] = ByteLevelCache(self._piece_of(skip_special_tokens, shown))
+            return ByteLevelDetokenizer(cache, prompt_ids)
         return SentencePieceDetokenizer(
-            piece,
+            self._piece_of(skip_special_tokens, shown),
             byte_fallback=_BYTE_FALLBACK in self._steps,
             strip_first_space=_STRIP in self._steps,
             prompt_ids=prompt_ids,
         )
+
+    def _piece_of(self, skips_special_tokens: bool, shown: frozenset[int]) -> Piece:
+        if not skips_special_tokens:
+            return self._backend.id_to_token
+        return functools.partial(self._printed_piece, self._special_ids - shown if shown else self._special_ids)
 
     def _printed_piece(self, skipped: frozenset[int], token_id: int) -> str | None:
         return None if token_id in skipped else self._backend.id_to_token(token_id)

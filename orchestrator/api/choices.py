@@ -103,10 +103,13 @@ class CollectedChoice:
     def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         if self._beside is not None:
             self._beside.push(token_ids, told)
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            self._text.push(waiting, "")
-        return self._text.push(token_ids, finish_reason)
+        if not self._is_plain:
+            return self._text.push(token_ids, finish_reason)
+        self._waiting.extend(token_ids)
+        if not finish_reason and len(self._waiting) < KEPT_MAX:
+            return True
+        waiting, self._waiting = self._waiting, []
+        return self._text.push(waiting, finish_reason)
 
     def push_token(self, token_id: int) -> bool:
         if not self._is_plain or len(self._waiting) >= KEPT_MAX:
