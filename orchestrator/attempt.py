@@ -26,6 +26,9 @@ TRANSFER_TIMEOUT_S: Final = 30.0
 """From the first token to the landing of the last block: after that long the transfer between two live servers is
 stuck. A sequence that has landed and waits for its turn in the batch has until the request's deadline."""
 
+SETTLED_MASK: Final = 31
+"""Of a position: when it has none of these bits, the books of a sequence in flow are brought up to date."""
+
 
 class Attempt:
     """Holds a share of each of its servers from the moment it is made until `give_back()`."""
@@ -61,7 +64,12 @@ class Attempt:
         self._has_outcome = False
         self._flow_position = -1
         """Of the token that is due, while tokens come one by one and nothing else does; -1: they do not."""
+        self._settled_position = -1
+        """Up to which the books are up to date."""
         self._last_position = len(run.request.token_ids) + run.request.sampling.max_tokens - 1
+        self._last_token_s = self._longest_gap_s = 0.0
+        self._emitted = run.emitted
+        self._push_token = run.push_token
         self._link: GenerationLink | None = None
         self._stream_key = 0
         """Of our place on the link; 0: none was taken."""
@@ -126,6 +134,7 @@ class Attempt:
 
     def _end_calls(self) -> None:
         """Nothing that still comes matters; servers that have not ended this by themselves are told."""
+        self._leave_flow()
         self._stop_prefill()
         self._abort_transfer()
         if self._link is not None and self._stream_key:
@@ -279,34 +288,47 @@ class Attempt:
         self._arrived(arrival_of(delta), now_s)
 
     def on_token(self, position: int, token_id: int, now_s: float) -> None:
-        """The ways of most tokens are short: the books of the run, ours, and the sink, without a call between."""
+        """The ways of most tokens are short: what one of them touches is here, and in its sink.
+
+        Memory costs more than counting: a server's streams take turns, and each finds its books out of the cache. So
+        those of the run, of the stories and of the shares are brought up to date now and then.
+        """
         if position != self._flow_position or position == self._last_position:
             self._leave_flow()
             self._has_landed = True
             self._arrived(Arrival(position, [token_id]), now_s)
             return
         self._flow_position = position + 1
-        self.story.num_tokens += 1
-        for _, share in self._shares:
-            share.num_tokens += 1
-        run = self._run
-        run.emitted.append(token_id)
-        story = run.story
-        if (gap_s := now_s - story.last_token_s) > story.longest_gap_s:
-            story.longest_gap_s = gap_s
-        story.last_token_s = now_s
-        story.num_tokens += 1
-        if not run.push_token(token_id):
-            story.finish_reason = "stop"
+        if (gap_s := now_s - self._last_token_s) > self._longest_gap_s:
+            self._longest_gap_s = gap_s
+        self._last_token_s = now_s
+        self._emitted.append(token_id)
+        if not position & SETTLED_MASK:
+            self._settle()
+        if not self._push_token(token_id):
+            self._run.story.finish_reason = "stop"
             self._finish(now_s)
 
     def _enter_flow(self) -> None:
         """Its first tokens came, it decodes, and no server was lost since."""
-        self._flow_position = self._order.position
+        story = self._run.story
+        self._flow_position = self._settled_position = self._order.position
+        self._last_token_s, self._longest_gap_s = story.last_token_s, story.longest_gap_s
+
+    def _settle(self) -> None:
+        """Bring the books up to date."""
+        num_tokens = self._flow_position - self._settled_position
+        self._settled_position = self._order.position = self._flow_position
+        self.story.num_tokens += num_tokens
+        for _, share in self._shares:
+            share.num_tokens += num_tokens
+        story = self._run.story
+        story.num_tokens += num_tokens
+        story.last_token_s, story.longest_gap_s = self._last_token_s, self._longest_gap_s
 
     def _leave_flow(self) -> None:
         if self._flow_position >= 0:
-            self._order.position = self._flow_position
+            self._settle()
             self._flow_position = -1
 
     def _finish(self, now_s: float) -> None:

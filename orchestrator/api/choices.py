@@ -156,8 +156,9 @@ class StreamedChoice:
         is_plain = parser is None and beside is None and not text.may_stop
         self._around = shape.around_text(index) if is_plain else None
         self._plain_text = text
-        self._frame: TextFrame | None = None
-        """Once the stream is open, where nothing but text is told."""
+        self._frame: TextFrame
+        """Once the stream is open, where nothing but text is told; and what of it each token needs is here."""
+        self._has_frame = False
         self._known: Mapping[int, bytes] = _NOTHING
         """Text of tokens that may go into the frame at once: none while something is kept."""
         self._is_opened = False
@@ -178,19 +179,18 @@ class StreamedChoice:
     def push_token(self, token_id: int) -> bool:
         """An event of one token, in the least time: there is no call between here and the outbox."""
         text = self._known.get(token_id)
-        stream = self.stream
-        if not text or self._frame is None or stream.transport.get_write_buffer_size():
+        if not text or self._transport.get_write_buffer_size():
             return self._push_other(token_id)
-        frame, waiting = self._frame, stream.outbox.waiting
-        beginning = frame.beginnings.get(len(text)) or frame.beginning_of(text)
+        beginning = self._beginnings.get(len(text)) or self._frame.beginning_of(text)
+        waiting = self._waiting
         if not waiting:
-            stream.outbox.flush_soon()
-        waiting.append((stream, beginning + text + frame.after))
+            self.stream.outbox.flush_soon()
+        waiting.append((self._descriptor, self._transport, beginning + text + self._after, self.stream))
         return True
 
     def _push_other(self, token_id: int) -> bool:
         """One that is not known yet, prints nothing, is a part of a character, or comes too fast for the client."""
-        if self._known is _NOTHING or self.stream.transport.get_write_buffer_size():
+        if self._known is _NOTHING or self._transport.get_write_buffer_size():
             return self.push((token_id,), "")
         text = self._plain_text.escaped(token_id)
         if text is None:
@@ -218,8 +218,16 @@ class StreamedChoice:
         if event:
             self.stream.send(event)
         if self._around is not None and self.stream.is_open:
-            self._frame = self._frame or self.stream.frame(*self._around)
-            self._known = self._plain_text.known() if self._frame is not None else _NOTHING
+            if not self._has_frame and (frame := self.stream.frame(*self._around)) is not None:
+                self._use(frame)
+            self._known = self._plain_text.known() if self._has_frame else _NOTHING
+
+    def _use(self, frame: TextFrame) -> None:
+        """Everything that a token needs, a step away instead of three."""
+        self._has_frame = True
+        self._frame, self._beginnings, self._after = frame, frame.beginnings, frame.after
+        self._transport, self._descriptor = self.stream.transport, self.stream.descriptor
+        self._waiting = self.stream.outbox.waiting
 
     def _said(self) -> bytes:
         beside = None if self._beside is None else self._beside.take()

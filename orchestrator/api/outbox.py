@@ -30,14 +30,15 @@ class Outbox:
     """Of one event loop. Invariant: a flush is due whenever something waits."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Outlet, bytes]] = []
-        """Whoever finds it empty calls `flush_soon()`, and whoever writes to an outlet otherwise `flush()`."""
+        self.waiting: list[tuple[int, asyncio.Transport, bytes, Outlet]] = []
+        """The descriptor and the transport of each outlet stand beside it. Always the same list: whoever finds it empty
+        calls `flush_soon()`, and whoever writes to an outlet otherwise `flush()`."""
 
     def put(self, outlet: Outlet, event: bytes) -> None:
         """For who can afford the call."""
         if not self.waiting:
             self.flush_soon()
-        self.waiting.append((outlet, event))
+        self.waiting.append((outlet.descriptor, outlet.transport, event, outlet))
 
     def flush_soon(self) -> None:
         asyncio.get_running_loop().call_soon(self.flush)
@@ -49,15 +50,15 @@ class Outbox:
         self.waiting.clear()
         late: set[Outlet] = set()
         write = os.write
-        for outlet, event in waiting:
+        for descriptor, transport, event, outlet in waiting:
             # Before each write: a descriptor that is closed may by now be somebody else's.
-            if outlet.transport.is_closing():
+            if transport.is_closing():
                 continue
-            if outlet in late:
+            if late and outlet in late:
                 outlet.write_rest(event)
                 continue
             try:
-                num_taken = write(outlet.descriptor, event)
+                num_taken = write(descriptor, event)
             except OSError:  # It is full (BlockingIOError), or broken: the transport finds that out by itself.
                 num_taken = 0
             if num_taken != len(event):
