@@ -79,7 +79,11 @@ async def launched(config: DeploymentConfig, pools: NotingPools) -> AsyncIterato
         finally:
             stop.set()
     assert launcher.describe() == []
-    assert [child for child in psutil.Process().children(recursive=True) if "fake_server" in str(child.cmdline())] == []
+    assert fakes_left() == []
+
+
+def fakes_left() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "fake_server" in str(child.cmdline())]
 
 
 def pid_of(launcher: Launcher, name: str) -> int:
@@ -112,6 +116,7 @@ async def test_a_killed_server_leaves_its_pool_and_comes_back() -> None:
 async def test_scaling_up_and_down_ends_with_exactly_so_many_servers() -> None:
     pools = NotingPools()
     async with launched(deployment(), pools) as launcher:
+        await pools.until(lambda: pools.num_joined == 2)
         await launcher.scale("generation", 3)
         assert len(pools.servers["generation"]) == 3
         await launcher.scale("generation", 1)
@@ -172,7 +177,7 @@ async def test_a_deployment_that_cannot_start_ends_with_its_servers_own_words_an
     launcher = Launcher(deployment("damaged"), pools, limits=LIMITS, modules=FAKES, show=lambda _: None)
     with pytest.raises(ModelUnavailable, match=r"^context server: model\.safetensors is damaged$"):
         await launcher.run(asyncio.Event())
-    assert psutil.Process().children() == []
+    assert fakes_left() == []
 
 
 async def test_a_server_that_crashes_at_every_start_is_tried_again_and_again_visibly() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 from disaggregated.errors import InvalidRequest, LayoutMismatch, TransferError
@@ -76,7 +77,7 @@ def test_every_sampling_field_travels() -> None:
         grammar=Grammar(GrammarKind.REGEX, "a+", starts_after=(1, 2)),
     )
     drawn = {"temperature", "top_p", "top_k", "min_p", "seed"}
-    names = {field.name for field in dataclasses.fields(sent)} - drawn
+    names = {field.name for field in msgspec.structs.fields(sent)} - drawn
     assert {name for name in names if getattr(sent, name) == getattr(at_rest, name)} == set(), "a field is not tried"
     assert SamplingParams.from_proto(sent.to_proto()) == sent
     assert SamplingParams.from_proto(at_rest.to_proto()) == at_rest
