@@ -26,6 +26,11 @@ class EventLog:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
+    @property
+    def writes_info(self) -> bool:
+        """For who has to work out what to say."""
+        return self._logger.isEnabledFor(logging.INFO)
+
     def debug(self, event: str, **fields: object) -> None:
         self._write(logging.DEBUG, event, fields)
 

@@ -384,7 +384,7 @@ class Attempt:
         """It has done its part: what it could serve at once is no longer bounded by how long answers are."""
         context, _ = self._shares.pop(0)
         context.give_back(self._key, makes_room=context not in self._held_back)
-        asyncio.get_running_loop().call_soon(self._on_room)
+        self._on_room()
 
     def _not_landed(self) -> None:
         if not self._has_landed:

@@ -236,10 +236,15 @@ class Dispatcher:
                 run.not_yet = placement
                 return
             self.room.take(first, now_s=self._clock())
-            attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock, on_room=self.serve_queue)
+            attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock, on_room=self._room_came)
             if placement.context is not None and placement.context.pulls_back:
                 attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
             run.placed.set_result(attempt)
+
+    def _room_came(self) -> None:
+        """In the middle of what somebody else is told: whoever waits is placed after that."""
+        if len(self.queue):
+            asyncio.get_running_loop().call_soon(self.serve_queue)
 
     def _needs(self, run: RequestRun) -> Needs:
         failures = run.num_transfer_failures

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from disaggregated import logs
 from disaggregated.errors import DisaggregatedError
 from disaggregated.request_life import Phase
+from orchestrator.admission.ticket import NO_OBJECTIVES
 from orchestrator.counting import Counter, Histogram
 from orchestrator.routing.scorecard import Scorecard
 from orchestrator.server import Server
@@ -154,10 +155,12 @@ class Metrics:
         if story.finish_reason:
             self._responses.inc()
             self._e2e.observe(ended_s - story.arrived_s)
-        self._observe_objectives(story, ended_s)
+        if story.objectives is not NO_OBJECTIVES:
+            self._observe_objectives(story, ended_s)
         self._observe_first_token(story)
         self._observe_attempts(story)
-        self._log(story, outcome, ended_s)
+        if log.writes_info:
+            self._log(story, outcome, ended_s)
 
     def _observe_objectives(self, story: RequestStory, ended_s: float) -> None:
         if story.life.phase is Phase.CANCELLED:
@@ -173,13 +176,13 @@ class Metrics:
                 self._objectives.labels(name, "met" if is_met else "missed").inc()
 
     def _observe_first_token(self, story: RequestStory) -> None:
-        if story.ttft_s is None:
+        if (ttft_s := story.ttft_s) is None:
             return
-        self._ttft.observe(story.ttft_s)
+        self._ttft.observe(ttft_s)
         self._prompt_tokens.inc(story.num_prompt_tokens)
         self._cached_tokens.inc(story.num_cached_tokens)
-        if story.tpot_s is not None:
-            self._tpot.observe(story.tpot_s)
+        if (tpot_s := story.tpot_s) is not None:
+            self._tpot.observe(tpot_s)
             self._gap.observe(story.longest_gap_s)
 
     def _observe_attempts(self, story: RequestStory) -> None:
@@ -195,7 +198,8 @@ class Metrics:
                 self._exposed.observe(attempt.exposed_s)
 
     def _observe_reuse(self, attempt: AttemptStory) -> None:
-        self._saved_bytes.inc(attempt.saved_bytes)
+        if attempt.saved_bytes:
+            self._saved_bytes.inc(attempt.saved_bytes)
         if not attempt.reuse_verdict:
             return
         self._hints.labels(attempt.reuse_verdict).inc()

@@ -104,8 +104,10 @@ class RequestStory:
     @property
     def num_cached_tokens(self) -> int:
         """Of the prompt, not computed again by whoever prefilled it first."""
-        prefilled = next((attempt for attempt in self.attempts if attempt.first_token_s is not None), None)
-        return 0 if prefilled is None else min(prefilled.num_cached_tokens, self.num_prompt_tokens)
+        for attempt in self.attempts:
+            if attempt.first_token_s is not None:
+                return min(attempt.num_cached_tokens, self.num_prompt_tokens)
+        return 0
 
     def tokens_came(self, count: int, *, now_s: float) -> None:
         if self.first_token_s is None:
@@ -131,13 +133,12 @@ class RequestStory:
 
     def queue_s(self, *, until_s: float) -> float:
         """Time in the queue before `until_s`."""
-        times_s = [began_s for began_s, _ in self.life.story]
-        ends_s = [*times_s[1:], until_s]
-        return sum(
-            max(0.0, min(end_s, until_s) - began_s)
-            for (began_s, phase), end_s in zip(self.life.story, ends_s, strict=True)
-            if phase is Phase.QUEUED
-        )
+        queued_s, since_s = 0.0, None
+        for began_s, phase in self.life.story:
+            if since_s is not None:
+                queued_s += max(0.0, min(began_s, until_s) - since_s)
+            since_s = began_s if phase is Phase.QUEUED else None
+        return queued_s if since_s is None else queued_s + max(0.0, until_s - since_s)
 
     def ttft_parts(self) -> dict[str, float]:
         """Adds up to `ttft_s`; empty before the first token."""

@@ -21,7 +21,10 @@ async def received_body(http: web.Request) -> bytes:
     if limit and (http.content_length or 0) > limit:
         raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=http.content_length or 0)
     if http.content.is_eof():  # All of it came with the head, as nearly always.
-        return await http.read()
+        body = http.content.read_nowait()
+        if limit and len(body) > limit:  # Of one in chunks, which says no length.
+            raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=len(body))
+        return body
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await http.read()
