@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from disaggregated.errors import InvalidRequest
+from orchestrator import metrics
 from orchestrator.server import Role
 from tests.support.fake_cluster import Temper
 from tests.support.front_door import FAST, Door, front_door, until
@@ -219,6 +220,19 @@ async def test_metrics_count_what_happened() -> None:
         assert lines[f"disagg_spec_decode_num_accepted_tokens_total{of_server}"] == "5.0"
         assert lines["validation_exceptions_total"] == "1.0"
         assert door.door.metrics.totals()["disagg_generation_tokens_total"] == 10.0
+
+
+@pytest.mark.parametrize("uncounted_max", [1, 2, 100])
+async def test_each_request_is_counted_once_whoever_reads_when(
+    monkeypatch: pytest.MonkeyPatch, uncounted_max: int
+) -> None:
+    monkeypatch.setattr(metrics, "UNCOUNTED_MAX", uncounted_max)
+    async with front_door() as door:
+        for number in range(1, 6):
+            await door.post(TEXT, body())
+            if number != 2:
+                assert door.door.metrics.totals()["disagg_generation_tokens_total"] == 10.0 * number
+        assert 'disagg_requests_total{outcome="finished"} 5.0' in door.door.metrics.render().decode()
 
 
 async def test_an_answer_is_the_same_when_a_step_brings_several_tokens() -> None:
