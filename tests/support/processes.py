@@ -157,3 +157,13 @@ async def all_running(
                 raise ProcessFailed(f"exit code {code} after SIGTERM\n{server.words()}")
         if orphans := [child for child in children if child.is_running()]:
             raise ProcessFailed(f"left behind: {orphans}")
+
+
+def descendants(word: str, *, of: int | None = None) -> list[psutil.Process]:
+    """Of this process, or of `of`: those that run, and have `word` in their command line."""
+    found = []
+    for child in psutil.Process(of).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # It has ended, and perhaps nobody has looked after it yet.
+            if word in " ".join(child.cmdline()):
+                found.append(child)
+    return found

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
-import psutil
 import pytest
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
@@ -23,6 +22,7 @@ from orchestrator.workers import crew as crew_module
 from orchestrator.workers.crew import Crew, orders_of
 from orchestrator.workers.orders import Orders
 from orchestrator.workers.shared_levels import make_levels_memory
+from tests.support.processes import descendants
 
 FAKE: Final = "tests.support.fake_worker"
 
@@ -55,7 +55,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def pids() -> list[int]:
-    return [child.pid for child in psutil.Process().children() if FAKE in child.cmdline()]
+    return [child.pid for child in descendants(FAKE)]
 
 
 @contextlib.asynccontextmanager

@@ -20,6 +20,7 @@ from disaggregated.config.server import KVCacheConfig, ServerConfig
 from disaggregated.errors import DisaggregatedError, InvalidRequest, ModelUnavailable
 from orchestrator.launch_plan import LaunchLimits
 from orchestrator.launcher import Launcher
+from tests.support.processes import descendants
 
 FAKES: Final = {"context": "tests.support.fake_server", "generation": "tests.support.fake_server"}
 LIMITS: Final = LaunchLimits(start_timeout_s=20, drain_timeout_s=5, stop_timeout_s=1, backoff_first_s=0.05)
@@ -79,11 +80,7 @@ async def launched(config: DeploymentConfig, pools: NotingPools) -> AsyncIterato
         finally:
             stop.set()
     assert launcher.describe() == []
-    assert fakes_left() == []
-
-
-def fakes_left() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if "fake_server" in str(child.cmdline())]
+    assert descendants("fake_server") == []
 
 
 def pid_of(launcher: Launcher, name: str) -> int:
@@ -177,7 +174,7 @@ async def test_a_deployment_that_cannot_start_ends_with_its_servers_own_words_an
     launcher = Launcher(deployment("damaged"), pools, limits=LIMITS, modules=FAKES, show=lambda _: None)
     with pytest.raises(ModelUnavailable, match=r"^context server: model\.safetensors is damaged$"):
         await launcher.run(asyncio.Event())
-    assert fakes_left() == []
+    assert descendants("fake_server") == []
 
 
 async def test_a_server_that_crashes_at_every_start_is_tried_again_and_again_visibly() -> None:
@@ -226,6 +223,8 @@ LAUNCH_AND_BE_KILLED: Final = """
 import asyncio, os, signal, sys
 from tests.system.test_launcher import FAKES, LIMITS, NotingPools, deployment
 from orchestrator.launcher import Launcher
+from tests.support.processes import descendants
+from tests.support.processes import descendants
 
 async def main() -> None:
     pools = NotingPools()

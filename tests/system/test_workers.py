@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.deployment import Deployment, deployed
 from tests.support.fake_cluster import FakeCluster, Temper
 from tests.support.fake_servers import fake_servers
+from tests.support.processes import descendants
 
 MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 KEY: Final = "sk-workers-0123456789"
@@ -80,8 +81,7 @@ class Client:
 
 
 def workers_of(deployment: Deployment) -> list[psutil.Process]:
-    children = psutil.Process(deployment.process.pid).children()
-    return [child for child in children if "orchestrator.workers.worker" in child.cmdline()]
+    return descendants("orchestrator.workers.worker", of=deployment.process.pid)
 
 
 async def test_workers_share_a_port_their_quotas_and_their_numbers_and_one_may_die(tmp_path: Path) -> None:
