@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Final, Protocol, cast
 
 from disaggregated import rpc
@@ -112,11 +112,9 @@ class WireConnection(asyncio.Protocol):
         finally:
             self.cancel(number)
 
-    async def stream(
-        self, method: bytes, request: bytes, *, on_opened: Callable[[], None] = lambda: None
-    ) -> AsyncGenerator[bytes, None]:
+    async def stream(self, method: bytes, request: bytes) -> AsyncGenerator[bytes, None]:
         """A call with many messages, for one who reads at leisure. Closing the iterator cancels the call."""
-        messages = _Messages(on_opened)
+        messages = _Messages()
         number = self.call(method, request, messages)
         try:
             while (message := await messages.queue.get()) is not None:
@@ -230,10 +228,11 @@ MESSAGES_MAX: Final = 4096
 
 
 class _Messages:
-    def __init__(self, on_opened: Callable[[], None]) -> None:
-        self.on_opened = on_opened
+    def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes | DisaggregatedError | None] = asyncio.Queue()
         """Bounded by MESSAGES_MAX; its end always finds room."""
+
+    def on_opened(self) -> None: ...
 
     def on_message(self, message: bytes) -> None:
         if self.queue.qsize() < MESSAGES_MAX:

@@ -18,6 +18,7 @@ from disaggregated.v1 import control_pb2
 from disaggregated.wire import WireConnection, WireServer
 from disaggregated.wire.frames import FrameReader, Kind, call_frame, frame
 from disaggregated.wire.handshake import CHALLENGE_BYTES, HELLO_BYTES, WELCOME_BYTES, CallerHandshake
+from orchestrator.server_client import WireServerClient
 
 MEMBER = Membership(secret=ClusterSecret("a secret of the cluster, long enough"))
 STRANGER = Membership(secret=ClusterSecret("another secret of another cluster!"))
@@ -177,14 +178,41 @@ async def test_a_method_that_is_not_there_is_told() -> None:
             await connection.ask(b"Context.Prefill", b"")
 
 
-async def test_a_stream_opens_brings_its_messages_in_order_and_ends() -> None:
-    opened = asyncio.Event()
+async def test_a_stream_brings_its_messages_in_order_and_ends() -> None:
     async with connected() as (_, connection):
         request = control_pb2.GenerateRequest(orchestrator_id="three").SerializeToString()
-        messages = connection.stream(b"Generation.Generate", request, on_opened=opened.set)
+        messages = connection.stream(b"Generation.Generate", request)
         steps = [control_pb2.StepBatch.FromString(message).step async for message in messages]
-        assert opened.is_set()
         assert steps == [0, 1, 2]
+
+
+def client_over(connection: WireConnection) -> WireServerClient:
+    client = WireServerClient("127.0.0.1:1")
+    client._wire = connection
+    return client
+
+
+async def test_steps_are_handed_over_as_they_come_once_the_stream_is_open() -> None:
+    heard: list[str] = []
+    async with connected() as (_, connection):
+        await client_over(connection).generate(
+            "three", lambda: heard.append("opened"), lambda batch: heard.append(f"step {batch.step}")
+        )
+    assert heard == ["opened", "step 0", "step 1", "step 2"]
+
+
+async def test_who_cannot_take_a_step_ends_the_stream_and_nothing_else() -> None:
+    taken: list[int] = []
+
+    def take(batch: control_pb2.StepBatch) -> None:
+        taken.append(batch.step)
+        raise ServerLost("its columns differ")
+
+    async with connected() as (_, connection):
+        with pytest.raises(ServerLost, match="its columns differ"):
+            await client_over(connection).generate("three", lambda: None, take)
+        assert taken == [0], "nothing more is handed over"
+        assert await connection.ask(b"Generation.Cancel", b"") == b"", "the connection goes on"
 
 
 async def test_a_stream_that_is_left_is_cancelled_on_its_server() -> None:
