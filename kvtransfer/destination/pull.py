@@ -80,6 +80,7 @@ class Pull:
         self._num_bytes = 0
         self._has_released = False
         """What the source ends after that, it ends because we told it to."""
+        self._receiving: asyncio.Task[None] | None = None
 
     async def run(self) -> Landed:
         """Raises a TransferError when it did not land; then, and when cancelled, nothing can land any more.
@@ -97,7 +98,7 @@ class Pull:
         follow = self._peer.stub.Follow(request, timeout=self._terms.deadline.left_s())
         try:
             async with asyncio.TaskGroup() as group:
-                receiving = group.create_task(self._receive(follow))
+                receiving = self._receiving = group.create_task(self._receive(follow))
                 renewing = group.create_task(self._renew())
                 watching = group.create_task(self._watch_progress())
                 await self._land_all()
@@ -187,6 +188,10 @@ class Pull:
             self._strand.read_ended()
             await self._explain(error)
             raise
+        except LeaseExpired:
+            self._strand.read_ended()
+            await self._hear_why()
+            raise
         except BaseException:
             self._strand.read_ended()
             raise
@@ -204,6 +209,12 @@ class Pull:
         """Blocks that were given back while we read are no damage: raises LeaseExpired when that is what happened."""
         if not await self._release(landed=False):
             raise LeaseExpired("the source gave its blocks back while they were read") from mismatch
+
+    async def _hear_why(self) -> None:
+        """A source that ended the lease while we read says why where it publishes, which may come after the refusal
+        of the read. What it says ends the pull, and with it this wait."""
+        assert self._receiving is not None, "a read before anything was received"
+        await asyncio.wait([self._receiving], timeout=self._answer_s())
 
     async def _confirm(self) -> None:
         self._advance(DestinationPhase.CONFIRMING)

@@ -1,6 +1,7 @@
 """Transfers that end otherwise: declined, failed, too late, damaged, or followed by another."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -86,6 +87,25 @@ async def test_a_failed_prefill_ends_the_transfer_at_once(both: Both, published:
     await both.source.wait_released("t")
     assert not source.publish("t", TABLE, 20)
     assert not source.finish("t", TABLE, 20, 1)
+
+
+async def test_a_read_that_is_refused_as_the_prefill_fails_says_why_it_failed(transport_name: str) -> None:
+    with regions(SMALL) as (pool, into):
+        gated = GatedEndpoint(make_endpoint(transport_name, pool, SMALL))
+        gated.answers.clear()
+        async with (
+            served_source(pool, SMALL, endpoints=[gated]) as source,
+            destination(into, SMALL, backend=transport_name, progress_timeout_s=5) as landing,
+        ):
+            source.source.open("t")
+            pulling = asyncio.create_task(landing.pull(source.ticket("t"), INTO, deadline_s=5))
+            source.source.publish("t", TABLE, 8)
+            await asyncio.to_thread(gated.asked.wait, 5)
+            source.source.fail("t", "out of memory")
+            gated.answers.set()
+            time.sleep(0.05)  # noqa: ASYNC251  # The reading thread is refused before this loop can send the reason.
+            with pytest.raises(SourceFailed, match="context-0: out of memory"):
+                await pulling
 
 
 async def test_a_prefill_that_failed_before_anybody_followed_is_told_to_who_comes_late(both: Both) -> None:
