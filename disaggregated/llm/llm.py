@@ -109,7 +109,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """generate() for one chat, or a list of them; without `sampling_params` a reply may take all the room there is.
 
-        template: as in `Tokenizer.render_chat`: `tools`, `add_generation_prompt`, `template_kwargs`.
+        template: as in `Tokenizer.render_chat`: `tools`, `add_generation_prompt`, `continue_final_message`,
+            `template_kwargs`.
         """
         prompts = self._prompts.read_chats(messages, **template)
         requests = self._maker.make(prompts, sampling_params, default=SamplingParams(max_tokens=None))

@@ -23,6 +23,7 @@ from jinja2.parser import Parser
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.text.chat_messages import template_messages
+from disaggregated.text.continued import OpenEnd, check_goes_on
 from disaggregated.text.tools_as_text import tools_as_text
 
 
@@ -49,36 +50,43 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> str:
         """The prompt. `template_kwargs` are the client's own, such as `enable_thinking`.
 
-        Tools that the template knows nothing of are told in the system message.
+        Tools that the template knows nothing of are told in the system message. With `continue_final_message`, and
+        without a generation prompt, the prompt ends with the text of the last message, which is the assistant's.
 
-        Raises InvalidRequest(param="messages") if the template refuses the messages or stumbles over their shape, or
+        Raises InvalidRequest(param="continue_final_message") if there is nothing to go on from, and
+        InvalidRequest(param="messages") if the template refuses the messages or stumbles over their shape, or
         takes longer than `timeout_s`: for templates of strangers, and on a thread.
         """
+        if continue_final_message:
+            check_goes_on(messages[-1])
         shown = template_messages(messages)
         if not self._knows_tools:
             shown, tools = tools_as_text(shown, tools), None
+        end = OpenEnd(shown) if continue_final_message else None
         variables = {
             **self.special_tokens,
             **(template_kwargs or {}),
-            "messages": shown,
+            "messages": end.messages if end else shown,
             "tools": list(tools) if tools else None,
             "documents": (template_kwargs or {}).get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             with _deadline(timeout_s):
-                return self._template.render(variables)
+                rendered = self._template.render(variables)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses this: {error.message}", param="messages") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequest(
                 f"the chat template cannot render these messages: {error}", param="messages"
             ) from error
+        return end.cut(rendered) if end else rendered
 
 
 @contextlib.contextmanager

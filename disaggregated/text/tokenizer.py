@@ -124,13 +124,18 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for a chat. Raises InvalidRequest(param="messages") if the model has another idea of chats."""
+        """The prompt for a chat, as `ChatTemplate.render` makes it. Raises as that does."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         return self._chat_template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
         )
 
     def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:

@@ -119,7 +119,7 @@ class Beside:
         self._prompt_ids = prompt_ids
         self._token_ids: list[int] | None = [] if wanted.shows_token_ids else None
         self._logprobs = _shown_logprobs(wanted, self._names, tokenizer, prompt_ids)
-        self._echoes = wanted.echo
+        self._echoes = wanted.echoes_prompt
         self._shows_prompt_logprobs = wanted.prompt_logprobs is not None
         self._awaits_prompt = self._shows_prompt_logprobs or (self._echoes and self._logprobs is not None)
         """It comes with the first tokens; of a prompt of one token there is nothing to be told."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.grammar import TEXT_BYTES_MAX, Grammar
 from orchestrator.api.fields import Fields, wrong_type
-from orchestrator.api.messages import checked_messages
+from orchestrator.api.messages import assistant_text, checked_messages
 from orchestrator.api.prompts import INLINE_CHARACTERS_MAX
 from orchestrator.api.tools import ToolUse, read_tools
 from orchestrator.parsers.choose import ReplyPlan, Wanted, plan_reply
@@ -28,6 +28,8 @@ _TAIL_CHARACTERS: Final = 64
 class Chat:
     token_ids: list[int]
     plan: ReplyPlan
+    said: str
+    """By the assistant, where the last message is its own: what `echo` puts before the reply."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,8 @@ class ChatForm:
     variables: Mapping[str, Any]
     """The template's."""
     add_generation_prompt: bool
+    continues: bool
+    """The reply goes on from the last message."""
     template: str | None
     """The client's own."""
 
@@ -54,6 +58,7 @@ class ChatForm:
             wanted=_wanted(fields, tools, grammar),
             variables=_template_variables(fields),
             add_generation_prompt=_adds_generation_prompt(fields),
+            continues=fields.flag("continue_final_message"),
             template=_read_template(fields, allows_template=allows_template),
         )
 
@@ -62,14 +67,17 @@ class ChatForm:
         Raises:
             InvalidRequest: names the message that is wrong, or says what the model's template has against it.
         """
-        ids, tail = self._prompt(checked_messages(messages), model)
-        plan = plan_reply(self.wanted, formats, tail if self.add_generation_prompt else "")
+        checked = checked_messages(messages)
+        ids, tail = self._prompt(checked, model)
+        said = assistant_text(checked[-1])
+        ends_open = self.add_generation_prompt or self.continues
+        plan = plan_reply(self.wanted, formats, tail if ends_open else "", continued=said if self.continues else None)
         if plan.grammar is not None and (num_bytes := len(plan.grammar.text.encode())) > TEXT_BYTES_MAX:
             raise InvalidRequest(
                 f"tools: their schemas make a grammar of {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}",
                 param="tools",
             )
-        return Chat(token_ids=ids, plan=plan)
+        return Chat(token_ids=ids, plan=plan, said=said)
 
     def _prompt(self, messages: Sequence[Mapping[str, Any]], model: ServedModel) -> tuple[list[int], str]:
         """Its ids and the end of its text."""
@@ -78,6 +86,7 @@ class ChatForm:
                 messages,
                 tools=self.tools.tools if self.tools else (),
                 add_generation_prompt=self.add_generation_prompt,
+                continue_final_message=self.continues,
                 template_kwargs=self.variables,
             )
         else:
@@ -96,6 +105,7 @@ class ChatForm:
             messages,
             tools=self.tools.tools if self.tools else (),
             add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continues,
             template_kwargs=self.variables,
             timeout_s=TEMPLATE_TIMEOUT_S,
         )
@@ -167,7 +177,15 @@ def _wanted(fields: Fields, tools: ToolUse | None, grammar: Grammar | None) -> W
 
 
 def _adds_generation_prompt(fields: Fields) -> bool:
-    return fields.flag("add_generation_prompt", default=True)
+    """A message that is gone on with is the beginning of the reply: no other one is begun."""
+    continues = fields.flag("continue_final_message")
+    adds = fields.flag("add_generation_prompt", default=not continues)
+    if continues and adds:
+        raise InvalidRequest(
+            "add_generation_prompt must be false (or absent) when continue_final_message is true, is true",
+            param="add_generation_prompt",
+        )
+    return adds
 
 
 def _template_variables(fields: Fields) -> dict[str, Any]:

@@ -28,13 +28,14 @@ class ParsedText:
     """The text of one sequence after its parser."""
 
     def __init__(self, text: ChoiceText, parser: ReplyParser | None, echoed: str = "") -> None:
-        """`echoed`: the prompt, where the reply begins with it."""
+        """`echoed`: what the reply begins with, before anything that was generated."""
         self._text = text
         self._parser = parser
         self._has_called = False
         self._kept_text: list[str] = [echoed] if echoed else []
         """Without a parser; joined when it is taken."""
-        self._kept: list[Delta] = []
+        self._kept: list[Delta] = [Content(echoed)] if echoed else []
+        """With one."""
         self._is_reasoning = False
         self.num_reasoning_tokens = 0
         """Those whose text went on with reasoning, or is held back where it did."""

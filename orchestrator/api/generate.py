@@ -9,6 +9,7 @@ from aiohttp import web
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
 from orchestrator.api.choices import CollectedChoice, PromptOnly, StreamedChoice
+from orchestrator.api.counted import CountedChoice
 from orchestrator.api.direct import send_json
 from orchestrator.api.jobs import Job, chat_job, completion_job
 from orchestrator.api.reply_fields import ReplyFields
@@ -16,7 +17,7 @@ from orchestrator.api.shapes import Usage
 from orchestrator.api.siblings import likeliest, run_many
 from orchestrator.api.sse import EventStream
 from orchestrator.front_door import FrontDoor
-from orchestrator.request_run import TokenSink
+from orchestrator.request_run import TokenRequest, TokenSink
 from orchestrator.story import RequestStory
 
 
@@ -50,17 +51,7 @@ async def _collect(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRe
 
 
 async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
-    choices = [
-        StreamedChoice(
-            index,
-            job.shape,
-            job.text_of(request),
-            job.parser(),
-            job.beside_of(request),
-            echoed=job.echoed_to(index),
-        )
-        for index, request in enumerate(job.requests)
-    ]
+    choices = [_streamed(job, index, request) for index, request in enumerate(job.requests)]
 
     def flush() -> None:
         for choice in choices:
@@ -79,6 +70,13 @@ async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRes
         raise RequestCancelled("the client did not read its stream in time") from error
     except ConnectionError as error:
         raise RequestCancelled("the client went away") from error
+
+
+def _streamed(job: Job, index: int, request: TokenRequest) -> StreamedChoice:
+    made = (index, job.shape, job.text_of(request), job.parser(), job.beside_of(request))
+    if job.fields.counts_always:
+        return CountedChoice(*made, echoed=job.echoed_to(index), num_prompt_tokens=len(request.token_ids))
+    return StreamedChoice(*made, echoed=job.echoed_to(index))
 
 
 async def _last_events(

@@ -24,6 +24,8 @@ class GenerationFields:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    counts_always: bool
+    """Every event of a stream tells the counts so far."""
     reply: ReplyFields
     priority: int
     cache_salt: str
@@ -44,6 +46,7 @@ def read_generation_fields(
     refuse_unsupported(fields, is_chat=is_chat)
     stream = fields.flag("stream")
     reply = read_reply_fields(fields, is_chat=is_chat, stream=stream)
+    options = _read_stream_options(fields, stream=stream)
     max_tokens = read_max_tokens(fields, low=0 if reply.drops_tokens else 1)
     max_tokens = max_tokens_default if max_tokens is None else max(max_tokens, 1)
     sampling = read_sampling(fields, model, max_tokens=max_tokens).but(grammar=grammar_of(fields))
@@ -51,7 +54,8 @@ def read_generation_fields(
         sampling=reply.applied_to(sampling),
         stop=read_stop(fields),
         stream=stream,
-        include_usage=_read_include_usage(fields, stream=stream),
+        include_usage=options.flag("include_usage"),
+        counts_always=options.flag("continuous_usage_stats"),
         reply=reply,
         priority=fields.integer("priority", low=-(2**31), high=2**31) or 0,
         cache_salt=_read_cache_salt(fields),
@@ -69,10 +73,9 @@ def _read_cache_salt(fields: Fields) -> str:
     return salt
 
 
-def _read_include_usage(fields: Fields, *, stream: bool) -> bool:
-    options = fields.mapping("stream_options")
-    if options is None:
-        return False
-    if not stream:
+def _read_stream_options(fields: Fields, *, stream: bool) -> Fields:
+    if fields.mapping("stream_options") is not None and not stream:
         raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
-    return fields.nested("stream_options").flag("include_usage")
+    options = fields.nested("stream_options")
+    options.flag("include_obfuscation")  # OpenAI's padding against who listens in; TLS is for that here.
+    return options

@@ -53,7 +53,7 @@ class Job:
     headers: dict[str, str]
     plan: ReplyPlan
     echoed: Sequence[str] = ()
-    """The prompts' texts, where replies begin with them."""
+    """What the replies to each prompt begin with, where the client wants to see it."""
 
     def parser(self) -> ReplyParser | None:
         """For one reply."""
@@ -107,7 +107,8 @@ async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") ->
         form.chat = await read_chat_form(draft.body, grammar=grammar, allows_template=allows_template)
     chat = await read_messages(form.chat, draft.body, draft.model, door.reply_formats)
     await draft.check_grammar(chat.plan.grammar)
-    return draft.job(shape, [chat.token_ids], param, chat.plan)
+    job = draft.job(shape, [chat.token_ids], param, chat.plan)
+    return dataclasses.replace(job, echoed=[chat.said]) if draft.fields.reply.echo else job
 
 
 async def completion_job(door: FrontDoor, http: web.Request) -> Job:

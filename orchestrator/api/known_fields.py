@@ -32,7 +32,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "lora_request": (),
     "lora_path": (),
     "stop_regex": (),
-    "continue_final_message": (False,),
     "disaggregated_params": (),
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
@@ -95,8 +94,8 @@ TAKEN: Final = SAMPLING_FIELDS | REPLY_FIELDS | frozenset(STRUCTURED) | frozense
     {
         "model", "prompt", "messages", "stream", "priority", "tools", "tool_choice", "parallel_tool_calls",
         "functions", "function_call", "separate_reasoning", "include_reasoning", "reasoning_effort", "thinking",
-        "enable_thinking", "chat_template", "chat_template_kwargs", "add_generation_prompt", "add_special_tokens",
-        "cache_salt", "truncate_prompt_tokens", "documents",
+        "enable_thinking", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+        "add_special_tokens", "cache_salt", "truncate_prompt_tokens", "documents",
     }
 )  # fmt: skip
 
@@ -104,7 +103,7 @@ ONLY_OF_CHATS: Final = frozenset(
     {
         "messages", "tool_choice", "parallel_tool_calls", "function_call", "separate_reasoning", "include_reasoning",
         "reasoning_effort", "thinking", "enable_thinking", "chat_template", "chat_template_kwargs", "documents",
-        "add_generation_prompt", "top_logprobs",
+        "add_generation_prompt", "continue_final_message", "top_logprobs",
     }
 )  # fmt: skip
 """In a text completion they mean nothing, and are named as unknown."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.text.chat_messages import template_messages
 from orchestrator.api.fields import wrong_type
 
 ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -45,6 +46,14 @@ def _checked_message(message: object, name: str) -> Mapping[str, Any]:
             raise wrong_type(f"{name}.{field}", "a string", message[field])
     _check_calls(message, name)
     return message
+
+
+def assistant_text(message: Mapping[str, Any]) -> str:
+    """What it says, as templates show it; "" where it is not the assistant's."""
+    if message["role"] != "assistant":
+        return ""
+    (shown,) = template_messages([message])
+    return shown["content"] or ""
 
 
 def _check_calls(message: Mapping[str, Any], name: str) -> None:

@@ -27,7 +27,7 @@ class ReplyFields:
     best_of: int
     """Replies that are generated for each prompt, of which the `n` likeliest are given; at least `n`."""
     echo: bool
-    """The text begins with the prompt."""
+    """The text begins with the prompt; in a chat with the assistant's own message, where that is the last one."""
     logprobs: int | None
     """Of each token, and so many of the likeliest; None: not shown."""
     prompt_logprobs: int | None
@@ -41,12 +41,16 @@ class ReplyFields:
     drops_tokens: bool = False
     """Only what is told of the prompt is wanted; the one token that is generated all the same is not shown."""
 
+    @property
+    def echoes_prompt(self) -> bool:
+        return self.echo and not self.is_chat
+
     def applied_to(self, sampling: SamplingParams) -> SamplingParams:
         """With everything told that some field needs."""
         logprobs, prompt_logprobs = self.logprobs, self.prompt_logprobs
         if self.best_of > self.n and logprobs is None:
             logprobs = 0
-        if self.echo and self.logprobs is not None:
+        if self.echoes_prompt and self.logprobs is not None:
             prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
         return sampling.but(logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
@@ -81,9 +85,7 @@ def _check_together(reply: ReplyFields, *, stream: bool) -> None:
         raise InvalidRequest("best_of above n is not possible when stream is true", param="best_of")
     if stream and reply.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs is not possible when stream is true", param="prompt_logprobs")
-    if reply.is_chat and reply.echo:
-        raise InvalidRequest("echo is a field of /v1/completions", param="echo")
-    if reply.drops_tokens and not (reply.echo or reply.prompt_logprobs is not None):
+    if reply.drops_tokens and not (reply.echoes_prompt or reply.prompt_logprobs is not None):
         raise InvalidRequest("max_tokens must be at least 1, is 0; 0 goes together with echo", param="max_tokens")
 
 

@@ -83,6 +83,9 @@ class Shape(Protocol):
 
     def usage(self, usage: Usage) -> bytes: ...
 
+    def count(self, num_prompt_tokens: int, num_tokens: int) -> None:
+        """The events from here on, but for the last, tell that there are so many tokens."""
+
     def failed(self, error: DisaggregatedError) -> bytes:
         """The last event of a stream that broke."""
 
@@ -100,6 +103,12 @@ class _Shape:
 
     def usage(self, usage: Usage) -> bytes:
         return b"%b]," % self._head + b'"usage":' + orjson.dumps(usage.as_json()) + b"}\n\n"
+
+    def count(self, num_prompt_tokens: int, num_tokens: int) -> None:
+        counts = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
+            num_prompt_tokens, num_tokens, num_prompt_tokens + num_tokens,
+        )  # fmt: skip
+        self._tail = b'],"usage":%b}\n\n' % counts
 
     def failed(self, error: DisaggregatedError) -> bytes:
         return b"data: " + orjson.dumps(error_fields(error)) + b"\n\n"

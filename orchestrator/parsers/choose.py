@@ -49,12 +49,18 @@ class ReplyPlan:
     """Special tokens whose text the parser has to see."""
 
 
-def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str) -> ReplyPlan:
-    """`prompt_tail` is the end of the prompt's text: a template may open or close the reasoning there."""
+def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str, *, continued: str | None = None) -> ReplyPlan:
+    """`prompt_tail` is the end of the prompt's text: a template may open or close the reasoning there. `continued` is
+    the text of the message that the reply goes on from."""
     grammar = _grammar(wanted, formats)
     if formats.tools is not None and formats.tools.is_whole:
-        return _harmony_plan(wanted, formats, grammar)
-    begins_within = formats.reasoning is not None and formats.reasoning.opens(prompt_tail)
+        # A message that goes on is in the channel that the grammar is for.
+        return _harmony_plan(wanted, formats, grammar, () if continued is not None else formats.reasoning_end)
+    begins_within = formats.reasoning is not None and (
+        formats.reasoning.opens(prompt_tail)
+        if continued is None
+        else formats.reasoning.is_left_open(continued, prompt_tail)
+    )
     if grammar is not None and begins_within:
         # Where the end of the reasoning is no single token nothing tells the grammar when to begin: then at once.
         grammar = dataclasses.replace(grammar, starts_after=formats.reasoning_end)
@@ -68,9 +74,11 @@ def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str) -> Reply
     )
 
 
-def _harmony_plan(wanted: Wanted, formats: ReplyFormats, grammar: Grammar | None) -> ReplyPlan:
+def _harmony_plan(
+    wanted: Wanted, formats: ReplyFormats, grammar: Grammar | None, starts_after: tuple[int, ...]
+) -> ReplyPlan:
     if grammar is not None:
-        grammar = dataclasses.replace(grammar, starts_after=formats.reasoning_end)
+        grammar = dataclasses.replace(grammar, starts_after=starts_after)
     make_forced = _call_parser(wanted, formats) if wanted.must_call else None
 
     def make() -> ReplyParser:

@@ -26,6 +26,13 @@ class ReasoningTags:
         tail = prompt_tail.rstrip(SPACE)
         return tail.endswith(self.begin) or (self.always and not tail.endswith(self.end))
 
+    def is_left_open(self, said: str, prompt_tail: str) -> bool:
+        """Whether a reply that goes on from what was `said` begins within reasoning. Who said something without the
+        first tag was no longer reasoning, whatever model it is."""
+        if said.strip(SPACE):
+            return said.rfind(self.begin) > said.rfind(self.end)
+        return prompt_tail.rstrip(SPACE).endswith(self.begin)
+
 
 _THINK: Final = ("<think>", "</think>")
 REASONING: Final[Mapping[str, ReasoningTags]] = {

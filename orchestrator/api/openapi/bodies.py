@@ -75,7 +75,7 @@ SAMPLING: Final[dict[str, Schema]] = {
 REPLY: Final[dict[str, Schema]] = {
     "n": integer("Replies to each prompt.", low=1, high=REPLIES_MAX),
     "best_of": integer("Of so many replies, the n likeliest.", low=1, high=REPLIES_MAX),
-    "echo": flag("The reply begins with the prompt; text completions only."),
+    "echo": flag("The reply begins with the prompt; in chats with the last message, where that is the assistant's."),
     "top_logprobs": integer("So many of the likeliest tokens beside each.", low=0, high=LOGPROBS_MAX),
     "prompt_logprobs": integer("The same of the prompt's tokens.", low=0, high=LOGPROBS_MAX),
     "return_token_ids": flag("Token ids beside the text."),
@@ -127,8 +127,12 @@ COMMON: Final[dict[str, Schema]] = {
     "model": ref("ModelName"),
     "stream": flag("The answer comes in events."),
     "stream_options": mapping(
-        "Only when stream is true. include_obfuscation and continuous_usage_stats have no effect.",
-        properties={"include_usage": flag("The last event but one counts tokens.")},
+        "Only when stream is true.",
+        properties={
+            "include_usage": flag("The last event but one counts tokens; usage is null in the others."),
+            "continuous_usage_stats": flag("Every event tells the counts so far."),
+            "include_obfuscation": flag("Taken without an effect: nothing is padded."),
+        },
     ),
     "priority": integer("A lower one is served earlier.", low=-(2**31), high=2**31),
     "cache_salt": text("Prompts are found in caches with the same one only.", maxLength=CACHE_SALT_CHARACTERS_MAX),
@@ -162,6 +166,7 @@ TEMPLATE: Final[dict[str, Schema]] = {
     "chat_template_kwargs": mapping("Variables for the chat template."),
     "documents": array("For templates that show them.", {"type": "object"}),
     "add_generation_prompt": flag("The prompt ends where the assistant begins.", default=True),
+    "continue_final_message": flag("The reply goes on from the last message; add_generation_prompt is false then."),
 }
 """What goes into the prompt of a chat besides its messages."""
 
@@ -206,7 +211,7 @@ _RESPONSES: Final[dict[str, Schema]] = {
     "tool_choice": one_of("Whether it must.", {"type": "string"}, {"type": "object"}),
     "parallel_tool_calls": TEMPLATE["parallel_tool_calls"],
     "top_logprobs": integer("With include.", low=0, high=TOP_LOGPROBS_MAX),
-    "stream_options": mapping("include_obfuscation has no effect."),
+    "stream_options": mapping("include_obfuscation has no effect.", properties={"include_obfuscation": flag("")}),
     "model": COMMON["model"],
     "stream": COMMON["stream"],
     **{name: schema for name, schema in SAMPLING.items() if name not in ("max_tokens", "max_completion_tokens")},

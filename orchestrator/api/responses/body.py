@@ -105,7 +105,7 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
         "reasoning_effort": reasoning["effort"],
         **({"tools": left, "tool_choice": choice} if tools.chat or choice not in ("auto", "none") else {}),
         **_read_logprobs(fields),
-        **({"stream_options": {"include_usage": True}} if fields.get("stream") is True else {}),
+        **_stream_options(fields),
     }
     return ResponsesBody(
         chat=chat,
@@ -128,6 +128,12 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
             "top_logprobs": fields.integer("top_logprobs", low=0, high=TOP_LOGPROBS_MAX),
         },
     )
+
+
+def _stream_options(fields: Fields) -> dict[str, Any]:
+    """The last event of a response always counts tokens."""
+    fields.nested("stream_options").flag("include_obfuscation")
+    return {"stream_options": {"include_usage": True}} if fields.get("stream") is True else {}
 
 
 def _refuse(fields: Fields) -> None:

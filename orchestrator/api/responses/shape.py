@@ -64,6 +64,9 @@ class ResponsesShape:
         ended = self._ended(usage)
         return self._events.event(f"response.{ended['status']}", response=ended)
 
+    def count(self, num_prompt_tokens: int, num_tokens: int) -> None:
+        """A response is counted at its end."""
+
     def failed(self, error: DisaggregatedError) -> bytes:
         """The last event of a stream that broke."""
         failed = {

@@ -124,7 +124,7 @@ CASES: list[Case] = [
     (TEXT, text(logprobs=21), 400, "logprobs", "logprobs must be at most 20, is 21"),
     (TEXT, text(prompt_logprobs=-1), 400, "prompt_logprobs", "prompt_logprobs must be at least 0, is -1"),
     (TEXT, text(prompt_logprobs=1, stream=True), 400, "prompt_logprobs", "not possible when stream is true"),
-    (CHAT, chat(echo=True), 400, "echo", "echo is a field of /v1/completions"),
+    (CHAT, chat(echo=1), 400, "echo", "echo must be true or false, is a number"),
     (TEXT, text(max_tokens=0), 400, "max_tokens", "max_tokens must be at least 1, is 0"),
     (TEXT, text(cache_salt="x" * 257), 400, "cache_salt", "cache_salt has 257 characters, the limit is 256"),
     (TEXT, text(cache_salt=5), 400, "cache_salt", "cache_salt must be a string, is a number"),
