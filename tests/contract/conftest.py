@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 
 import pytest
 
@@ -19,6 +19,7 @@ from tests.support.kv_pools import traces
 from tests.support.kv_transfers import Both, connected
 
 IN_ONE_PROCESS = ("SHM", "TCP")
+HAS_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "transport_name" in getattr(item, "fixturenames", ())]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[HAS_FAILED] = item.stash.get(HAS_FAILED, False) or report.failed
+    return report
+
+
 @pytest.fixture
 async def both(transport_name: str) -> AsyncIterator[Both]:
     async with connected(transport_name) as made:
@@ -47,6 +57,8 @@ async def both(transport_name: str) -> AsyncIterator[Both]:
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = traces()
     yield
+    if request.node.stash.get(HAS_FAILED, False):
+        return  # What the traceback of its failure keeps alive would only be a second failure.
     if traces().added_to(before):
         request.node.funcargs.clear()  # A pool is mapped until its last view goes, and pytest holds what it gave us.
     end_s = time.monotonic() + SLACK_S

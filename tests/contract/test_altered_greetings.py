@@ -42,7 +42,7 @@ class Meddler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join(5)
+        self._thread.join(20)
         assert not self._thread.is_alive()
         self._listening.close()
 
@@ -52,7 +52,7 @@ class Meddler:
         hello = threading.Thread(target=_forward, args=[destination, source, -1])
         hello.start()
         _forward(source, destination, self._at_byte)
-        hello.join(5)
+        hello.join(20)
         source.close()
         destination.close()
 

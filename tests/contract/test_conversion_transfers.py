@@ -209,7 +209,7 @@ async def test_a_prompt_that_is_cut_by_its_length_needs_it_told() -> None:
         (generation,) = both.generation
         tickets = both.offer("t", kv)
         with pytest.raises(TransferError, match="its length, which was not told"):
-            await generation.landing.pull(tickets, generation.table, deadline_s=5)
+            await generation.landing.pull(tickets, generation.table, deadline_s=20)
         await both.released("t")
 
 
@@ -219,7 +219,7 @@ async def test_more_tokens_than_blocks_were_reserved_for_are_refused() -> None:
         (generation,) = both.generation
         tickets = both.offer("t", kv)
         with pytest.raises(TransferError, match="2 blocks were published, 1 are reserved"):
-            await generation.landing.pull(tickets, generation.table[:4], deadline_s=5)
+            await generation.landing.pull(tickets, generation.table[:4], deadline_s=20)
         await both.released("t")
 
 

@@ -346,7 +346,7 @@ async def test_who_claims_another_host_is_not_offered_the_device() -> None:
             host_key="elsewhere",
             opens_device_memory=True,
         )
-        reply = await stub.Connect(request, timeout=5)
+        reply = await stub.Connect(request, timeout=20)
         assert not reply.in_device_memory
         assert KVLayout.from_proto(reply.layout) == STAGING
         await channel.close()

@@ -35,7 +35,7 @@ def linked(transport: DestinationTransport, offer: Offer) -> Iterator[PeerLink]:
     try:
         yield link
     finally:
-        link.close(deadline=Deadline.after(5))
+        link.close(deadline=Deadline.after(20))
 
 
 def fails_when(disturb: Callable[[], None], link: PeerLink, into: Region) -> float:

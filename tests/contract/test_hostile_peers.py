@@ -149,7 +149,7 @@ class HostileSource:
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
-        self._thread.join(5)
+        self._thread.join(20)
         assert not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -231,7 +231,7 @@ def test_blocks_of_another_length_than_asked_for_are_refused_before_they_land(nu
         pair.link, good = link, pair.link
         with pytest.raises(TransferError, match="bytes of blocks where"):
             pair.read(pair.order([1], [1]))
-        link.close(deadline=Deadline.after(5))
+        link.close(deadline=Deadline.after(20))
         pair.link = good
         assert not any(pair.into.buffer)
 
@@ -244,7 +244,7 @@ def test_blocks_that_break_off_are_an_error(sent: int) -> None:
         pair.link, good = link, pair.link
         with pytest.raises(PeerLost):
             pair.read(pair.order([1], [1]))
-        link.close(deadline=Deadline.after(5))
+        link.close(deadline=Deadline.after(20))
         pair.link = good
 
 

@@ -91,7 +91,7 @@ async def lending(
 async def test_what_is_held_lands_where_it_was_asked_for_and_is_released(transport_name: str) -> None:
     with regions(SMALL) as (pool, into):
         async with lending(transport_name, pool, HASHES[:4]) as lender, destination(into, SMALL) as ours:
-            landed = await ours.pull(lender.ticket(), [3, 1, 2, 0], deadline_s=5, block_hashes=to_bytes(HASHES[:4]))
+            landed = await ours.pull(lender.ticket(), [3, 1, 2, 0], deadline_s=20, block_hashes=to_bytes(HASHES[:4]))
             assert landed.num_tokens == 4 * SMALL.block_size
             assert landed.num_bytes == 4 * SMALL.block_bytes * SMALL.num_layers
             assert (blocks_of(into, SMALL, [3, 1, 2, 0]) == blocks_of(pool, SMALL, [20, 21, 22, 23])).all()
@@ -102,7 +102,7 @@ async def test_of_blocks_that_are_held_in_part_the_beginning_lands(transport_nam
     with regions(SMALL) as (pool, into):
         held = [*HASHES[:2], *HASHES[3:6]]
         async with lending(transport_name, pool, held) as lender, destination(into, SMALL) as ours:
-            landed = await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
+            landed = await ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6]))
             assert landed.num_tokens == 2 * SMALL.block_size
             assert not any(has_landed(into, SMALL, block) for block in range(2, 6))
 
@@ -110,7 +110,7 @@ async def test_of_blocks_that_are_held_in_part_the_beginning_lands(transport_nam
 async def test_nothing_held_is_a_transfer_of_nothing(transport_name: str) -> None:
     with regions(SMALL) as (pool, into):
         async with lending(transport_name, pool, []) as lender, destination(into, SMALL) as ours:
-            landed = await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
+            landed = await ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6]))
             assert (landed.num_tokens, landed.num_bytes) == (0, 0)
             await eventually(lambda: lender.released == ["t"])
 
@@ -119,18 +119,18 @@ async def test_a_source_that_lends_nothing_says_so(transport_name: str) -> None:
     with regions(SMALL) as (pool, into):
         async with lending(transport_name, pool, [], lends=False) as lender, destination(into, SMALL) as ours:
             with pytest.raises(TransferError, match="lends no blocks"):
-                await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
+                await ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6]))
 
 
 async def test_a_stranger_who_asks_under_anothers_name_ends_nothing_of_theirs(transport_name: str) -> None:
     with regions(SMALL) as (pool, into):
         async with lending(transport_name, pool, HASHES[:2]) as lender, destination(into, SMALL) as ours:
             lender.may_go_on.clear()
-            asked = ours.start(lender.ticket(), range(2), deadline_s=5, block_hashes=to_bytes(HASHES[:2]))
+            asked = ours.start(lender.ticket(), range(2), deadline_s=20, block_hashes=to_bytes(HASHES[:2]))
             await eventually(lender.source.ledger)
             async with destination(into, SMALL, instance_id="a stranger") as stranger:
                 with pytest.raises(TransferError, match="an id is used once"):
-                    await stranger.pull(lender.ticket(), range(2), deadline_s=5, block_hashes=to_bytes(HASHES[:2]))
+                    await stranger.pull(lender.ticket(), range(2), deadline_s=20, block_hashes=to_bytes(HASHES[:2]))
             lender.may_go_on.set()
             landed = await asked.outcome()
             assert landed.num_tokens == 2 * SMALL.block_size
@@ -141,7 +141,7 @@ async def test_hashes_that_are_cut_short_are_refused(transport_name: str) -> Non
     with regions(SMALL) as (pool, into):
         async with lending(transport_name, pool, HASHES) as lender, destination(into, SMALL) as ours:
             with pytest.raises(TransferError, match="whole number"):
-                await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6])[:-1])
+                await ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6])[:-1])
             assert not lender.is_asked.is_set()
 
 
@@ -150,7 +150,7 @@ async def test_a_lender_that_refuses_ends_the_transfer(transport_name: str) -> N
         async with lending(transport_name, pool, HASHES) as lender, destination(into, SMALL) as ours:
             lender.refuses = True
             with pytest.raises(TransferError, match="too much to do"):
-                await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
+                await ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6]))
             await eventually(lambda: lender.released == ["t"])
 
 
@@ -159,7 +159,7 @@ async def test_a_reader_that_leaves_while_it_is_looked_for_leaves_nothing_behind
         async with lending(transport_name, pool, HASHES) as lender, destination(into, SMALL) as ours:
             lender.may_go_on.clear()
             pulling = asyncio.create_task(
-                ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
+                ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6]))
             )
             await lender.is_asked.wait()
             pulling.cancel()
@@ -172,6 +172,6 @@ async def test_a_reader_that_leaves_while_it_is_looked_for_leaves_nothing_behind
 async def test_one_id_is_lent_under_once(transport_name: str) -> None:
     with regions(SMALL) as (pool, into):
         async with lending(transport_name, pool, HASHES) as lender, destination(into, SMALL) as ours:
-            await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
+            await ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6]))
             with pytest.raises(TransferError, match="used once"):
-                await ours.pull(lender.ticket(), range(6), deadline_s=5, block_hashes=to_bytes(HASHES[:6]))
+                await ours.pull(lender.ticket(), range(6), deadline_s=20, block_hashes=to_bytes(HASHES[:6]))

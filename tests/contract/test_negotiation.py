@@ -26,7 +26,7 @@ from tests.support.kv_transfers import INTO, TABLE, Both, connected
 
 async def test_default_uses_shared_memory_on_one_host_and_says_why() -> None:
     async with connected("DEFAULT") as both:
-        landed = await both.destination.pull(both.source.offer("t", TABLE, 24), INTO, deadline_s=5)
+        landed = await both.destination.pull(both.source.offer("t", TABLE, 24), INTO, deadline_s=20)
         assert landed.transport == "SHM"
         statistics = both.destination.statistics()[0]
         assert (statistics.transport, statistics.why, statistics.fallbacks) == ("SHM", "both ends are on one host", 0)
@@ -38,7 +38,7 @@ async def test_default_falls_to_tcp_with_a_warning_when_shared_memory_breaks(cap
         broken = make_endpoint("SHM", pool, SMALL, epoch=EPOCH + 1)
         endpoints = [broken, make_endpoint("TCP", pool, SMALL)]
         async with served_source(pool, SMALL, endpoints=endpoints) as source, destination(into, SMALL) as landing:
-            landed = await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=5)
+            landed = await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=20)
             statistics = landing.statistics()[0]
     assert landed.transport == "TCP"
     assert statistics.fallbacks == 1
@@ -54,7 +54,7 @@ async def test_a_configured_transport_never_falls_to_another(backend: str, offer
             destination(into, SMALL, backend=backend) as landing,
         ):
             with pytest.raises(TransferError, match=f"backend {backend}: {backend} is not offered"):
-                await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=5)
+                await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=20)
 
 
 async def test_a_transport_that_is_none_of_ours_is_refused_at_start() -> None:
@@ -76,7 +76,7 @@ async def test_a_source_left_to_decide_listens_on_what_a_configured_destination_
         assert [offer.name for offer in endpoints.offers(["TCP"])] == ["TCP"]
         assert [offer.name for offer in endpoints.offers(["SHM", "TCP"])] == ["SHM", "TCP"]
         assert endpoints.statistics().keys() == {"SHM", "TCP"}
-        endpoints.close(deadline=Deadline.after(5))
+        endpoints.close(deadline=Deadline.after(20))
         assert endpoints.offers([]) == []
 
 
@@ -99,5 +99,5 @@ async def test_a_source_that_names_no_host_is_reached_where_its_server_was() -> 
             served_source(pool, SMALL, endpoints=[WithoutHost(pool, SMALL, epoch=EPOCH)]) as source,
             destination(into, SMALL, backend="TCP") as landing,
         ):
-            await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=5)
+            await landing.pull(source.offer("t", TABLE, 24), INTO, deadline_s=20)
             Both(source, into, landing).check_landed(6)

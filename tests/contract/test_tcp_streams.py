@@ -35,7 +35,7 @@ def divided_read(pair: Pair, threads: concurrent.futures.Executor, stop: ReadSto
     """Both stripes have been asked for, and neither is answered yet."""
     pair.gate.answers.clear()
     reading = threads.submit(pair.read, pair.order(EVERY, EVERY), stop=stop)
-    assert pair.gate.asked.wait(5)
+    assert pair.gate.asked.wait(20)
     return reading
 
 
@@ -57,7 +57,7 @@ def test_a_stop_ends_every_stripe_and_no_byte_comes_after() -> None:
 def test_a_drain_ends_every_stripe() -> None:
     with connected_pair("TCP", LARGE) as pair, concurrent.futures.ThreadPoolExecutor(1) as threads:
         reading = divided_read(pair, threads, ReadStop())
-        pair.link.drain(deadline=Deadline.after(5))
+        pair.link.drain(deadline=Deadline.after(20))
         with pytest.raises(ReadStopped):
             reading.result(1)
         pair.gate.answers.set()
@@ -76,8 +76,8 @@ def test_a_source_that_answers_no_stripe_is_lost_after_the_progress_timeout() ->
 def test_a_source_that_closes_ends_every_stripe() -> None:
     with connected_pair("TCP", LARGE) as pair, concurrent.futures.ThreadPoolExecutor(2) as threads:
         reading = divided_read(pair, threads, ReadStop())
-        closing = threads.submit(pair.endpoint.close, deadline=Deadline.after(5))
+        closing = threads.submit(pair.endpoint.close, deadline=Deadline.after(20))
         with pytest.raises(PeerLost):
-            reading.result(5)
+            reading.result(20)
         pair.gate.answers.set()
-        closing.result(5)
+        closing.result(20)

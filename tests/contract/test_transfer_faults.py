@@ -325,9 +325,9 @@ async def test_an_idle_source_that_dies_is_let_go_of(transport_name: str) -> Non
             await pull_and_check(landing, into, pool, source.ticket("t"))
             assert len(landing.statistics()) == 1
             await source.kill()
-            await eventually(lambda: not landing.statistics(), within_s=5)
+            await eventually(lambda: not landing.statistics(), within_s=20)
             await eventually(
-                lambda: memory_of_others() == before, within_s=5
+                lambda: memory_of_others() == before, within_s=20
             )  # Its memory is unmapped, its descriptor closed.
 
 
@@ -375,7 +375,7 @@ async def test_a_source_that_nobody_pulls_from_any_more_is_let_go_of(transport_n
         ):
             before = memory_of_others()
             await pull_and_check(landing, into, pool, source.offer("t", TABLE, NUM_TOKENS))
-            await eventually(lambda: not landing.statistics() and memory_of_others() == before, within_s=5)
+            await eventually(lambda: not landing.statistics() and memory_of_others() == before, within_s=20)
             await pull_and_check(landing, into, pool, source.offer("next", TABLE, NUM_TOKENS))
 
 

@@ -79,14 +79,14 @@ def test_a_link_keeps_its_connection_from_read_to_read(pair: Pair) -> None:
 def test_two_sources_send_into_one_pool_at_once(transport_name: str) -> None:
     with connected_pair(transport_name, LARGE) as one, connected_pair(transport_name, LARGE) as other:
         fill(other.source, seed=2)
-        link = one.transport.connect(other.endpoint.describe(), other.identity, deadline=Deadline.after(5))
+        link = one.transport.connect(other.endpoint.describe(), other.identity, deadline=Deadline.after(20))
         low, high = range(96), range(96, 192)
         theirs = other.order(high, high)
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            second = threads.submit(link.read, theirs, stop=ReadStop(), deadline=Deadline.after(5))
+            second = threads.submit(link.read, theirs, stop=ReadStop(), deadline=Deadline.after(20))
             one.read(one.order(low, low))
-            second.result(5)
-        link.close(deadline=Deadline.after(5))
+            second.result(20)
+        link.close(deadline=Deadline.after(20))
         assert (blocks_of(one.into, LARGE, low) == blocks_of(one.source, LARGE, low)).all()
         assert (blocks_of(one.into, LARGE, high) == blocks_of(other.source, LARGE, high)).all()
 
@@ -155,7 +155,7 @@ def running_read(pair: Pair, threads: concurrent.futures.Executor, stop: ReadSto
     """A read that the source has been asked for and does not answer yet."""
     pair.gate.answers.clear()
     reading = threads.submit(pair.read, pair.order([1], [1]), stop=stop)
-    assert pair.gate.asked.wait(5)
+    assert pair.gate.asked.wait(20)
     return reading
 
 
@@ -183,7 +183,7 @@ def test_a_read_that_was_stopped_before_it_began_asks_for_nothing(pair: Pair) ->
 def test_a_drain_ends_running_reads_and_leaves_the_link_good(pair: Pair) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         reading = running_read(pair, threads, ReadStop())
-        pair.link.drain(deadline=Deadline.after(5))
+        pair.link.drain(deadline=Deadline.after(20))
         with pytest.raises(ReadStopped):
             reading.result(0.1)
         pair.gate.answers.set()
@@ -193,12 +193,12 @@ def test_a_drain_ends_running_reads_and_leaves_the_link_good(pair: Pair) -> None
 def test_a_closed_link_reads_no_more(pair: Pair) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         reading = running_read(pair, threads, ReadStop())
-        pair.link.close(deadline=Deadline.after(5))
+        pair.link.close(deadline=Deadline.after(20))
         with pytest.raises(TransferError):
             reading.result(0.1)
     with pytest.raises(PeerLost, match="closed"):
         pair.read(pair.order([2], [2]))
-    pair.link.close(deadline=Deadline.after(5))
+    pair.link.close(deadline=Deadline.after(20))
 
 
 # Peers that fall silent, go, or come back.
@@ -225,7 +225,7 @@ def test_a_deadline_before_the_progress_timeout_is_kept(patient: Pair) -> None:
 
 def test_a_source_that_closes_is_lost_at_once(patient: Pair) -> None:
     pair = patient
-    pair.endpoint.close(deadline=Deadline.after(5))
+    pair.endpoint.close(deadline=Deadline.after(20))
     begin_s = time.monotonic()
     with pytest.raises(PeerLost):
         pair.read(pair.order([1], [1]))
@@ -237,22 +237,22 @@ def test_a_source_that_closes_is_lost_at_once(patient: Pair) -> None:
 def test_a_source_that_closes_while_it_is_asked_ends_the_read(pair: Pair) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         reading = running_read(pair, threads, ReadStop())
-        closing = threads.submit(pair.endpoint.close, deadline=Deadline.after(5))
+        closing = threads.submit(pair.endpoint.close, deadline=Deadline.after(20))
         with pytest.raises(PeerLost):
             reading.result(SLACK_S)
         pair.gate.answers.set()
-        closing.result(5)
+        closing.result(20)
 
 
 def test_a_new_incarnation_does_not_serve_the_old_ones_reader(pair: Pair) -> None:
-    pair.endpoint.close(deadline=Deadline.after(5))
+    pair.endpoint.close(deadline=Deadline.after(20))
     again = make_endpoint(pair.name, pair.source, SMALL, epoch=EPOCH + 1)
     again.start(pair.gate)
     with pytest.raises(StaleEpoch):
         pair.connect(offer=again.describe())
     link = pair.connect(offer=again.describe(), identity=dataclasses.replace(pair.identity, epoch=EPOCH + 1))
-    link.close(deadline=Deadline.after(5))
-    again.close(deadline=Deadline.after(5))
+    link.close(deadline=Deadline.after(20))
+    again.close(deadline=Deadline.after(20))
 
 
 def test_an_endpoint_leaves_no_thread_and_no_descriptor(transport_name: str) -> None:
@@ -263,7 +263,7 @@ def test_an_endpoint_leaves_no_thread_and_no_descriptor(transport_name: str) -> 
     def connect_and_read() -> None:
         with connected_pair(transport_name) as pair:
             pair.read(pair.order([1, 3], [1, 3]))
-            pair.connect().close(deadline=Deadline.after(5))
+            pair.connect().close(deadline=Deadline.after(20))
 
     connect_and_read()
     before = open_descriptors(), threading.active_count()

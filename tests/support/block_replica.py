@@ -65,7 +65,7 @@ class Follower:
 
     async def settle(self, expected: Set[Place]) -> None:
         """Nothing changes on the server any more: wait until just that is known which can be found there."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while self.replica.blocks.keys() != expected:
                 self._changed.clear()
                 await self._changed.wait()

@@ -130,7 +130,7 @@ class Pair:
 
     def connect(self, *, offer: Offer | None = None, identity: SourceIdentity | None = None) -> PeerLink:
         return self.transport.connect(
-            offer or self.endpoint.describe(), identity or self.identity, deadline=Deadline.after(5)
+            offer or self.endpoint.describe(), identity or self.identity, deadline=Deadline.after(20)
         )
 
 
@@ -151,11 +151,11 @@ def connected_pair(
         identity = SourceIdentity(instance_id="context-0", epoch=epoch, layout=layout)
         endpoint.start(gate)
         try:
-            link = transport.connect(endpoint.describe(), identity, deadline=Deadline.after(5))
+            link = transport.connect(endpoint.describe(), identity, deadline=Deadline.after(20))
             try:
                 yield Pair(name, layout, source, into, gate, endpoint, transport, identity, link)
             finally:
                 gate.answers.set()
-                link.close(deadline=Deadline.after(5))
+                link.close(deadline=Deadline.after(20))
         finally:
-            endpoint.close(deadline=Deadline.after(5))
+            endpoint.close(deadline=Deadline.after(20))

@@ -117,7 +117,7 @@ def serve(name: str) -> None:
         endpoint.start(OpenGate())
         say(dataclasses.asdict(endpoint.describe()))
         sys.stdin.read()
-        endpoint.close(deadline=Deadline.after(5))
+        endpoint.close(deadline=Deadline.after(20))
 
 
 def read_again_and_again(name: str) -> None:

@@ -105,7 +105,7 @@ class ServedSource:
 
     async def wait_released(self, *transfer_ids: str) -> None:
         """These, each once, and nothing else."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             ended = [await self.released.get() for _ in transfer_ids]
         assert sorted(ended) == sorted(transfer_ids)
         assert self.released.empty(), f"{self.released.get_nowait()} was released as well"
@@ -181,7 +181,7 @@ async def destination(
     preference: Preference | None = None,
     fingerprint: str = FINGERPRINT,
     instance_id: str = "generation-0",
-    progress_timeout_s: float = 0.5,
+    progress_timeout_s: float = 10.0,
     shard: KVShard | None = None,
     **options: Any,
 ) -> AsyncIterator[TransferDestination]:

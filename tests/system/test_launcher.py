@@ -223,8 +223,6 @@ LAUNCH_AND_BE_KILLED: Final = """
 import asyncio, os, signal, sys
 from tests.system.test_launcher import FAKES, LIMITS, NotingPools, deployment
 from orchestrator.launcher import Launcher
-from tests.support.processes import descendants
-from tests.support.processes import descendants
 
 async def main() -> None:
     pools = NotingPools()
@@ -246,5 +244,9 @@ async def test_servers_die_with_an_orchestrator_that_is_killed() -> None:
     output, _ = await asyncio.wait_for(launching.communicate(), 30)
     pids = [int(pid) for pid in output.split()]
     assert len(pids) == 2
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=5)
+    left = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.append(psutil.Process(pid))
+    _, alive = psutil.wait_procs(left, timeout=20)
     assert alive == []

@@ -18,7 +18,8 @@ from tests.support.server_client import ContextClient
 from tests.support.servers import arguments, generation_server, random_prompt, write_model
 
 FEW = SamplingParams(max_tokens=4)
-MANY = SamplingParams(max_tokens=300)
+MANY = SamplingParams(max_tokens=100)
+"""Of the slow model: it is still at it when somebody does the next thing."""
 FOREVER = SamplingParams(max_tokens=4000)
 
 
@@ -87,7 +88,7 @@ async def test_an_idle_server_exits_with_0_on_a_signal(tmp_path: pathlib.Path, n
 
 
 async def test_draining_refuses_the_new_finishes_the_old_and_says_so(tmp_path: pathlib.Path) -> None:
-    async with generation_server(write_model(tmp_path)) as (_, client):
+    async with generation_server(write_model(tmp_path, slow=True)) as (_, client):
         key = await client.admit(random_prompt(20), MANY)
         await client.delta(key)
         assert await client.drain(deadline_s=0.0) == 1
@@ -98,7 +99,7 @@ async def test_draining_refuses_the_new_finishes_the_old_and_says_so(tmp_path: p
             assert (await anext(heartbeats)).draining
         assert await client.drain(deadline_s=20.0) == 0
         completion = await client.completion(key)
-        assert (len(completion.token_ids), completion.finish_reason) == (300, "length")
+        assert (len(completion.token_ids), completion.finish_reason) == (100, "length")
 
 
 async def test_watchers_hear_at_once_that_draining_begins(tmp_path: pathlib.Path) -> None:
@@ -114,12 +115,12 @@ async def test_watchers_hear_at_once_that_draining_begins(tmp_path: pathlib.Path
 
 
 async def test_a_signal_lets_running_requests_finish(tmp_path: pathlib.Path) -> None:
-    async with generation_server(write_model(tmp_path)) as (server, client):
+    async with generation_server(write_model(tmp_path, slow=True)) as (server, client):
         key = await client.admit(random_prompt(20), MANY)
         await client.delta(key)
         server.signal(signal.SIGTERM)
         completion = await client.completion(key)
-        assert (len(completion.token_ids), completion.finish_reason) == (300, "length")
+        assert (len(completion.token_ids), completion.finish_reason) == (100, "length")
         assert await server.wait_exit() == 0
 
 

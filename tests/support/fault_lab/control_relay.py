@@ -72,7 +72,7 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
 
     async def Connect(self, request: kv_pb2.ConnectRequest, call: Any) -> kv_pb2.ConnectReply:
         with rpc.errors_from(self._source_address):
-            reply = await self._source.Connect(request, timeout=5)
+            reply = await self._source.Connect(request, timeout=20)
         for offer in reply.offers:
             if offer.address not in self._addresses:
                 self._addresses[offer.address] = self.data.stand_before(offer.address)
@@ -105,15 +105,15 @@ class ControlRelay(kv_pb2_grpc.KVSourceServicer):
 
     async def Renew(self, request: kv_pb2.RenewRequest, call: Any) -> kv_pb2.RenewReply:
         with rpc.errors_from(self._source_address):
-            return await self._source.Renew(request, timeout=5)
+            return await self._source.Renew(request, timeout=20)
 
     async def Ping(self, request: kv_pb2.PingRequest, call: Any) -> kv_pb2.PingReply:
         with rpc.errors_from(self._source_address):
-            return await self._source.Ping(request, timeout=5)
+            return await self._source.Ping(request, timeout=20)
 
     async def _release(self, request: kv_pb2.ReleaseRequest) -> kv_pb2.ReleaseReply:
         with rpc.errors_from(self._source_address):
-            return await self._source.Release(request, timeout=5)
+            return await self._source.Release(request, timeout=20)
 
 
 @contextlib.asynccontextmanager

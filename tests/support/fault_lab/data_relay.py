@@ -88,7 +88,7 @@ class DataRelay:
                 listening.shutdown(socket.SHUT_RDWR)
         self.cut()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(20)
             assert not thread.is_alive(), f"{thread.name} hangs"
         for listening in self._listening:
             listening.close()

@@ -190,7 +190,7 @@ class Lab:
         await self.source.call("open", transfer_id, num_tokens)
         for chunk in range(NUM_CHUNKS - 1):
             await self.source.call("publish", transfer_id, TABLE, (chunk + 1) * num_tokens // NUM_CHUNKS)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await until(chunk)
         await self.source.call("finish", transfer_id, TABLE, num_tokens)
 
@@ -300,10 +300,10 @@ class Lab:
             with contextlib.suppress(DisaggregatedError), rpc.errors_from("source"):
                 if landed is None:
                     renewal = kv_pb2.RenewRequest(transfer_id=name, epoch=self._epoch)
-                    await stub.Renew(renewal, timeout=5)
+                    await stub.Renew(renewal, timeout=20)
                 else:
                     giving_up = kv_pb2.ReleaseRequest(transfer_id=name, epoch=self._epoch, landed=landed, peer_id=us)
-                    await stub.Release(giving_up, timeout=5)
+                    await stub.Release(giving_up, timeout=20)
 
     def _next_id(self) -> str:
         self._number += 1

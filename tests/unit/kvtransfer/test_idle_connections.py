@@ -54,7 +54,7 @@ def read(link: FramedLink, peers: Peers, *, answers: int = 1) -> None:
 
     peers.dial = dial_and_answer  # type: ignore[method-assign]
     order = BlockRead(lease_key=bytes(16), epoch=1, source=(0,), into=(0,), layers=range(1))
-    link.read(order, stop=ReadStop(), deadline=Deadline.after(5))
+    link.read(order, stop=ReadStop(), deadline=Deadline.after(20))
     peers.dial = dial  # type: ignore[method-assign]
 
 
@@ -68,7 +68,7 @@ def test_an_answer_that_nobody_waits_for_ends_its_connection_and_not_the_next_re
     read(link, peers)
     assert (peers.num_landed, len(peers.ends)) == (2, 2)
     assert peers.ends[0].recv(1) == b"K"  # Our first question; the connection is closed behind it.
-    link.close(deadline=Deadline.after(5))
+    link.close(deadline=Deadline.after(20))
 
 
 def test_a_connection_that_the_peer_closed_while_idle_is_replaced(peers: Peers) -> None:
@@ -77,15 +77,15 @@ def test_a_connection_that_the_peer_closed_while_idle_is_replaced(peers: Peers) 
     peers.ends[0].close()
     read(link, peers)
     assert (peers.num_landed, len(peers.ends)) == (2, 2)
-    link.close(deadline=Deadline.after(5))
+    link.close(deadline=Deadline.after(20))
 
 
 def test_a_connection_in_order_is_used_again(peers: Peers) -> None:
     link = a_link(peers)
-    link.open(deadline=Deadline.after(5))
+    link.open(deadline=Deadline.after(20))
     assert len(peers.ends) == 1
     taken = link._take_idle()
     assert taken is not None
     assert link._take_idle() is None
     taken.close()
-    link.close(deadline=Deadline.after(5))
+    link.close(deadline=Deadline.after(20))

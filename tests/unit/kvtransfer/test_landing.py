@@ -51,7 +51,7 @@ def batch_of(source: Region, layers: range = range(SMALL.num_layers)) -> BlockBa
 
 def land(batch: BlockBatch, link: CopyingLink, *, budget: int = 1 << 20, stop: ReadStop | None = None) -> None:
     lander = Lander(link=link, pool=link.into.buffer, layout=SMALL, part_bytes=1 << 20, in_flight=InFlight(budget))
-    lander.land(batch, stop=stop or ReadStop(), deadline=Deadline.after(5))
+    lander.land(batch, stop=stop or ReadStop(), deadline=Deadline.after(20))
 
 
 @pytest.mark.parametrize("budget", [1, 512, 513, 1536, 2000, 4096, 1 << 20])

@@ -78,13 +78,13 @@ def running() -> Iterator[Running]:
     runner.start()
     yield Running(thread, world, bell)
     thread.end()
-    runner.join(5)
+    runner.join(20)
     assert not runner.is_alive()
     bell.close()
 
 
 def soon() -> Deadline:
-    return Deadline.after(5)
+    return Deadline.after(20)
 
 
 def test_messages_arrive_in_the_order_in_which_they_were_posted(running: Running) -> None:
@@ -101,7 +101,7 @@ def test_every_call_of_mpi_is_made_by_one_thread(running: Running) -> None:
     for other in others:
         other.start()
     for other in others:
-        other.join(5)
+        other.join(20)
     running.post(bytearray(1), is_send=False).wait_alone(soon())
     assert len(running.world.threads) == 1
     assert threading.get_ident() not in running.world.threads

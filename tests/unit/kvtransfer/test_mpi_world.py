@@ -118,7 +118,7 @@ class SlowWorld(MpiWorld):
         self.others_come.set()
         self.thread.end()
         assert self._runner is not None
-        self._runner.join(5)
+        self._runner.join(20)
         assert not self._runner.is_alive()
 
 
@@ -138,7 +138,7 @@ def test_beginning_waits_for_nobody_and_joining_for_all_the_others() -> None:
     with pytest.raises(TransferError, match=r"MPI has not begun after 0 s: .*backend: MPI"):
         world.join(deadline=Deadline.after(0.01))
     world.others_come.set()
-    world.join(deadline=Deadline.after(5))
+    world.join(deadline=Deadline.after(20))
     world.end()
     assert world.num_begun == 1
 
@@ -149,7 +149,7 @@ def test_an_mpi_that_cannot_begin_fails_every_join_with_its_own_words() -> None:
     world.others_come.set()
     for _ in range(2):
         with pytest.raises(TransferError, match="MPI could not be begun: no network that it knows"):
-            world.join(deadline=Deadline.after(5))
+            world.join(deadline=Deadline.after(20))
     with pytest.raises(TransferError, match="could not be begun"):
         world.check()
 
@@ -157,7 +157,7 @@ def test_an_mpi_that_cannot_begin_fails_every_join_with_its_own_words() -> None:
 def test_a_world_that_does_not_let_go_of_messages_takes_no_new_ones() -> None:
     world = SlowWorld()
     world.others_come.set()
-    world.join(deadline=Deadline.after(5))
+    world.join(deadline=Deadline.after(20))
     bell = Doorbell()
     transits = [Transit(bell, library="MPI") for _ in range(ABANDONED_MAX)]
     world.thread.abandon(transits)
@@ -179,7 +179,7 @@ def test_an_endpoint_begins_mpi_when_it_is_made_and_starts_without_the_others(mo
         endpoint.start(LeaseGate([], num_layers=SMALL.num_layers))
         assert endpoint.describe().name == "MPI"
         assert not world._settled.is_set()
-        endpoint.close(deadline=Deadline.after(5))
+        endpoint.close(deadline=Deadline.after(20))
     world.end()
 
 

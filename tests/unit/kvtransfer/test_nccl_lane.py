@@ -129,7 +129,7 @@ def test_whoever_waits_at_a_store_that_closes_is_told() -> None:
         waiting = threads.submit(store.get, "0/1")
         store.close()
         with pytest.raises(RuntimeError, match="closed"):
-            waiting.result(5)
+            waiting.result(20)
 
 
 def test_a_deadline_that_passes_before_gloo_listens_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_reads_at_once_share_what_may_be_in_flight(
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         reads = [threads.submit(both.read, WHOLE, control, stop=ReadStop()) for control, _ in controls]
         for _ in range(IN_FLIGHT_BYTES_MAX // BATCH_BYTES):
-            assert agent.begun.acquire(timeout=5)
+            assert agent.begun.acquire(timeout=20)
         agent.lands.set()
         for read in reads:
             read.result(10)
@@ -206,7 +206,7 @@ def test_a_read_that_is_stopped_lets_what_is_in_flight_arrive_and_the_agent_live
     stop = ReadStop()
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         reading = threads.submit(both.read, WHOLE, control, stop=stop)
-        assert agent.begun.acquire(timeout=5)
+        assert agent.begun.acquire(timeout=20)
         stop.request()
         agent.lands.set()
         with pytest.raises(ReadStopped):

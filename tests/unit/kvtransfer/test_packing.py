@@ -103,7 +103,7 @@ def test_who_finds_no_buffer_waits_for_one_within_his_deadline() -> None:
 
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(wait)
-        assert begins.wait(5)
+        assert begins.wait(20)
         staging.give_back(taken)
         assert waiting.result(10) == taken[::-1] or set(waiting.result()) == set(taken)
 

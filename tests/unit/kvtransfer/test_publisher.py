@@ -57,7 +57,7 @@ class Running:
         self.publisher.leave("last", News(block_ids=(), num_tokens=0, first_token=0))
         self.source.go.set()
         assert self.source.saw_last.wait(10)
-        self.publisher.close(deadline_s=5)
+        self.publisher.close(deadline_s=20)
         return self.source.calls[:-1]
 
 
@@ -77,14 +77,14 @@ def begun(num_tokens: int, num_tokens_begun: int, num_layers: int) -> News:
 def test_news_are_published_in_their_order_and_a_chunk_after_what_is_before_it(running: Running) -> None:
     running.source.go.set()
     running.publisher.leave("a", begun(4, 8, 2))
-    assert running.source.is_held.wait(5)
+    assert running.source.is_held.wait(20)
     running.publisher.leave("b", News(block_ids=(1,), num_tokens=7, first_token=42))
     assert running.finish() == [("publish", "a", 4, None), ("publish", "a", 8, 2), ("finish", "b", 7, 42)]
 
 
 def test_what_was_not_taken_yet_is_replaced_and_keeps_its_place(running: Running) -> None:
     running.publisher.leave("busy", whole(1))
-    assert running.source.is_held.wait(5)
+    assert running.source.is_held.wait(20)
     for num_layers in range(1, 100):
         running.publisher.leave("a", begun(4, 8, num_layers))
         running.publisher.leave("b", whole(num_layers))
@@ -95,7 +95,7 @@ def test_what_was_not_taken_yet_is_replaced_and_keeps_its_place(running: Running
 
 def test_the_last_news_cover_what_was_begun(running: Running) -> None:
     running.publisher.leave("busy", whole(1))
-    assert running.source.is_held.wait(5)
+    assert running.source.is_held.wait(20)
     running.publisher.leave("a", begun(4, 8, 3))
     running.publisher.leave("a", News(block_ids=(1, 2), num_tokens=8, first_token=5))
     assert running.finish()[1:] == [("finish", "a", 8, 5)]
@@ -105,20 +105,20 @@ def test_our_own_mistake_ends_the_thread_and_is_told_once(running: Running) -> N
     running.source.fails_with = AssertionError("a publication that does not continue the one before")
     running.source.go.set()
     running.publisher.leave("a", whole(4))
-    assert running.crashed.wait(5)
+    assert running.crashed.wait(20)
     running.publisher.leave("b", whole(4))
-    running.publisher.close(deadline_s=5)
+    running.publisher.close(deadline_s=20)
     assert running.crashes == [running.source.fails_with]
 
 
 def test_what_waits_at_the_end_is_not_published(running: Running) -> None:
     running.publisher.leave("busy", whole(1))
-    assert running.source.is_held.wait(5)
+    assert running.source.is_held.wait(20)
     running.publisher.leave("a", whole(4))
     with pytest.raises(TimeoutError):
         running.publisher.close(deadline_s=0)
     running.source.go.set()
-    running.publisher.close(deadline_s=5)
+    running.publisher.close(deadline_s=20)
     assert running.source.calls == [("publish", "busy", 1, None)]
 
 
@@ -128,8 +128,8 @@ def test_a_publisher_that_never_started_closes() -> None:
 
 def test_a_publication_that_hangs_is_told_at_the_end(running: Running) -> None:
     running.publisher.leave("busy", whole(1))
-    assert running.source.is_held.wait(5)
+    assert running.source.is_held.wait(20)
     with pytest.raises(TimeoutError, match="has not ended"):
         running.publisher.close(deadline_s=0.01)
     running.source.go.set()
-    running.publisher.close(deadline_s=5)
+    running.publisher.close(deadline_s=20)

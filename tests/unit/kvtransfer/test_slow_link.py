@@ -42,4 +42,4 @@ def test_bytes_arrive_as_they_were_both_ways() -> None:
             far.close()
             assert not near.recv(1)
         link.close()
-        serving.join(5)
+        serving.join(20)

@@ -54,11 +54,11 @@ def test_whoever_only_looks_does_not_wait_for_an_endpoint_that_starts() -> None:
         try:
             assert slow.is_starting.wait(10)
             looked = threads.submit(endpoints.statistics)
-            assert looked.result(timeout=5).keys() == {"QUICK"}
+            assert looked.result(timeout=20).keys() == {"QUICK"}
         finally:
             slow.may_start.set()
         assert [offer.name for offer in asked.result(timeout=10)] == ["SLOW", "QUICK"]
-    endpoints.close(deadline=Deadline.after(5))
+    endpoints.close(deadline=Deadline.after(20))
 
 
 def test_an_endpoint_that_starts_while_its_source_closes_is_closed_too() -> None:
@@ -67,7 +67,7 @@ def test_an_endpoint_that_starts_while_its_source_closes_is_closed_too() -> None
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(endpoints.offers, ["SLOW"])
         assert slow.is_starting.wait(10)
-        endpoints.close(deadline=Deadline.after(5))
+        endpoints.close(deadline=Deadline.after(20))
         slow.may_start.set()
         assert asked.result(timeout=10) == []
     assert slow.is_closed.is_set()
@@ -80,11 +80,11 @@ def test_an_endpoint_that_cannot_start_is_not_offered_and_harms_no_other() -> No
 
     endpoints = endpoints_adding(Failing("SLOW"))
     assert [offer.name for offer in endpoints.offers(["SLOW", "QUICK"])] == ["QUICK"]
-    endpoints.close(deadline=Deadline.after(5))
+    endpoints.close(deadline=Deadline.after(20))
 
 
 @pytest.mark.parametrize("speakable", [[], ["UNKNOWN"]])
 def test_what_nobody_makes_is_not_offered(speakable: list[str]) -> None:
     endpoints = endpoints_adding(SlowEndpoint("SLOW"))
     assert endpoints.offers(speakable) == []
-    endpoints.close(deadline=Deadline.after(5))
+    endpoints.close(deadline=Deadline.after(20))

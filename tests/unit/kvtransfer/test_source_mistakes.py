@@ -25,7 +25,7 @@ def test_an_offer_of_no_possible_address_is_a_lost_peer(place: str) -> None:
     with Region.allocate(LAYOUT.pool_bytes) as region:
         transport = TcpTransport(OurEnd(region=region, layout=LAYOUT, peer_id="us"))
         with pytest.raises(PeerLost, match="no TCP connection"):
-            transport.connect(Offer(name="TCP", address=f"{place}/{'0' * 32}"), SOURCE, deadline=Deadline.after(5.0))
+            transport.connect(Offer(name="TCP", address=f"{place}/{'0' * 32}"), SOURCE, deadline=Deadline.after(20))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_an_endpoint_accepts_again_after_it_could_not(monkeypatch: pytest.Monkey
         endpoint.start(Gate())
         try:
             transport = TcpTransport(OurEnd(region=region, layout=LAYOUT, peer_id="us"))
-            link = transport.connect(endpoint.describe(), SOURCE, deadline=Deadline.after(5.0))
-            link.close(deadline=Deadline.after(5.0))
+            link = transport.connect(endpoint.describe(), SOURCE, deadline=Deadline.after(20))
+            link.close(deadline=Deadline.after(20))
         finally:
-            endpoint.close(deadline=Deadline.after(5.0))
+            endpoint.close(deadline=Deadline.after(20))

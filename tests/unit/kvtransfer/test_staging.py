@@ -117,7 +117,7 @@ def test_only_the_layers_that_were_read_go_on_to_the_device() -> None:
 
 def test_a_stop_ends_the_wait_for_staging_blocks_at_once() -> None:
     blocks, stop = StagingBlocks(1), ReadStop()
-    blocks.take(1, stop=ReadStop(), deadline=Deadline.after(5))
+    blocks.take(1, stop=ReadStop(), deadline=Deadline.after(20))
     threading.Timer(0, stop.request).start()
     with pytest.raises(ReadStopped):
         blocks.take(1, stop=stop, deadline=Deadline.after(60))

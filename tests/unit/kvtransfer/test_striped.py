@@ -71,7 +71,7 @@ def until_stopped(stop: ReadStop) -> None:
 def link() -> Iterator[StripedLink]:
     made = StripedLink(Recorder(), num_streams=4, block_bytes=BLOCK_BYTES)
     yield made
-    made.close(deadline=Deadline.after(5))
+    made.close(deadline=Deadline.after(20))
 
 
 def recorder_of(link: StripedLink) -> Recorder:
@@ -81,7 +81,7 @@ def recorder_of(link: StripedLink) -> Recorder:
 
 
 def read(link: StripedLink, num_blocks: int, stop: ReadStop | None = None) -> None:
-    link.read(order(num_blocks), stop=stop or ReadStop(), deadline=Deadline.after(5))
+    link.read(order(num_blocks), stop=stop or ReadStop(), deadline=Deadline.after(20))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
@@ -112,16 +112,16 @@ def test_reads_beside_each_other_are_not_divided(link: StripedLink) -> None:
 
     def wait(read: BlockRead, stop: ReadStop) -> None:
         begun.set()
-        assert go_on.wait(5)
+        assert go_on.wait(20)
 
     recorder.behave = wait
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         first = threads.submit(read, link, 1)
-        assert begun.wait(5)
+        assert begun.wait(20)
         recorder.behave = lambda read, stop: None
         read(link, 100)
         go_on.set()
-        first.result(5)
+        first.result(20)
     assert len(recorder.reads) == 2
 
 
@@ -147,16 +147,16 @@ def test_a_read_ends_only_when_its_last_stripe_has(link: StripedLink) -> None:
         if 0 in read.source:
             raise PeerLost("gone")
         lingering.set()
-        assert go_on.wait(5)
+        assert go_on.wait(20)
 
     recorder_of(link).behave = behave
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         reading = threads.submit(read, link, 100)
-        assert lingering.wait(5)
+        assert lingering.wait(20)
         assert concurrent.futures.wait([reading], timeout=0.05).not_done, "a stripe can still write"
         go_on.set()
         with pytest.raises(PeerLost):
-            reading.result(5)
+            reading.result(20)
 
 
 def test_a_stop_reaches_every_stripe(link: StripedLink) -> None:
@@ -166,7 +166,7 @@ def test_a_stop_reaches_every_stripe(link: StripedLink) -> None:
         reading = threads.submit(read, link, 100, stop)
         stop.request()
         with pytest.raises(ReadStopped):
-            reading.result(5)
+            reading.result(20)
     assert recorder.running == 0
 
 
@@ -179,8 +179,8 @@ def test_a_read_that_was_stopped_before_it_began_asks_for_nothing(link: StripedL
 
 
 def test_draining_and_closing_are_the_links(link: StripedLink) -> None:
-    link.drain(deadline=Deadline.after(5))
-    link.close(deadline=Deadline.after(5))
+    link.drain(deadline=Deadline.after(20))
+    link.close(deadline=Deadline.after(20))
     recorder = recorder_of(link)
     assert (recorder.drained, recorder.closed) == (1, 1)
 

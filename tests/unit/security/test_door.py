@@ -96,8 +96,8 @@ async def called_on(
 ) -> list[bytes]:
     with rpc.errors_from(address):
         if is_stream(method):
-            return [answer async for answer in channel.unary_stream(method)(request, timeout=5, metadata=metadata)]
-        return [await channel.unary_unary(method)(request, timeout=5, metadata=metadata)]
+            return [answer async for answer in channel.unary_stream(method)(request, timeout=20, metadata=metadata)]
+        return [await channel.unary_unary(method)(request, timeout=20, metadata=metadata)]
 
 
 async def raw(channel: Any, method: str, *, timeout: float = 5, metadata: Any = None) -> bytes:
@@ -174,7 +174,7 @@ async def test_a_stranger_is_refused_before_its_message_has_come() -> None:
         async with rpc.open_channel(there.address, membership=NOBODY) as channel:
             call: Any = channel.stream_unary(admit)
             with pytest.raises(Unauthenticated), rpc.errors_from(there.address):
-                await call(nothing(), timeout=5)
+                await call(nothing(), timeout=20)
         assert len(there.handlers.reached) == 1
 
 

@@ -86,7 +86,7 @@ def meet(
         with contextlib.suppress(TransferError):
             connection.send(frames.pack_refused(error))
     finally:
-        thread.join(5)
+        thread.join(20)
         connection.close()
     assert not thread.is_alive()
     return met

@@ -116,7 +116,7 @@ async def test_the_number_of_readers_is_bounded_and_one_that_leaves_makes_room(m
         with pytest.raises(AdmissionError, match="1 watch the blocks"):
             await anext(client.block_events())
         await first.aclose()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while True:
                 with contextlib.suppress(AdmissionError):
                     assert (await anext(client.block_events())).cleared

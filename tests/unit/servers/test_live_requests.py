@@ -34,11 +34,11 @@ async def test_draining_refuses_the_new_and_waits_for_the_old() -> None:
     live = LiveRequests(num_requests_max=2)
     engine_id = live.add("a")
     live.begin_draining()
-    await asyncio.wait_for(live.wait_draining(), 1)
+    await asyncio.wait_for(live.wait_draining(), 20)
     with pytest.raises(Draining):
         live.add("b")
     idle = asyncio.ensure_future(live.wait_idle())
     await asyncio.sleep(0)
     assert not idle.done()
     live.discard(engine_id)
-    await asyncio.wait_for(idle, 1)
+    await asyncio.wait_for(idle, 20)

@@ -26,12 +26,12 @@ def token(token_id: int, finish_reason: FinishReason | None = None) -> TokensSam
 
 
 async def told(call: PrefillCall) -> list[control_pb2.PrefillProgress]:
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         return [progress async for progress in call.progress()]
 
 
 async def test_each_chunk_is_told_and_the_outcome_comes_last() -> None:
-    call = PrefillCall("r~1", "", deadline_s=5)
+    call = PrefillCall("r~1", "", deadline_s=20)
     progress = call.progress()
     call.chunk_computed(chunk(32))
     first = await anext(progress)
@@ -44,7 +44,7 @@ async def test_each_chunk_is_told_and_the_outcome_comes_last() -> None:
 
 
 async def test_the_outcome_tells_how_likely_its_token_and_the_prompt_were_where_that_is_asked_for() -> None:
-    call = PrefillCall("r~1", "", deadline_s=5)
+    call = PrefillCall("r~1", "", deadline_s=20)
     call.first_token_sampled(
         dataclasses.replace(
             token(7),
@@ -55,7 +55,7 @@ async def test_the_outcome_tells_how_likely_its_token_and_the_prompt_were_where_
     (last,) = await told(call)
     assert from_proto(last.outcome.logprobs) == [TokenLogprob(-0.5, 2, (9,), (-0.25,))]
     assert from_proto(last.outcome.prompt_logprobs) == [TokenLogprob(-1.0, 1), TokenLogprob(-2.0, 3)]
-    unasked = PrefillCall("r~2", "", deadline_s=5)
+    unasked = PrefillCall("r~2", "", deadline_s=20)
     unasked.first_token_sampled(token(7))
     (last,) = await told(unasked)
     assert not last.outcome.HasField("logprobs")
@@ -63,7 +63,7 @@ async def test_the_outcome_tells_how_likely_its_token_and_the_prompt_were_where_
 
 
 async def test_a_slow_caller_gets_the_latest_only() -> None:
-    call = PrefillCall("r~1", "", deadline_s=5)
+    call = PrefillCall("r~1", "", deadline_s=20)
     for num_tokens in range(32, 640, 32):
         call.chunk_computed(chunk(num_tokens))
     call.first_token_sampled(token(7, FinishReason.STOP))
@@ -74,18 +74,19 @@ async def test_a_slow_caller_gets_the_latest_only() -> None:
 
 
 async def test_the_times_begin_with_the_first_chunk() -> None:
-    call = PrefillCall("r~1", "", deadline_s=5)
+    began_s = time.monotonic()
+    call = PrefillCall("r~1", "", deadline_s=20)
     started_s = time.monotonic() + 1.0
     call.chunk_computed(chunk(32, started_s))
     call.chunk_computed(chunk(64, started_s + 1.0))
     call.first_token_sampled(token(7))
     outcome = (await told(call))[-1].outcome
-    assert 0.9 < outcome.queue_s <= 1.5
-    assert outcome.queue_s + outcome.compute_s < 0.9, "what is not waiting is computing"
+    assert 1.0 <= outcome.queue_s <= started_s - began_s
+    assert outcome.queue_s + outcome.compute_s <= time.monotonic() - began_s, "what is not waiting is computing"
 
 
 async def test_the_first_failure_is_the_one_that_is_told() -> None:
-    call = PrefillCall("r~1", "t", deadline_s=5)
+    call = PrefillCall("r~1", "t", deadline_s=20)
     call.fail(InvalidRequest("empty"))
     call.fail(LeaseExpired("and so nobody wants it"))
     with pytest.raises(InvalidRequest):

@@ -25,7 +25,7 @@ def only_of(batch: control_pb2.StepBatch) -> control_pb2.StreamDelta:
 
 
 async def next_batch(batches: AsyncIterator[control_pb2.StepBatch]) -> control_pb2.StepBatch:
-    return await asyncio.wait_for(anext(batches), 1)
+    return await asyncio.wait_for(anext(batches), 20)
 
 
 async def test_one_message_carries_what_a_step_brought_for_all_requests() -> None:

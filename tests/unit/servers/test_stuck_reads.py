@@ -34,7 +34,7 @@ Scene = tuple[StuckTransport, ContextClient, GenerationClient, FakeServer]
 async def heartbeat(
     client: GenerationClient, holds: Callable[[control_pb2.Heartbeat], object]
 ) -> control_pb2.Heartbeat:
-    async with asyncio.timeout(5), contextlib.aclosing(client.heartbeats()) as beats:
+    async with asyncio.timeout(20), contextlib.aclosing(client.heartbeats()) as beats:
         async for beat in beats:
             if holds(beat):
                 return beat

@@ -219,7 +219,7 @@ async def test_a_stream_that_is_left_is_cancelled_on_its_server() -> None:
     async with connected() as (generation, connection):
         async with contextlib.aclosing(connection.stream(b"Generation.Generate", GENERATE_FOR_EVER)) as messages:
             await anext(messages)
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(20):
             assert await generation.cancelled.get() == "Generate"
 
 
@@ -228,7 +228,7 @@ async def test_a_call_that_is_given_up_is_cancelled_on_its_server() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await connection.ask(b"Generation.Admit", admission("slow"))
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(20):
             assert await generation.cancelled.get() == "Admit"
 
 
@@ -251,7 +251,7 @@ async def test_a_caller_that_hangs_up_ends_its_calls_on_the_server() -> None:
         messages = connection.stream(b"Generation.Generate", GENERATE_FOR_EVER)
         await anext(messages)
         connection.close()
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(20):
             assert await generation.cancelled.get() == "Generate"
         with pytest.raises(ServerLost):
             async for _ in messages:
@@ -314,7 +314,7 @@ async def test_a_stranger_that_skips_the_handshake_is_hung_up_on_and_nothing_is_
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         await reader.readexactly(CHALLENGE_BYTES)
         writer.write(frame(1, 1, b"\x0eGeneration.Adm") + b"\0" * HELLO_BYTES)
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(20):
             assert await reader.read() == b"", "no word is said to a stranger"
         writer.close()
 

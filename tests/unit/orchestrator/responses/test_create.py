@@ -136,10 +136,10 @@ async def test_tokens_are_counted_as_they_would_be_used(client: openai.AsyncOpen
 
 async def test_a_stream_says_how_it_broke(client: openai.AsyncOpenAI) -> None:
     slow = Temper(latency_s=0.0, step_s=0.2, prefill_token_s=0.0)
-    async with front_door(request_timeout_s=0.7, temper=slow) as broken:
+    async with front_door(request_timeout_s=1.5, temper=slow) as broken:
         its_client = client.with_options(base_url=f"{broken.url}/v1")
         fields = {**FIXED, "max_output_tokens": 900}
         events = [event async for event in await its_client.responses.create(input=SAY, stream=True, **fields)]
     assert events[-1].type == "response.failed"
     assert events[-1].response.error is not None
-    assert "0.7 s" in events[-1].response.error.message
+    assert "not finished after " in events[-1].response.error.message

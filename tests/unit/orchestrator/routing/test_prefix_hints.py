@@ -78,7 +78,7 @@ async def test_a_broken_stream_is_begun_anew_and_what_it_told_is_forgotten(monke
     whole = message(0, map(event, HASHES[:5]), cleared=True)
     watched = Watched([whole, ServerLost("gone")], [whole, message(9, [])], [message(0, [event(HASHES[0])])])
     following = asyncio.create_task(follow_blocks(watched, known, name="g0"))
-    await asyncio.wait_for(watched.all_sent.wait(), 5)
+    await asyncio.wait_for(watched.all_sent.wait(), 20)
     assert known.num_held(HASHES) == 1
     following.cancel()
     with contextlib.suppress(asyncio.CancelledError):
