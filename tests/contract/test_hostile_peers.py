@@ -213,9 +213,12 @@ def test_a_source_that_greets_wrongly_is_refused(pair: Pair, answer: bytes, to: 
         pair.connect(offer=hostile.offer)
 
 
-def test_a_source_that_never_greets_is_given_up(pair: Pair) -> None:
+def test_a_source_that_never_greets_is_given_up(transport_name: str) -> None:
     leave = threading.Event()
-    with HostileSource(pair.name, lambda *_: void(leave.wait(PATIENT_S))) as hostile:
+    with (
+        connected_pair(transport_name, progress_timeout_s=PROGRESS_TIMEOUT_S) as pair,
+        HostileSource(pair.name, lambda *_: void(leave.wait(PATIENT_S))) as hostile,
+    ):
         begin_s = time.monotonic()
         with pytest.raises(PeerLost):
             pair.connect(offer=hostile.offer)

@@ -13,7 +13,7 @@ from kvtransfer.checksum import block_checksums, block_sums
 from kvtransfer.deadline import Deadline
 from kvtransfer.transport import ReadStop, ReadStopped
 from kvtransfer.transports import tcp
-from tests.support.kv_endpoints import PATIENT_S, PROGRESS_TIMEOUT_S, SLACK_S, Pair, connected_pair
+from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, SLACK_S, Pair, connected_pair
 from tests.support.kv_pools import LARGE, blocks_of
 
 EVERY = tuple(range(LARGE.num_blocks))
@@ -42,7 +42,7 @@ def divided_read(pair: Pair, threads: concurrent.futures.Executor, stop: ReadSto
 def test_a_stop_ends_every_stripe_and_no_byte_comes_after() -> None:
     stop = ReadStop()
     with (
-        connected_pair("TCP", LARGE, progress_timeout_s=PATIENT_S) as pair,
+        connected_pair("TCP", LARGE) as pair,
         concurrent.futures.ThreadPoolExecutor(1) as threads,
     ):
         reading = divided_read(pair, threads, stop)
@@ -59,14 +59,17 @@ def test_a_drain_ends_every_stripe() -> None:
         reading = divided_read(pair, threads, ReadStop())
         pair.link.drain(deadline=Deadline.after(20))
         with pytest.raises(ReadStopped):
-            reading.result(1)
+            reading.result(SLACK_S)
         pair.gate.answers.set()
         pair.read(pair.order(EVERY, EVERY))
         assert pair.into.buffer == pair.source.buffer
 
 
 def test_a_source_that_answers_no_stripe_is_lost_after_the_progress_timeout() -> None:
-    with connected_pair("TCP", LARGE) as pair, concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with (
+        connected_pair("TCP", LARGE, progress_timeout_s=PROGRESS_TIMEOUT_S) as pair,
+        concurrent.futures.ThreadPoolExecutor(1) as threads,
+    ):
         begin_s = time.monotonic()
         with pytest.raises(PeerLost, match="no byte"):
             divided_read(pair, threads, ReadStop()).result(SLACK_S)

@@ -13,7 +13,7 @@ import pytest
 from disaggregated.errors import LeaseExpired, PeerLost, StaleEpoch, TransferError, TransferTimeout, WrongSecret
 from kvtransfer.deadline import Deadline
 from kvtransfer.transport import Offer, ReadStop, ReadStopped
-from tests.support.kv_endpoints import PATIENT_S, PROGRESS_TIMEOUT_S, SLACK_S, Pair, connected_pair, make_endpoint
+from tests.support.kv_endpoints import PROGRESS_TIMEOUT_S, SLACK_S, Pair, connected_pair, make_endpoint
 from tests.support.kv_pools import EPOCH, LARGE, SMALL, blocks_of, fill
 
 
@@ -24,8 +24,8 @@ def pair(transport_name: str) -> Iterator[Pair]:
 
 
 @pytest.fixture
-def patient(transport_name: str) -> Iterator[Pair]:
-    with connected_pair(transport_name, progress_timeout_s=PATIENT_S) as made:
+def impatient(transport_name: str) -> Iterator[Pair]:
+    with connected_pair(transport_name, progress_timeout_s=PROGRESS_TIMEOUT_S) as made:
         yield made
 
 
@@ -159,8 +159,8 @@ def running_read(pair: Pair, threads: concurrent.futures.Executor, stop: ReadSto
     return reading
 
 
-def test_a_stopped_read_ends_at_once_and_writes_nothing_when_the_answer_comes(patient: Pair) -> None:
-    pair, stop = patient, ReadStop()
+def test_a_stopped_read_ends_at_once_and_writes_nothing_when_the_answer_comes(pair: Pair) -> None:
+    stop = ReadStop()
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         reading = running_read(pair, threads, stop)
         stop.request()
@@ -185,7 +185,7 @@ def test_a_drain_ends_running_reads_and_leaves_the_link_good(pair: Pair) -> None
         reading = running_read(pair, threads, ReadStop())
         pair.link.drain(deadline=Deadline.after(20))
         with pytest.raises(ReadStopped):
-            reading.result(0.1)
+            reading.result(SLACK_S)
         pair.gate.answers.set()
         pair.read(pair.order([2], [2]))
 
@@ -195,7 +195,7 @@ def test_a_closed_link_reads_no_more(pair: Pair) -> None:
         reading = running_read(pair, threads, ReadStop())
         pair.link.close(deadline=Deadline.after(20))
         with pytest.raises(TransferError):
-            reading.result(0.1)
+            reading.result(SLACK_S)
     with pytest.raises(PeerLost, match="closed"):
         pair.read(pair.order([2], [2]))
     pair.link.close(deadline=Deadline.after(20))
@@ -204,7 +204,8 @@ def test_a_closed_link_reads_no_more(pair: Pair) -> None:
 # Peers that fall silent, go, or come back.
 
 
-def test_a_source_that_answers_nothing_is_lost_after_the_progress_timeout(pair: Pair) -> None:
+def test_a_source_that_answers_nothing_is_lost_after_the_progress_timeout(impatient: Pair) -> None:
+    pair = impatient
     pair.gate.answers.clear()
     begin_s = time.monotonic()
     with pytest.raises(PeerLost, match="no byte"):
@@ -212,8 +213,7 @@ def test_a_source_that_answers_nothing_is_lost_after_the_progress_timeout(pair: 
     assert PROGRESS_TIMEOUT_S * 0.9 <= time.monotonic() - begin_s < PROGRESS_TIMEOUT_S + SLACK_S
 
 
-def test_a_deadline_before_the_progress_timeout_is_kept(patient: Pair) -> None:
-    pair = patient
+def test_a_deadline_before_the_progress_timeout_is_kept(pair: Pair) -> None:
     pair.gate.answers.clear()
     begin_s = time.monotonic()
     with pytest.raises((PeerLost, TransferTimeout)):
@@ -223,8 +223,7 @@ def test_a_deadline_before_the_progress_timeout_is_kept(patient: Pair) -> None:
         pair.read(pair.order([1], [1]), timeout_s=0.0)
 
 
-def test_a_source_that_closes_is_lost_at_once(patient: Pair) -> None:
-    pair = patient
+def test_a_source_that_closes_is_lost_at_once(pair: Pair) -> None:
     pair.endpoint.close(deadline=Deadline.after(20))
     begin_s = time.monotonic()
     with pytest.raises(PeerLost):
@@ -269,4 +268,8 @@ def test_an_endpoint_leaves_no_thread_and_no_descriptor(transport_name: str) -> 
     before = open_descriptors(), threading.active_count()
     for _ in range(5):
         connect_and_read()
-    assert (open_descriptors(), threading.active_count()) == before
+    end_s = time.monotonic() + SLACK_S
+    while threading.active_count() > before[1] and time.monotonic() < end_s:
+        time.sleep(0.01)  # A thread that has ended is counted a moment longer.
+    assert open_descriptors() <= before[0]
+    assert threading.active_count() <= before[1]

