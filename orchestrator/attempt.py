@@ -1,24 +1,27 @@
 """One attempt at a request: `Admit` goes to the generation server and `Prefill` to the context server at the same time.
 
 The first token comes back from the context server, so that the transfer is not in the time to first token; the others
-come on the generation server's link. Whatever fails ends the attempt as a whole: both halves are cancelled, and the
-run decides whether there is another one.
+come on the generation server's link. Whatever fails ends the attempt as a whole: both halves are cancelled, and its
+owner decides whether there is another one.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from disaggregated import rpc
 from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost, TransferError, TransferTimeout
 from disaggregated.request_life import Phase
+from disaggregated.token_logprobs import Told
 from disaggregated.v1 import control_pb2
+from orchestrator.attempt_calls import AttemptCalls
 from orchestrator.generation_link import GenerationLink
+from orchestrator.load import Share
+from orchestrator.overdue import Overdue
 from orchestrator.request_run import RequestRun
 from orchestrator.routing.placement import Placement
-from orchestrator.server import Server, Share
+from orchestrator.server import Server
 from orchestrator.story import AttemptStory
 from orchestrator.token_order import Arrival, TokenOrder, arrival_of
 
@@ -30,36 +33,48 @@ SETTLED_MASK: Final = 31
 """Of a position: when it has none of these bits, the books of a sequence in flow are brought up to date."""
 
 
-class Attempt:
-    """Holds a share of each of its servers from the moment it is made until `give_back()`."""
+class AttemptOwner(Protocol):
+    """Called on the event loop, and in the middle of what a server brings for others as well; must not raise."""
 
-    def __init__(
-        self,
-        run: RequestRun,
-        placement: Placement,
-        key: int,
-        *,
-        clock: Callable[[], float],
-        on_room: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`on_room` is called when the context server may take another request, while this one goes on."""
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Monotonic seconds."""
+
+    @property
+    def landings(self) -> Overdue[Attempt]:
+        """Of attempts whose blocks are on their way; tells `not_landed` of those that are stuck."""
+
+    def attempt_over(self, attempt: Attempt, error: DisaggregatedError | None) -> None:
+        """Once, unless it was stopped; None: the request is over. It holds nothing any more."""
+
+    def room_came(self) -> None:
+        """The context server may take another request, while this one goes on."""
+
+
+class Attempt:
+    """Holds a share of each of its servers from the moment it is made until it is over or stopped."""
+
+    __slots__ = (
+        "_calls", "_context_share", "_emitted", "_flow_position", "_generation_share", "_has_landed", "_has_outcome",
+        "_held_back", "_is_over", "_is_over_there", "_key", "_last_position", "_last_token_s", "_link",
+        "_longest_gap_s", "_num_prompt_tokens", "_order", "_owner", "_push_token", "_settled_position", "_stop_prefill",
+        "_stream_key", "culprits", "hint", "placement", "run", "story",
+    )  # fmt: skip
+
+    def __init__(self, run: RequestRun, placement: Placement, key: int, owner: AttemptOwner) -> None:
         self.placement = placement
         self.hint: control_pb2.PrefixHint | None = None
         """Who holds more of the prompt than our context server does."""
         self.culprits: set[str] = set()
         """Instances to stay away from next time."""
-        self._run = run
+        self.run = run
         self._key = key
-        self._clock = clock
-        self._on_room = on_room
-        self._token_ids = run.token_ids
-        sampling = run.sampling
-        self._sampling = sampling.to_proto()
-        self._order = TokenOrder(len(self._token_ids), sampling)
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._owner = owner
+        self._num_prompt_tokens = len(run.request.token_ids) + len(run.emitted)
+        self._order = TokenOrder(self._num_prompt_tokens, run.sampling)
         self._held_back: set[Server] = set()
-        self._landing_timer: asyncio.TimerHandle | None = None
         self._has_landed = False
+        self._is_over = False
         self._is_over_there = False
         self._has_outcome = False
         self._flow_position = -1
@@ -73,145 +88,137 @@ class Attempt:
         self._link: GenerationLink | None = None
         self._stream_key = 0
         """Of our place on the link; 0: none was taken."""
-        self._stop_prefill: Callable[[], None] = lambda: None
+        self._stop_prefill: Callable[[], None] | None = None
+        context, generation = placement.context, placement.generation
         self.story = AttemptStory(
-            context_instance=placement.context.instance_id if placement.context else "",
-            generation_instance=placement.generation.instance_id if placement.generation else "",
+            context_instance=context.instance_id if context is not None else "",
+            generation_instance=generation.instance_id if generation is not None else "",
             why=placement.why,
             decision=placement.decision,
         )
-        self._shares = [
-            (server, self._take(server)) for server in (placement.context, placement.generation) if server is not None
-        ]
-
-    def _take(self, server: Server) -> Share:
-        num_tokens = len(self._token_ids)
-        prefills_here = self.placement.context in (server, None)
-        share = Share(
-            num_tokens=num_tokens,
-            num_prefill_tokens=num_tokens - (self.placement.decision.num_cached_tokens or 0) if prefills_here else 0,
-            num_blocks=-(-(num_tokens + 1) // server.block_size),
-            on_lost=self._context_lost if server is self.placement.context else self.on_lost,
+        self._context_share = None if context is None else self._take(context, self._context_lost, prefills=True)
+        self._generation_share = (
+            None if generation is None else self._take(generation, self.on_lost, prefills=context is None)
         )
+
+    def _take(self, server: Server, on_lost: Callable[[ServerLost], None], *, prefills: bool) -> Share:
+        num_tokens = self._num_prompt_tokens
+        num_to_prefill = num_tokens - (self.placement.decision.num_cached_tokens or 0) if prefills else 0
+        share = Share(num_tokens, num_to_prefill, -(-(num_tokens + 1) // server.block_size), on_lost)
         server.take(self._key, share)
         return share
 
-    def give_back(self) -> None:
-        for server, _ in self._shares:
-            server.give_back(self._key, makes_room=server not in self._held_back)
-        self._shares = []
-        if self._landing_timer is not None:
-            self._landing_timer.cancel()
-        if self._ended.done() and not self._ended.cancelled():
-            self._ended.exception()  # whoever awaited the attempt was told by another failure before
-
-    async def go(self) -> None:
-        """Until the request is over. The caller gives the shares back, however this ends.
-
-        Raises:
-            DisaggregatedError: the attempt came to nothing more; what it delivered is in the run.
-        """
-        self.story.began_s = now_s = self._clock()
-        self._run.story.attempts.append(self.story)
-        self._run.life.advance(Phase.PREFILLING, now_s=now_s)
+    def begin(self) -> None:
+        """Both halves leave at once, and tell what they bring by calling us. It may be over before this returns."""
+        now_s = self._owner.clock()
+        run, (context, generation) = self.run, self.placement[:2]
+        self.story.began_s = now_s
+        run.story.attempts.append(self.story)
+        run.life.advance(Phase.PREFILLING, now_s=now_s)
+        self._calls = AttemptCalls(
+            run,
+            f"{run.request.request_id}.{self._key:x}",
+            run.sampling.to_proto(),
+            max(0.001, run.request.deadline_s - now_s),
+        )
         try:
-            self._begin(self.placement.context, self.placement.generation)
-            await self._ended
-        finally:
-            self._end_calls()
+            if generation is not None:
+                if generation.link is None:
+                    raise ServerLost(f"{self.story.generation_instance} was lost")
+                self._stream_key = generation.link.open(self)
+                self._link = generation.link
+            if context is not None:
+                self._begin_prefill(context)
+            if self._link is not None and not self._is_over:
+                self._admit(self._link)
+        except ServerLost as error:
+            self._fail(error)
 
-    def _begin(self, context: Server | None, generation: Server | None) -> None:
-        """Both halves leave at once, and tell what they bring by calling us."""
-        if generation is not None:
-            if generation.link is None:
-                raise ServerLost(f"{self.story.generation_instance} was lost")
-            self._link = generation.link
-            self._stream_key = generation.link.open(self)
-        if context is not None:
-            self._begin_prefill(context)
-        if generation is not None and self._link is not None:
-            self._admit(self._link)
-
-    def _end_calls(self) -> None:
-        """Nothing that still comes matters; servers that have not ended this by themselves are told."""
+    def stop(self) -> None:
+        """Nothing that still comes matters; servers that have not ended this by themselves are told, and the shares
+        are given back. Its owner hears nothing more."""
+        if self._is_over:
+            return
         self._leave_flow()
-        self._stop_prefill()
-        self._abort_transfer()
-        if self._link is not None and self._stream_key:
+        self._is_over = True
+        if self._stop_prefill is not None:
+            self._stop_prefill()
+        if not self._has_landed:
+            self._owner.landings.came(self)
+            self._abort_transfer()
+        if self._link is not None:
             self._link.close(self._stream_key, is_over=self._is_over_there)
+        placement = self.placement
+        if self._context_share is not None and placement.context is not None:
+            self._give_back(placement.context)
+        if placement.generation is not None:
+            self._give_back(placement.generation)
+
+    def _give_back(self, server: Server) -> None:
+        server.give_back(self._key, makes_room=server not in self._held_back)
 
     # The context server's half.
 
     def _begin_prefill(self, context: Server) -> None:
         if context.client is None:
             raise ServerLost(f"{self.story.context_instance} was lost")
-        request = control_pb2.PrefillRequest(
-            request_id=self._wire_id,
-            transfer_id=self._wire_id if self.placement.generation is not None else "",
-            token_ids=self._token_ids,
-            sampling=self._sampling,
-            deadline_s=self._seconds_left(),
-            priority=self._run.request.priority,
-            cache_salt=self._run.request.cache_salt,
-            reuse_from=self.hint,
-        )
+        request = self._calls.prefill(has_reader=self._generation_share is not None, reuse_from=self.hint)
         try:
             self._stop_prefill = context.client.begin_prefill(request, self)
         except ServerLost as error:
             self.on_prefill_over(error)
 
     def on_progress(self, progress: control_pb2.PrefillProgress) -> None:
-        if self._ended.done():
+        if self._is_over:
             return
-        share = self._shares[0][1]
-        share.num_prefill_tokens = max(0, len(self._token_ids) - progress.num_computed_tokens)
+        if self._context_share is not None:
+            self._context_share.left_to_prefill(max(0, self._num_prompt_tokens - progress.num_computed_tokens))
         self.story.num_cached_tokens = progress.num_cached_tokens
         if progress.HasField("outcome"):
             self._has_outcome = True
             self._prefilled(progress.outcome)
 
     def on_prefill_over(self, error: DisaggregatedError | None) -> None:
+        self._stop_prefill = None
         context = self.placement.context
         assert context is not None, "a local prefill has no context server"
         if error is None and not self._has_outcome:
             error = ServerLost(f"{self.story.context_instance} ended a prefill without its first token")
-        if error is None or self._ended.done():
+        if error is None or self._is_over:
             return
         self._hold_back(context, error)
         if self._needs_context:
             self._fail(error)
 
     def _prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
-        self.story.reuse_from = self.hint.instance_id if self.hint is not None else ""
-        self.story.prefilled(outcome)
+        self.story.prefilled(outcome, reuse_from=self.hint.instance_id if self.hint is not None else "")
         self._learn_speed(self.placement.context)
-        arrival = Arrival(
-            len(self._token_ids),
-            [outcome.first_token],
-            outcome.finish_reason,
-            outcome.logprobs if outcome.HasField("logprobs") else None,
-            outcome.prompt_logprobs if outcome.HasField("prompt_logprobs") else None,
-        )
-        self._arrived(arrival, self._clock())
+        now_s = self._owner.clock()
+        token_ids = (outcome.first_token,)
+        if outcome.HasField("logprobs") or outcome.HasField("prompt_logprobs"):
+            logprobs = outcome.logprobs if outcome.HasField("logprobs") else None
+            of_prompt = outcome.prompt_logprobs if outcome.HasField("prompt_logprobs") else None
+            first = self._num_prompt_tokens
+            self._arrived(Arrival(first, token_ids, outcome.finish_reason, logprobs, of_prompt), now_s)
+        else:
+            self._came(self._num_prompt_tokens, token_ids, outcome.finish_reason, now_s)
 
     def _learn_speed(self, server: Server | None) -> None:
         """What the next prompts there are estimated by."""
-        story, num_tokens = self.story, len(self._token_ids)
+        story, num_tokens = self.story, self._num_prompt_tokens
         if server is not None and story.num_cached_tokens < num_tokens:
             num_cached, seconds = story.num_cached_tokens, story.prefill_compute_s
             server.speed.prompt_took(num_tokens=num_tokens, num_cached=num_cached, seconds=seconds)
 
     def _abort_transfer(self) -> None:
-        """Unless they have landed, the blocks of this prompt wait for a reader that will not come.
+        """The blocks of this prompt, which have not landed, wait for a reader that will not come.
 
         The generation server, when it lives, tells the same; but it may be what was lost, or have refused the request
         before it knew of a transfer.
         """
         context = self.placement.context
-        if context is None or self.placement.generation is None or self._has_landed:
-            return
-        if context.aborts is not None:
-            context.aborts.add(self._wire_id)
+        if context is not None and self._generation_share is not None and context.aborts is not None:
+            context.aborts.add(self._calls.wire_id)
 
     def _context_lost(self, error: ServerLost) -> None:
         self.culprits.add(self.story.context_instance)
@@ -221,22 +228,12 @@ class Attempt:
     @property
     def _needs_context(self) -> bool:
         """Its blocks are still to come, or its first token, which nobody else tells."""
-        return not self._has_landed or self._order.position == len(self._token_ids)
+        return not self._has_landed or self._order.position == self._num_prompt_tokens
 
     # The generation server's half.
 
     def _admit(self, link: GenerationLink) -> None:
-        request = control_pb2.AdmitRequest(
-            orchestrator_id=link.link_id,
-            stream_key=self._stream_key,
-            request_id=self._wire_id,
-            token_ids=self._token_ids,
-            sampling=self._sampling,
-            deadline_s=self._seconds_left(),
-            source=self._ticket(),
-            priority=self._run.request.priority,
-            cache_salt=self._run.request.cache_salt,
-        )
+        request = self._calls.admit(link_id=link.link_id, stream_key=self._stream_key, source=self.placement.context)
         try:
             link.admit(request)
         except ServerLost as error:
@@ -246,7 +243,7 @@ class Attempt:
         """The generation server did not admit it."""
         generation = self.placement.generation
         assert generation is not None, "nobody was asked to admit it"
-        if self._ended.done():
+        if self._is_over:
             return
         self._is_over_there = isinstance(error, AdmissionError)
         self._hold_back(generation, error)
@@ -259,20 +256,9 @@ class Attempt:
         if not isinstance(error, AdmissionError):
             self.culprits.add(server.instance_id)
 
-    def _ticket(self) -> control_pb2.TransferTicket | None:
-        context = self.placement.context
-        if context is None:
-            return None
-        return control_pb2.TransferTicket(
-            address=context.address,
-            instance_id=context.description.instance_id,
-            epoch=context.description.epoch,
-            transfer_id=self._wire_id,
-        )
-
     def on_delta(self, delta: control_pb2.StreamDelta, now_s: float) -> None:
         if delta.HasField("times"):
-            self._has_landed = True
+            self._landed()
             self.story.admitted(delta.times)
             if self.placement.context is None:
                 self._learn_speed(self.placement.generation)
@@ -280,12 +266,21 @@ class Attempt:
             self._is_over_there = True
             self._refused_later(rpc.from_stream_error(delta.error))
             return
-        self._has_landed = True
-        if not delta.token_ids and not delta.finish_reason:
-            return  # Its blocks are there, and it waits for its turn in the batch.
-        if delta.finish_reason:
+        self._landed()
+        token_ids, finish_reason = delta.token_ids, delta.finish_reason
+        if finish_reason:
             self._is_over_there = True
-        self._arrived(arrival_of(delta), now_s)
+        elif not token_ids:
+            return  # Its blocks are there, and it waits for its turn in the batch.
+        if delta.HasField("logprobs") or delta.HasField("prompt_logprobs"):
+            self._arrived(arrival_of(delta), now_s)
+        else:
+            self._came(delta.first_position, token_ids, finish_reason, now_s)
+
+    def _landed(self) -> None:
+        if not self._has_landed:
+            self._has_landed = True
+            self._owner.landings.came(self)
 
     def on_token(self, position: int, token_id: int, now_s: float) -> None:
         """The ways of most tokens are short: what one of them touches is here, and in its sink.
@@ -294,9 +289,8 @@ class Attempt:
         those of the run, of the stories and of the shares are brought up to date now and then.
         """
         if position != self._flow_position or position == self._last_position:
-            self._leave_flow()
-            self._has_landed = True
-            self._arrived(Arrival(position, [token_id]), now_s)
+            self._landed()
+            self._came(position, (token_id,), "", now_s)
             return
         self._flow_position = position + 1
         if (gap_s := now_s - self._last_token_s) > self._longest_gap_s:
@@ -306,35 +300,37 @@ class Attempt:
         if not position & SETTLED_MASK:
             self._settle()
         if not self._push_token(token_id):
-            self._run.story.finish_reason = "stop"
+            self.run.story.finish_reason = "stop"
             self._finish(now_s)
 
     def _enter_flow(self) -> None:
         """Its first tokens came, it decodes, and no server was lost since."""
-        story = self._run.story
+        story = self.run.story
         self._flow_position = self._settled_position = self._order.position
         self._last_token_s, self._longest_gap_s = story.last_token_s, story.longest_gap_s
 
     def _settle(self) -> None:
         """Bring the books up to date."""
         num_tokens = self._flow_position - self._settled_position
+        if not num_tokens:
+            return
         self._settled_position = self._order.position = self._flow_position
         self.story.num_tokens += num_tokens
-        for _, share in self._shares:
-            share.num_tokens += num_tokens
-        story = self._run.story
+        self._grew(num_tokens)
+        story = self.run.story
         story.num_tokens += num_tokens
         story.last_token_s, story.longest_gap_s = self._last_token_s, self._longest_gap_s
+
+    def _grew(self, num_tokens: int) -> None:
+        if self._context_share is not None:
+            self._context_share.grew(num_tokens)
+        if self._generation_share is not None:
+            self._generation_share.grew(num_tokens)
 
     def _leave_flow(self) -> None:
         if self._flow_position >= 0:
             self._settle()
             self._flow_position = -1
-
-    def _finish(self, now_s: float) -> None:
-        self._leave_flow()
-        self._run.life.advance(Phase.FINISHED, now_s=now_s)
-        self._ended.set_result(None)
 
     def _refused_later(self, error: DisaggregatedError) -> None:
         if isinstance(error, TransferError):
@@ -349,9 +345,19 @@ class Attempt:
 
     # Both halves.
 
+    def _came(self, position: int, token_ids: Sequence[int], finish_reason: str, now_s: float) -> None:
+        """Tokens of which nothing else is told."""
+        self._leave_flow()
+        if self._is_over:
+            return
+        if self._order.passes(position, len(token_ids)):
+            self._deliver(token_ids, finish_reason, None, now_s)
+        else:
+            self._arrived(Arrival(position, token_ids, finish_reason), now_s)
+
     def _arrived(self, arrival: Arrival, now_s: float) -> None:
         self._leave_flow()
-        if self._ended.done():
+        if self._is_over:
             return
         try:
             due = self._order.arrive(arrival)
@@ -359,47 +365,59 @@ class Attempt:
             self.culprits.add(self.story.generation_instance)
             self._fail(error)
             return
-        if due is None:
-            return
-        for server, share in self._shares:
-            share.num_tokens += len(due.token_ids)
-            share.num_prefill_tokens = 0
-            share.is_decoding = server is self.placement.generation
-        life = self._run.life
+        if due is not None:
+            self._deliver(due.token_ids, due.finish_reason, due.told(), now_s)
+
+    def _deliver(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> None:
+        run, life = self.run, self.run.life
+        self._grew(len(token_ids))
         if life.phase is Phase.TRANSFERRING:
             life.advance(Phase.DECODING, now_s=now_s)
-        if self._run.deliver(due, now_s=now_s):
+        if run.deliver(token_ids, finish_reason, told, now_s=now_s):
             self._finish(now_s)
-        elif life.phase is Phase.PREFILLING and self._has_landed:
-            life.advance(Phase.DECODING, now_s=now_s)
-        elif life.phase is Phase.PREFILLING:
-            life.advance(Phase.TRANSFERRING, now_s=now_s)
-            self._landing_timer = asyncio.get_running_loop().call_later(TRANSFER_TIMEOUT_S, self._not_landed)
+            return
+        if life.phase is Phase.PREFILLING:
+            self._prefill_is_over(now_s)
         if life.phase is Phase.DECODING:
             self._enter_flow()
-        if len(self._shares) == 2 and not self._needs_context:
-            self._let_context_go()
+            if self._context_share is not None and not self._needs_context:
+                self._let_context_go(self._context_share)
 
-    def _let_context_go(self) -> None:
+    def _prefill_is_over(self, now_s: float) -> None:
+        """Its first tokens came."""
+        if self._context_share is not None:
+            self._context_share.left_to_prefill(0)
+        if self._generation_share is not None:
+            self._generation_share.left_to_prefill(0)
+            self._generation_share.decodes()
+        if self._has_landed:
+            self.run.life.advance(Phase.DECODING, now_s=now_s)
+        else:
+            self.run.life.advance(Phase.TRANSFERRING, now_s=now_s)
+            self._owner.landings.expect(self)
+
+    def _let_context_go(self, share: Share) -> None:
         """It has done its part: what it could serve at once is no longer bounded by how long answers are."""
-        context, _ = self._shares.pop(0)
-        context.give_back(self._key, makes_room=context not in self._held_back)
-        self._on_room()
+        self._context_share = None
+        context = self.placement.context
+        assert context is not None, "a share of a server that was not chosen"
+        self._give_back(context)
+        self._owner.room_came()
 
-    def _not_landed(self) -> None:
-        if not self._has_landed:
-            self.culprits.add(self.story.context_instance)
-            self._fail(TransferTimeout(f"the KV had not landed {TRANSFER_TIMEOUT_S:g} s after the first token"))
+    def not_landed(self) -> None:
+        """The first token came too long ago."""
+        self.culprits.add(self.story.context_instance)
+        self._fail(TransferTimeout(f"the KV had not landed {TRANSFER_TIMEOUT_S:g} s after the first token"))
+
+    def _finish(self, now_s: float) -> None:
+        self._leave_flow()
+        self.run.life.advance(Phase.FINISHED, now_s=now_s)
+        self._end(None)
 
     def _fail(self, error: DisaggregatedError) -> None:
-        if not self._ended.done():
-            self._leave_flow()
-            self._ended.set_exception(error)
+        if not self._is_over:
+            self._end(error)
 
-    @property
-    def _wire_id(self) -> str:
-        """Unlike the client's own id, never used twice: an attempt must not meet the remains of an earlier one."""
-        return f"{self._run.request.request_id}.{self._key:x}"
-
-    def _seconds_left(self) -> float:
-        return max(0.001, self._run.request.deadline_s - self._clock())
+    def _end(self, error: DisaggregatedError | None) -> None:
+        self.stop()
+        self._owner.attempt_over(self, error)

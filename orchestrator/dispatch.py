@@ -1,8 +1,11 @@
 """From the queue to the servers, and to other servers when those are lost, until each request has its one outcome.
 
-Every request has one coroutine, `run()`: it waits in the queue for a placement, goes through an attempt, and when the
-attempt fails goes back to the queue with what it has so far. Cancelling it reaches every server at once. The queue is
-looked at whenever something may have changed: a request came or ended, a server joined, was lost or has room again.
+A request waits in the queue for a placement, goes through an attempt, and when the attempt fails goes back to the
+queue with what it has so far. Cancelling it reaches every server at once. The queue is looked at whenever something may
+have changed: a request came or ended, a server joined, was lost or has room again.
+
+All of this is calls, from whoever brings the news to whoever waits for it: no request has a task of its own, and none
+waits for a turn of the event loop.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ from disaggregated.errors import (
 )
 from disaggregated.request_life import Phase
 from orchestrator.admission.tenant_turns import Waiting
-from orchestrator.admission.ticket import Settle
+from orchestrator.admission.ticket import Settle, settle_nothing
 from orchestrator.admission.waiting_room import Visitor, WaitingRoom
-from orchestrator.attempt import Attempt
-from orchestrator.request_run import RequestRun, TokenRequest, TokenSink
+from orchestrator.attempt import TRANSFER_TIMEOUT_S, Attempt
+from orchestrator.overdue import Overdue
+from orchestrator.request_run import RequestOver, RequestRun, TokenRequest, TokenSink
 from orchestrator.retries import TRANSFER_FAILURES_MAX, RetryRule
 from orchestrator.routing.make import make_placer
 from orchestrator.routing.placement import Needs, NotYet
@@ -69,7 +73,7 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.room: WaitingRoom[RequestRun] = WaitingRoom(
-            config.queue_depth_max, tenant_depth_max=config.door.tenant_queue_depth_max, turn_away=_turn_away
+            config.queue_depth_max, tenant_depth_max=config.door.tenant_queue_depth_max, turn_away=self._fail
         )
         self.queue = self.room.queue
         self.stories = StoryShelf(config.perf_metrics_max_requests)
@@ -78,67 +82,159 @@ class Dispatcher:
         pools.follows_blocks = pools.follows_blocks or self._placer.wants_blocks
         self._retry_rule = RetryRule(config.max_retries)
         self._observer = observer
-        self._clock = clock
+        self.clock = clock
+        self.landings: Overdue[Attempt] = Overdue(TRANSFER_TIMEOUT_S, Attempt.not_landed)
         self._attempt_keys = itertools.count(secrets.randbits(48) << 24)
-        self._patience: set[asyncio.Timeout] = set()
+        self._running: dict[RequestRun, None] = {}
+        """Those that are not over, in the order in which they began."""
         self._nothing_runs = asyncio.Event()
         self._nothing_runs.set()
         self._is_stopping = False
+        self._is_serving = False
         pools.on_change = self.serve_queue
+
+    # In.
 
     async def run(self, request: TokenRequest, sink: TokenSink) -> RequestStory:
         """Generate one sequence into `sink`. Cancel this to cancel the request.
 
         Raises:
-            QueueFull, Overloaded, QuotaExceeded, Draining: nothing was begun.
+            DisaggregatedError: what `begin()` raises, or tells when it is over.
+        """
+        outcome: asyncio.Future[RequestStory] = asyncio.get_running_loop().create_future()
+
+        def over(story: RequestStory, error: DisaggregatedError | None) -> None:
+            if outcome.cancelled():
+                return
+            if error is None:
+                outcome.set_result(story)
+            else:
+                outcome.set_exception(error)
+
+        run = self.begin(request, sink, over)
+        try:
+            return await outcome
+        except asyncio.CancelledError:
+            self.cancel(run)
+            raise
+
+    def begin(self, request: TokenRequest, sink: TokenSink, over: RequestOver) -> RequestRun:
+        """Generate one sequence into `sink`; `over` is called when it is, which may be before this returns.
+
+        `over` is told of:
             NoServerAvailable: no generation server until the deadline.
             DeadlineExceeded: not finished by the deadline.
+            Overloaded, QueueFull: others went before it.
             DisaggregatedError: it cannot be served, or its servers were lost too often.
+
+        Raises:
+            QueueFull, Overloaded, QuotaExceeded, Draining: it was not let in, and `over` is not called.
         """
         if self._is_stopping:
             raise _stopping()
-        num_answer = self.room.times.num_tokens(request.sampling.max_tokens)
-        settle = request.ticket.charge(len(request.token_ids) + num_answer)
-        run = RequestRun(request, sink, now_s=self._clock())
+        ticket, now_s = request.ticket, self.clock()
+        settle: Settle = settle_nothing
+        if ticket.charge is not None:
+            num_answer = self.room.times.num_tokens(request.sampling.max_tokens)
+            settle = ticket.charge(len(request.token_ids) + num_answer)
+        run = RequestRun(request, sink, over, settle, now_s=now_s)
         self.stories.began(run.story)
+        self._running[run] = None
         self._nothing_runs.clear()
-        patience = asyncio.timeout(max(0.0, request.deadline_s - self._clock()))
-        try:
-            async with patience:
-                self._patience.add(patience)
-                run.block_hashes = await self._hashes(request)
-                await self._until_over(run)
-        except TimeoutError as timeout:
-            error = self._too_late(run)
-            run.end(Phase.FAILED, error, now_s=self._clock())
-            raise error from timeout
-        except DisaggregatedError as error:
-            run.end(Phase.FAILED, error, now_s=self._clock())
-            raise
-        except asyncio.CancelledError:
-            run.end(Phase.CANCELLED, RequestCancelled("the client went away"), now_s=self._clock())
-            raise
-        finally:
-            self._patience.discard(patience)
-            self.stories.ended(run.story)
-            self._settle(run, settle)
-            self._observer.request_ended(run.story)
-            if not self.stories.num_running:
-                self._nothing_runs.set()
-        return run.story
+        run.deadline = asyncio.get_running_loop().call_later(
+            max(0.0, request.deadline_s - now_s), self._deadline_passed, run
+        )
+        if not self._wants_hashes(request):
+            self._enter(run)
+        elif len(request.token_ids) <= HASHED_AT_ONCE_MAX:
+            run.block_hashes = self._hashes(request)
+            self._enter(run)
+        else:
+            run.hashing = asyncio.get_running_loop().create_task(self._hash_and_enter(run))
+        return run
 
-    def _settle(self, run: RequestRun, settle: Settle) -> None:
+    def _wants_hashes(self, request: TokenRequest) -> bool:
+        """Of a prompt whose logprobs are told, all is computed."""
+        is_known = self._placer.wants_blocks or self._pools.knows_blocks
+        return is_known and bool(self._pools.block_size) and request.sampling.prompt_logprobs is None
+
+    def _hashes(self, request: TokenRequest) -> Sequence[BlockHash]:
+        return list(block_hashes(request.token_ids, self._pools.block_size, salt=request.cache_salt))
+
+    async def _hash_and_enter(self, run: RequestRun) -> None:
+        """Long prompts take milliseconds, so they are hashed on a thread."""
+        run.block_hashes = await asyncio.to_thread(self._hashes, run.request)
+        run.hashing = None
+        try:
+            self._enter(run)
+        except DisaggregatedError as error:
+            run.over(run.story, error)
+
+    def _enter(self, run: RequestRun) -> None:
+        """Raises what refuses it; it is over then."""
+        request = run.request
+        visitor = Visitor(
+            item=run,
+            ticket=request.ticket,
+            num_prompt=len(request.token_ids),
+            max_tokens=request.sampling.max_tokens,
+            priority=request.priority,
+            arrived_s=request.arrived_s,
+            deadline_s=request.deadline_s,
+        )
+        try:
+            run.waiting = self.room.enter(visitor, now_s=self.clock(), is_idle=self.stories.num_running == 1)
+        except DisaggregatedError as error:
+            self._close(run, Phase.FAILED, error)
+            raise
+        self.serve_queue()
+
+    # Out.
+
+    def cancel(self, run: RequestRun) -> None:
+        """Every server hears of it at once; `over` is not called any more. Of a request that is over: nothing."""
+        if run in self._running:
+            self._close(run, Phase.CANCELLED, RequestCancelled("the client went away"))
+
+    def _deadline_passed(self, run: RequestRun) -> None:
+        self._fail(run, self._too_late(run))
+
+    def _fail(self, run: RequestRun, error: DisaggregatedError) -> None:
+        self._close(run, Phase.FAILED, error)
+        run.over(run.story, error)
+
+    def _close(self, run: RequestRun, phase: Phase, error: DisaggregatedError | None) -> None:
+        """Whatever it holds and wherever it stands is given back, and whoever waits for that is served."""
+        now_s = self.clock()
+        del self._running[run]
+        if run.deadline is not None:
+            run.deadline.cancel()
+        if run.hashing is not None:
+            run.hashing.cancel()
+        attempt, run.attempt = run.attempt, None
+        if attempt is not None:
+            attempt.stop()
+            attempt.story.ended_s = now_s
+        elif run.waiting is not None:
+            self.queue.remove(run.waiting)
+        run.end(phase, error, now_s=now_s)
+        self.stories.ended(run.story)
         self.room.over(run.waiting, run.story)
-        settle(run.story.num_prompt_tokens + run.story.num_tokens if run.story.attempts else 0)
+        run.settle(run.story.num_prompt_tokens + run.story.num_tokens if run.story.attempts else 0)
+        self._observer.request_ended(run.story)
+        if not self._running:
+            self._nothing_runs.set()
+        if len(self.queue):
+            self.serve_queue()
 
     async def stop(self, *, timeout_s: float) -> None:
         """Refuse requests from now on. Those under way may end; after `timeout_s` the rest is failed with Draining."""
         self._is_stopping = True
         if await self._wait_nothing_runs(timeout_s):
             return
-        for patience in self._patience:
-            if not patience.expired():
-                patience.reschedule(asyncio.get_running_loop().time())
+        for run in list(self._running):
+            if run in self._running:
+                self._fail(run, self._too_late(run))
         await self._wait_nothing_runs(CUT_TIMEOUT_S)
 
     async def _wait_nothing_runs(self, timeout_s: float) -> bool:
@@ -147,34 +243,33 @@ class Dispatcher:
                 await self._nothing_runs.wait()
         return self._nothing_runs.is_set()
 
-    async def _hashes(self, request: TokenRequest) -> Sequence[BlockHash]:
-        """Once for a request, where somebody wants to know them. Long prompts take milliseconds, on a thread."""
-        block_size = self._pools.block_size
-        is_wanted = self._placer.wants_blocks or any(len(server.known_blocks) for server in self._pools)
-        if not block_size or not is_wanted or request.sampling.prompt_logprobs is not None:  # Then all is computed.
-            return ()
-        if len(request.token_ids) <= HASHED_AT_ONCE_MAX:
-            return list(block_hashes(request.token_ids, block_size, salt=request.cache_salt))
-        return await asyncio.to_thread(
-            lambda: list(block_hashes(request.token_ids, block_size, salt=request.cache_salt))
-        )
+    # AttemptOwner.
 
-    async def _until_over(self, run: RequestRun) -> None:
-        while True:
-            attempt = await self._placed(run)
-            try:
-                await attempt.go()
-                attempt.story.result = run.story.finish_reason
-                return
-            except DisaggregatedError as error:
-                attempt.story.result = f"{type(error).__name__}: {error}"
-                if not self._goes_on(run, attempt, error):
-                    raise
-            finally:
-                attempt.story.ended_s = self._clock()
-                attempt.give_back()
-                self.serve_queue()
-            run.life.advance(Phase.QUEUED, now_s=self._clock())
+    def attempt_over(self, attempt: Attempt, error: DisaggregatedError | None) -> None:
+        run = attempt.run
+        attempt.story.ended_s = self.clock()
+        if error is None:
+            attempt.story.result = run.story.finish_reason
+            self._close(run, Phase.FINISHED, None)
+            run.over(run.story, None)
+            return
+        attempt.story.result = f"{type(error).__name__}: {error}"
+        run.attempt = None
+        if not self._goes_on(run, attempt, error):
+            self._fail(run, error)
+            return
+        if len(self.queue):
+            self.serve_queue()  # Before this one comes back, for whoever has waited for the room that it leaves.
+        now_s = self.clock()
+        run.life.advance(Phase.QUEUED, now_s=now_s)
+        assert run.waiting is not None, "it was dispatched without having waited"
+        run.waiting = self.room.come_back(run.waiting, deadline_s=run.request.deadline_s, now_s=now_s)
+        self.serve_queue()
+
+    def room_came(self) -> None:
+        """In the middle of what somebody else is told: whoever waits is placed after that."""
+        if len(self.queue):
+            asyncio.get_running_loop().call_soon(self.serve_queue)
 
     def _goes_on(self, run: RequestRun, attempt: Attempt, error: DisaggregatedError) -> bool:
         run.avoid = frozenset(attempt.culprits)
@@ -189,62 +284,33 @@ class Dispatcher:
 
     # The queue.
 
-    async def _placed(self, run: RequestRun) -> Attempt:
-        """Wait for servers. The attempt that comes holds their shares already."""
-        placed: asyncio.Future[Attempt] = asyncio.get_running_loop().create_future()
-        run.placed = placed
-        if run.waiting is None:
-            run.waiting = self._enter(run)
-        else:
-            deadline_s = run.request.deadline_s
-            run.waiting = self.room.come_back(run.waiting, deadline_s=deadline_s, now_s=self._clock())
-        self.serve_queue()
-        try:
-            return await placed
-        except asyncio.CancelledError:
-            self.queue.remove(run.waiting)
-            if placed.done() and not placed.cancelled() and placed.exception() is None:
-                placed.result().give_back()
-            self.serve_queue()
-            raise
-
-    def _enter(self, run: RequestRun) -> Waiting[RequestRun]:
-        request = run.request
-        visitor = Visitor(
-            item=run,
-            ticket=request.ticket,
-            num_prompt=len(request.token_ids),
-            max_tokens=request.sampling.max_tokens,
-            priority=request.priority,
-            arrived_s=request.arrived_s,
-            deadline_s=request.deadline_s,
-        )
-        return self.room.enter(visitor, now_s=self._clock(), is_idle=self.stories.num_running == 1)
-
     def serve_queue(self) -> None:
-        """Place whoever stands first while there is room. The first one is never overtaken: it would starve."""
-        while (first := self.room.first(now_s=self._clock())) is not None:
-            run = first.item
-            assert run.placed is not None, "it stands in the queue without waiting"
-            if run.placed.done():  # It was cancelled, and has not run since to leave the queue by itself.
-                self.queue.remove(first)
-                continue
-            placement = self._placer.place(
-                self._needs(run), self._pools.of(Role.CONTEXT), self._pools.of(Role.GENERATION)
-            )
-            if isinstance(placement, NotYet):
-                run.not_yet = placement
-                return
-            self.room.take(first, now_s=self._clock())
-            attempt = Attempt(run, placement, next(self._attempt_keys), clock=self._clock, on_room=self._room_came)
-            if placement.context is not None and placement.context.pulls_back:
-                attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
-            run.placed.set_result(attempt)
+        """Place whoever stands first while there is room. The first one is never overtaken: it would starve.
 
-    def _room_came(self) -> None:
-        """In the middle of what somebody else is told: whoever waits is placed after that."""
-        if len(self.queue):
-            asyncio.get_running_loop().call_soon(self.serve_queue)
+        An attempt may fail as it begins, which ends in a call of this: whoever is at it already sees what has changed.
+        """
+        if self._is_serving:
+            return
+        self._is_serving = True
+        try:
+            while (first := self.room.first(now_s=self.clock())) is not None and self._place(first):
+                pass
+        finally:
+            self._is_serving = False
+
+    def _place(self, first: Waiting[RequestRun]) -> bool:
+        """Whether there was room for it."""
+        run = first.item
+        placement = self._placer.place(self._needs(run), self._pools.of(Role.CONTEXT), self._pools.of(Role.GENERATION))
+        if isinstance(placement, NotYet):
+            run.not_yet = placement
+            return False
+        self.room.take(first, now_s=self.clock())
+        run.attempt = attempt = Attempt(run, placement, next(self._attempt_keys), self)
+        if placement.context is not None and placement.context.pulls_back:
+            attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
+        attempt.begin()
+        return True
 
     def _needs(self, run: RequestRun) -> Needs:
         failures = run.num_transfer_failures
@@ -256,13 +322,13 @@ class Dispatcher:
             session=run.request.session,
             context_session=run.request.context_session,
             block_hashes=run.block_hashes,
-            now_s=self._clock(),
+            now_s=self.clock(),
         )
 
     def _too_late(self, run: RequestRun) -> DisaggregatedError:
-        if self._clock() < run.request.deadline_s and self._is_stopping:
+        if self.clock() < run.request.deadline_s and self._is_stopping:
             return _stopping()
-        waited_s = self._clock() - run.request.arrived_s
+        waited_s = self.clock() - run.request.arrived_s
         if run.life.phase is not Phase.QUEUED:
             return DeadlineExceeded(f"not finished after {waited_s:.1f} s, {len(run.emitted)} tokens were generated")
         not_yet = run.not_yet or NotYet("others stand before it")
@@ -273,21 +339,17 @@ class Dispatcher:
         return DeadlineExceeded(f"waited {waited_s:.1f} s in the queue: {not_yet.reason}")
 
     def retry_after_s(self) -> int:
-        return self.room.retry_after_s(now_s=self._clock())
+        return self.room.retry_after_s(now_s=self.clock())
 
     def check_idle(self) -> None:
         """Nothing is queued, running or held; for tests and for `/ledger`."""
         self.queue.check_integrity()
         assert len(self.queue) == 0, "somebody still waits"
         assert self.stories.num_running == 0, "somebody still runs"
+        for server in self._pools:
+            server.load.check_integrity()
         held = {server.instance_id: list(server.shares) for server in self._pools if server.shares}
         assert not held, f"shares are still held: {held}"
-
-
-def _turn_away(run: RequestRun, error: DisaggregatedError) -> None:
-    assert run.placed is not None, "it stands in the queue without waiting"
-    if not run.placed.done():
-        run.placed.set_exception(error)
 
 
 def _stopping() -> Draining:

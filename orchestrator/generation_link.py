@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost
 from disaggregated.step_batches import tokens_of
 from disaggregated.v1 import control_pb2
+from orchestrator.overdue import Overdue
 from orchestrator.server_client import ServerClient
 
 ADMIT_TIMEOUT_S: Final = 10.0
@@ -52,8 +53,8 @@ class GenerationLink:
         self._client = client
         self._clock = clock
         self._receivers: dict[int, DeltaReceiver] = {}
-        self._admitting: dict[int, asyncio.TimerHandle] = {}
-        """Admissions that are not answered, and when each is too late."""
+        self._admitting: Overdue[int] = Overdue(ADMIT_TIMEOUT_S, self._not_answered)
+        """Admissions that are not answered."""
         self._abandoned: set[int] = set()
         self._to_cancel: list[int] = []
         self._has_to_cancel = asyncio.Event()
@@ -133,21 +134,21 @@ class GenerationLink:
         if self._broken is not None:
             raise self._broken
         key = request.stream_key
-        self._admitting[key] = asyncio.get_running_loop().call_later(ADMIT_TIMEOUT_S, self._not_answered, key)
+        self._admitting.expect(key)
         try:
-            self._client.begin_admit(request, lambda outcome: self._answered(key, outcome))
+            self._client.begin_admit(request, self._answered)
         except ServerLost:
-            self._admitting.pop(key).cancel()
+            self._admitting.came(key)
             raise
 
     def _not_answered(self, key: int) -> None:
-        self._answered(key, ServerLost(f"it did not answer an admission in {ADMIT_TIMEOUT_S:g} s"))
+        self._became(key, ServerLost(f"it did not answer an admission in {ADMIT_TIMEOUT_S:g} s"))
 
     def _answered(self, key: int, outcome: control_pb2.AdmitReply | DisaggregatedError) -> None:
-        timer = self._admitting.pop(key, None)
-        if timer is None:
-            return  # It was given up by now.
-        timer.cancel()
+        if self._admitting.came(key):  # Else it was given up by now.
+            self._became(key, outcome)
+
+    def _became(self, key: int, outcome: control_pb2.AdmitReply | DisaggregatedError) -> None:
         is_abandoned = key in self._abandoned
         self._abandoned.discard(key)
         if is_abandoned and not isinstance(outcome, AdmissionError):
@@ -182,9 +183,7 @@ class GenerationLink:
         if self._broken is None:
             lost = error if isinstance(error, ServerLost) else ServerLost(f"its stream of tokens broke: {error}")
             self._broken = lost
-            for timer in self._admitting.values():
-                timer.cancel()
-            self._admitting.clear()
+            self._admitting.close()
             for receiver in list(self._receivers.values()):
                 receiver.on_lost(lost)
         return self._broken

@@ -7,10 +7,11 @@ from the prompt, the tokens that the client already has, and the sampling that i
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from disaggregated.block_hash import BlockHash
 from disaggregated.errors import DisaggregatedError
@@ -18,10 +19,9 @@ from disaggregated.request_life import Phase, RequestLife
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.token_logprobs import Told
 from orchestrator.admission.tenant_turns import Waiting
-from orchestrator.admission.ticket import Ticket
+from orchestrator.admission.ticket import Settle, Ticket
 from orchestrator.routing.placement import NotYet
 from orchestrator.story import RequestStory
-from orchestrator.token_order import Arrival
 
 if TYPE_CHECKING:
     from orchestrator.attempt import Attempt
@@ -40,8 +40,7 @@ class TokenSink(Protocol):
         """
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TokenRequest:
+class TokenRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. Times are on the orchestrator's monotonic clock."""
 
     request_id: str
@@ -64,12 +63,27 @@ class TokenRequest:
     by one, and which are counted does not depend on how many came together."""
 
 
+RequestOver = Callable[[RequestStory, "DisaggregatedError | None"], None]
+"""Called once on the event loop, perhaps in the middle of what a server brings for others; must not raise. The error
+says why it came to nothing; None: `TokenSink` has all of it."""
+
+
 class RequestRun:
     """Invariant: `emitted` is exactly what `sink` was given, and position `len(prompt) + len(emitted)` is due next."""
 
-    def __init__(self, request: TokenRequest, sink: TokenSink, *, now_s: float) -> None:
+    __slots__ = (
+        "attempt", "avoid", "block_hashes", "deadline", "emitted", "hashing", "life", "not_yet", "num_losses_in_a_row",
+        "num_transfer_failures", "over", "push_token", "request", "settle", "sink", "story", "waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: TokenRequest, sink: TokenSink, over: RequestOver, settle: Settle, *, now_s: float
+    ) -> None:
+        """`settle` is told what it took in the end."""
         self.request = request
         self.sink = sink
+        self.over = over
+        self.settle = settle
         self.emitted: array[int] = array("I")
         """Four bytes a token, which a client that does not read may make many of."""
         self.push_token: Callable[[int], bool] = getattr(sink, "push_token", None) or self._push_one
@@ -83,7 +97,11 @@ class RequestRun:
             objectives=request.ticket.objectives,
         )
         self.waiting: Waiting[RequestRun] | None = None
-        self.placed: asyncio.Future[Attempt] | None = None
+        """Its place in the queue, also once that was taken; None: it never had one."""
+        self.attempt: Attempt | None = None
+        self.hashing: asyncio.Task[None] | None = None
+        """Of a prompt so long that its blocks are hashed on a thread."""
+        self.deadline: asyncio.TimerHandle | None = None
         self.not_yet: NotYet | None = None
         """Why the queue could not place it when it last tried."""
         self.block_hashes: Sequence[BlockHash] = ()
@@ -107,16 +125,13 @@ class RequestRun:
         """What is left to do."""
         return self.request.sampling.after(len(self.emitted)) if self.emitted else self.request.sampling
 
-    def deliver(self, arrival: Arrival, *, now_s: float) -> bool:
-        """Give the next tokens to the client; whether the request is over."""
-        assert arrival.first_position == len(self.request.token_ids) + len(self.emitted), "a token twice or missing"
-        told = arrival.told()
-        if not self.request.may_end_anywhere or len(arrival.token_ids) < 2:
-            return self._give(arrival.token_ids, arrival.finish_reason, told, now_s)
-        last = len(arrival.token_ids) - 1
-        for index, token in enumerate(arrival.token_ids):
-            finish_reason = arrival.finish_reason if index == last else ""
-            if self._give([token], finish_reason, _told_of_one(told, index), now_s):
+    def deliver(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, *, now_s: float) -> bool:
+        """Give the tokens that are due to the client; whether the request is over."""
+        if len(token_ids) < 2 or not self.request.may_end_anywhere:
+            return self._give(token_ids, finish_reason, told, now_s)
+        last = len(token_ids) - 1
+        for index, token in enumerate(token_ids):
+            if self._give((token,), finish_reason if index == last else "", _told_of_one(told, index), now_s):
                 return True
         return False
 
@@ -136,7 +151,7 @@ class RequestRun:
         self.story.finish_reason = finish_reason
         return bool(finish_reason)
 
-    def end(self, phase: Phase, error: DisaggregatedError | None = None, *, now_s: float) -> None:
+    def end(self, phase: Phase, error: DisaggregatedError | None, *, now_s: float) -> None:
         if not self.life.is_over:
             self.life.advance(phase, now_s=now_s)
         self.story.error = "" if error is None else f"{type(error).__name__}: {error}"

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from disaggregated.errors import ServerLost
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
+from orchestrator.load import Load, Share
 from orchestrator.routing.candidate import Candidate
 from orchestrator.routing.known_blocks import KnownBlocks
 from orchestrator.routing.speed import PoolSpeed, ServerSpeed
@@ -42,20 +42,6 @@ class Standing(enum.StrEnum):
     LOST = "lost"
     REFUSED = "refused"
     """It answers, but serves something else than the others do."""
-
-
-@dataclasses.dataclass(slots=True)
-class Share:
-    """What one request takes of a server, as far as this orchestrator knows."""
-
-    num_tokens: int
-    """Of the prompt, and what was generated of it here."""
-    num_prefill_tokens: int
-    """Not computed yet, and not known to be cached."""
-    num_blocks: int
-    on_lost: Callable[[ServerLost], None]
-    is_decoding: bool = False
-    """It has its first token, and is on a generation server."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,7 +100,8 @@ class Server:
         """What it says is wrong with it, although it answers; "" while all is well."""
         self.elsewhere = Elsewhere()
         self.num_times_lost = 0
-        self.shares: dict[int, Share] = {}
+        self.load = Load()
+        self.shares = self.load.shares
         self._blocks_promised = 0
         self._is_held_back = False
 
@@ -173,18 +160,18 @@ class Server:
         self.heartbeat, self.heard_s, self.unhealthy = heartbeat, now_s, heartbeat.unhealthy
         self._blocks_promised, self._is_held_back = 0, False
         self.speed.heard(heartbeat, now_s=now_s)
-        num_ours = sum(share.num_prefill_tokens for share in self.shares.values())
-        self.elsewhere = self.elsewhere.heard(heartbeat, num_requests=len(self.shares), num_prefill_tokens=num_ours)
+        self.elsewhere = self.elsewhere.heard(
+            heartbeat, num_requests=len(self.shares), num_prefill_tokens=self.load.num_prefill_tokens
+        )
         if heartbeat.draining and self.is_ready:
             self.standing, self.reason = Standing.DRAINING, "draining"
 
     def take(self, key: int, share: Share) -> None:
-        assert key not in self.shares, f"attempt {key} is here already"
-        self.shares[key] = share
+        self.load.take(key, share)
         self._blocks_promised += share.num_blocks
 
     def give_back(self, key: int, *, makes_room: bool) -> None:
-        del self.shares[key]
+        self.load.give_back(key)
         if makes_room:
             self._is_held_back = False
 
@@ -222,33 +209,29 @@ class Server:
     @property
     def num_prefill_tokens(self) -> int:
         """Of prompts that are to be computed there, whoever sent them."""
-        return sum(share.num_prefill_tokens for share in self.shares.values()) + self.elsewhere.num_prefill_tokens
+        return self.load.num_prefill_tokens + self.elsewhere.num_prefill_tokens
 
     @property
     def num_decoding(self) -> int:
         """Sequences whose next token a longer step would hold up."""
-        return sum(share.is_decoding for share in self.shares.values()) + self.elsewhere.num_requests
+        return self.load.num_decoding + self.elsewhere.num_requests
 
     def prefill_backlog_s(self) -> float:
         """Until everything that is to be computed there now has been, if nothing else comes."""
         cost = self.speed.prompt
         seconds = self.elsewhere.num_prefill_tokens * cost.token_s
-        if not self.shares:
-            return seconds
         chunk_size = max(1, self.max_num_tokens)
-        for share in self.shares.values():
-            if share.num_prefill_tokens:
-                begin, end = share.num_tokens - share.num_prefill_tokens, share.num_tokens
-                seconds += cost.part_s(begin, end, num_tokens=end, chunk_size=chunk_size)
+        for share in self.load.prefilling:
+            begin, end = share.num_tokens - share.num_prefill_tokens, share.num_tokens
+            seconds += cost.part_s(begin, end, num_tokens=end, chunk_size=chunk_size)
         return seconds
 
-    def as_candidate(self, *, num_cached_blocks: int = 0, counts_tokens: bool = True) -> Candidate:
-        """num_cached_blocks: of the request's prompt, known to be here. counts_tokens: takes time for each share."""
-        num_tokens = sum(share.num_tokens for share in self.shares.values()) if counts_tokens else 0
+    def as_candidate(self, *, num_cached_blocks: int = 0) -> Candidate:
+        """num_cached_blocks: of the request's prompt, known to be here."""
         return Candidate(
             self.instance_id,
             self.num_requests,
-            num_tokens + self.elsewhere.num_prefill_tokens,
+            self.load.num_tokens + self.elsewhere.num_prefill_tokens,
             num_cached_blocks,
             self.block_size,
             self.names,

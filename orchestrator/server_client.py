@@ -29,8 +29,9 @@ class PrefillReceiver(Protocol):
         """Once, unless the prefill was stopped before."""
 
 
-Admitted = Callable[[control_pb2.AdmitReply | DisaggregatedError], None]
-"""Told once what became of an admission: AdmissionError when it was refused, ServerLost when it was not answered."""
+Admitted = Callable[[int, control_pb2.AdmitReply | DisaggregatedError], None]
+"""Told once, with its stream key, what became of an admission: AdmissionError when it was refused, ServerLost when it
+was not answered."""
 
 
 TakeBatch = Callable[[control_pb2.StepBatch], None]
@@ -139,7 +140,9 @@ class WireServerClient:
             connection.cancel(number)
 
     def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
-        self._connection.call(b"Generation.Admit", request.SerializeToString(), _Admission(admitted))
+        self._connection.call(
+            b"Generation.Admit", request.SerializeToString(), _Admission(request.stream_key, admitted)
+        )
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
         request = control_pb2.CancelRequest(orchestrator_id=orchestrator_id, stream_keys=stream_keys)
@@ -207,9 +210,10 @@ class _Generate:
 
 
 class _Admission:
-    __slots__ = ("_admitted",)
+    __slots__ = ("_admitted", "_stream_key")
 
-    def __init__(self, admitted: Admitted) -> None:
+    def __init__(self, stream_key: int, admitted: Admitted) -> None:
+        self._stream_key = stream_key
         self._admitted: Admitted | None = admitted
 
     def on_opened(self) -> None: ...
@@ -218,10 +222,12 @@ class _Admission:
         self._tell(control_pb2.AdmitReply.FromString(message))
 
     def on_end(self, error: DisaggregatedError | None) -> None:
-        self._tell(error or ServerLost("an admission was answered with nothing"))
+        """An answer is followed by the end of its call."""
+        if self._admitted is not None:
+            self._tell(error or ServerLost("an admission was answered with nothing"))
 
     def _tell(self, outcome: control_pb2.AdmitReply | DisaggregatedError) -> None:
-        """The first counts: an answer is followed by the end of its call."""
+        """The first counts."""
         admitted, self._admitted = self._admitted, None
         if admitted is not None:
-            admitted(outcome)
+            admitted(self._stream_key, outcome)

@@ -13,7 +13,7 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from disaggregated import logs
@@ -68,6 +68,12 @@ class ServerPools:
         self._connect = connect
         self._clock = clock
         self._servers: dict[tuple[Role, str], Server] = {}
+        self._of: dict[Role, list[Server]] = {role: [] for role in Role}
+        """The same, by role. What follows is kept, too, since each request asks for it."""
+        self.num_tokens_max: int | None = None
+        """The longest sequence that every server takes, so that it can go on anywhere; None while none is known."""
+        self.block_size = 0
+        """In tokens, equal on all servers; 0 while none is known."""
         self._speeds = {role: PoolSpeed() for role in Role}
         self._tasks: dict[Server, asyncio.Task[None]] = {}
         self.on_crash = on_crash or _end_process
@@ -83,25 +89,25 @@ class ServerPools:
 
     # Who is there.
 
-    def of(self, role: Role) -> list[Server]:
-        return [server for server in self._servers.values() if server.role is role]
+    def of(self, role: Role) -> Sequence[Server]:
+        return self._of[role]
 
     def __iter__(self) -> Iterator[Server]:
         return iter(self._servers.values())
 
     def ready(self, role: Role) -> list[Server]:
-        return [server for server in self._servers.values() if server.role is role and server.is_ready]
+        return [server for server in self._of[role] if server.is_ready]
 
     @property
-    def num_tokens_max(self) -> int | None:
-        """The longest sequence that every server takes, so that it can go on anywhere; None when none is known."""
+    def knows_blocks(self) -> bool:
+        """Of some server it is known which blocks it holds."""
+        return any(len(server.known_blocks) for server in self)
+
+    def _learn_limits(self) -> None:
+        """Whenever a server has told what it is, or is forgotten."""
         known = [server.num_tokens_max for server in self if server.description.max_seq_len]
-        return min(known) if known else None
-
-    @property
-    def block_size(self) -> int:
-        """In tokens, equal on all servers; 0 while none is known."""
-        return max((server.description.layout.block_size for server in self), default=0)
+        self.num_tokens_max = min(known) if known else None
+        self.block_size = max((server.block_size for server in self), default=0)
 
     async def first_model(self) -> str:
         """The name that the first server to answer gives its model."""
@@ -113,6 +119,7 @@ class ServerPools:
         key = (Role(role), address)
         if key not in self._servers:
             self._servers[key] = server = Server(*key, self._speeds[key[0]])
+            self._of[server.role].append(server)
             server.pulls_back = self._pulls_back and server.role is Role.CONTEXT
             if self._is_open:
                 self._start(server)
@@ -135,6 +142,8 @@ class ServerPools:
         """Forget the server; what still runs there goes on elsewhere."""
         server = self._find(role, address)
         del self._servers[server.role, address]
+        self._of[server.role].remove(server)
+        self._learn_limits()
         if (task := self._tasks.pop(server, None)) is not None:
             task.cancel()
             await asyncio.wait([task])
@@ -204,6 +213,7 @@ class ServerPools:
             server.refused(reason)
             raise ServerLost(reason)
         server.connected(client, description)
+        self._learn_limits()
         self._described.set()
         await self._stay(server, client)
 

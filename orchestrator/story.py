@@ -62,9 +62,12 @@ class AttemptStory:
     """Of the considered tokens, as the cost model saw it beforehand."""
     compute_estimate_s: float = 0.0
 
-    def prefilled(self, outcome: control_pb2.PrefillOutcome) -> None:
+    def prefilled(self, outcome: control_pb2.PrefillOutcome, *, reuse_from: str) -> None:
+        """reuse_from: whom the context server was told of; empty: nobody."""
         self.prefill_queue_s, self.prefill_compute_s = outcome.queue_s, outcome.compute_s
-        reuse = outcome.reuse
+        if not reuse_from:
+            return
+        self.reuse_from, reuse = reuse_from, outcome.reuse
         self.reuse_verdict, self.reuse_s = reuse.verdict, reuse.spent_s
         self.num_pulled_tokens, self.pulled_bytes = reuse.num_tokens, reuse.num_bytes
         self.num_considered_tokens = reuse.num_considered_tokens

@@ -58,7 +58,16 @@ class TokenOrder:
         """Tokens of the prompt whose logprobs come with the first token."""
         self._first = position
         self._tells = asked is not None and asked.logprobs is not None
+        self._tells_nothing = not (self._tells or self._num_prompt_told)
         self._early: Arrival | None = None
+
+    def passes(self, position: int, num_tokens: int) -> bool:
+        """Whether tokens of which nothing else is told are just what is due: then they go straight through. If not,
+        they have to `arrive()`."""
+        if position != self.position or self._early is not None or not self._tells_nothing:
+            return False
+        self.position += num_tokens
+        return True
 
     def arrive(self, arrival: Arrival) -> Arrival | None:
         """What can be given out now, or None while the token that is due has not come.

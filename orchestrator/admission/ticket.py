@@ -73,9 +73,9 @@ class Ticket:
     tenant: str = ""
     weight: float = 1.0
     objectives: Objectives = NO_OBJECTIVES
-    charge: Callable[[int], Settle] = lambda num_tokens: settle_nothing
+    charge: Callable[[int], Settle] | None = None
     """Called once, before it is begun, with the tokens that it is expected to take, prompt and answer together. Raises
-    QuotaExceeded when they are not to be had."""
+    QuotaExceeded when they are not to be had. None: nobody counts them."""
 
 
 ANONYMOUS: Final = Ticket()

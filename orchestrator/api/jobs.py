@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 from aiohttp import web
 
 from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
@@ -244,7 +245,7 @@ def _check_told(prompt: Sequence[int], fields: GenerationFields, param: str) -> 
 
 def _with_seed(request: TokenRequest, number: int) -> TokenRequest:
     seed = (request.sampling.seed + number) % 2**64
-    return dataclasses.replace(request, sampling=request.sampling.but(seed=seed))
+    return msgspec.structs.replace(request, sampling=request.sampling.but(seed=seed))
 
 
 def known_model(door: FrontDoor, body: Fields, *, is_optional: bool = False) -> ServedModel:

@@ -229,7 +229,7 @@ class _Placing:
 
     def _candidate(self, server: Server, policy: Policy) -> Candidate:
         held = self._estimator.num_held(server) // server.block_size if self._needs.block_hashes else 0
-        return server.as_candidate(num_cached_blocks=held, counts_tokens=policy.wants_tokens)
+        return server.as_candidate(num_cached_blocks=held)
 
     # What is taken.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 
+import msgspec
 import pytest
 
 from disaggregated.errors import DeadlineExceeded, QueueFull
@@ -50,7 +50,7 @@ def test_a_first_token_that_ends_the_sequence_cancels_the_admission() -> None:
             request = stage.request()
             first = oracle(request.token_ids, request.sampling)[0][0]
             sampling = request.sampling.but(stop_token_ids=frozenset({first}))
-            client, _ = await stage.serve(dataclasses.replace(request, sampling=sampling))
+            client, _ = await stage.serve(msgspec.structs.replace(request, sampling=sampling))
             assert (client.tokens, client.reason) == ([first], "stop")
             await stage.check_nothing_left()
 

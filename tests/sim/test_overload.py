@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from typing import Final
 
+import msgspec
 import pytest
 
 from disaggregated.errors import AdmissionError, DisaggregatedError, Overloaded, QueueFull
@@ -48,7 +49,7 @@ class Tally:
 async def ask(stage: Scene, number: int, tally: Tally, chance: random.Random, ticket: Ticket) -> None:
     num_prompt, max_tokens = chance.choice([20, 40, 90]), chance.choice([10, 20, 30])
     request = stage.request(number, num_prompt=num_prompt, timeout_s=TIMEOUT_S, max_tokens=max_tokens)
-    request = dataclasses.replace(request, ticket=ticket)
+    request = msgspec.structs.replace(request, ticket=ticket)
     try:
         await stage.dispatcher.run(request, Client(request))
         tally.good += 1
@@ -143,7 +144,7 @@ def test_a_first_token_that_cannot_come_in_time_is_not_waited_for() -> None:
                 running = [group.create_task(stage.serve(stage.request(n, max_tokens=100))) for n in range(6)]
                 await asyncio.sleep(0.1)
                 ticket = Ticket(objectives=Objectives(ttft_s=0.5))
-                request = dataclasses.replace(stage.request(99), ticket=ticket)
+                request = msgspec.structs.replace(stage.request(99), ticket=ticket)
                 began_s = asyncio.get_running_loop().time()
                 with pytest.raises(Overloaded, match="it would be served too late"):
                     await stage.dispatcher.run(request, Client(request))
@@ -160,7 +161,7 @@ def test_in_a_full_queue_the_last_of_the_flood_makes_way_for_another_tenant() ->
         async with scene(cluster, queue_depth_max=4) as stage:
 
             def of(tenant: str, number: int) -> TokenRequest:
-                return dataclasses.replace(stage.request(number), ticket=Ticket(tenant=tenant))
+                return msgspec.structs.replace(stage.request(number), ticket=Ticket(tenant=tenant))
 
             tasks = []
             for number in range(5):

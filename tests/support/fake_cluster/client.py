@@ -128,7 +128,7 @@ class FakeClient:
                 outcome: control_pb2.AdmitReply | DisaggregatedError = await self.admit(request, timeout_s=60.0)
             except DisaggregatedError as error:
                 outcome = error
-            admitted(outcome)
+            admitted(request.stream_key, outcome)
 
         _owned(work())
 

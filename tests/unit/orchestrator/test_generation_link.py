@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class ScriptedClient(FakeClient):
     def __init__(self) -> None:
         super().__init__(FakeCluster(0, num_context=0, num_generation=1).of("generation")[0])
         self.batches: asyncio.Queue[control_pb2.StepBatch | Exception] = asyncio.Queue()
-        self.answers: list[Admitted] = []
+        self.answers: list[Callable[[control_pb2.AdmitReply | DisaggregatedError], None]] = []
         """Of admissions that wait."""
         self.asked: list[str] = []
 
@@ -34,7 +35,7 @@ class ScriptedClient(FakeClient):
 
     def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
         self.asked.append(f"admit {request.stream_key}")
-        self.answers.append(admitted)
+        self.answers.append(functools.partial(admitted, request.stream_key))
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
         self.asked.append(f"cancel {' '.join(map(str, stream_keys))}")

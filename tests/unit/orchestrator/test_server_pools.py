@@ -12,7 +12,8 @@ import pytest
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.errors import InvalidRequest, Unauthenticated
-from orchestrator.server import Role, Server, Share, Standing
+from orchestrator.load import Share
+from orchestrator.server import Role, Server, Standing
 from orchestrator.server_pools import BACKOFF_S_MAX, STEP_LIMIT_FACTOR, ServerPools
 from tests.support.fake_cluster import FakeCluster, FakeServer, Pipe
 from tests.support.virtual_time import run_in_virtual_time

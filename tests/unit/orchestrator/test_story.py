@@ -27,7 +27,7 @@ def test_the_parts_of_a_ttft_add_up_also_after_a_lost_attempt() -> None:
     story.life.advance(Phase.QUEUED, now_s=3.0)
     winner = begin_attempt(story, 3.25)
     reuse = control_pb2.PrefixReuse(verdict="pulled", spent_s=0.125, num_tokens=64, num_bytes=4096)
-    winner.prefilled(control_pb2.PrefillOutcome(queue_s=0.5, compute_s=1.0, reuse=reuse))
+    winner.prefilled(control_pb2.PrefillOutcome(queue_s=0.5, compute_s=1.0, reuse=reuse), reuse_from="g0")
     assert (winner.num_pulled_tokens, winner.pulled_bytes, winner.reuse_verdict) == (64, 4096, "pulled")
     story.tokens_came(1, now_s=5.0)
     assert story.ttft_parts() == pytest.approx(

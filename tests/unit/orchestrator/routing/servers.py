@@ -8,7 +8,8 @@ from typing import Any
 from disaggregated.block_hash import BlockHash
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
-from orchestrator.server import Role, Server, Share
+from orchestrator.load import Share
+from orchestrator.server import Role, Server
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=100)
 

@@ -221,7 +221,7 @@ def test_more_waiting_at_the_context_server_never_speaks_against_a_local_prefill
         two.take(key, share(is_decoding=True))
     one.take(9, share(num_tokens=640, num_prefill_tokens=queued))
     before = placed([one], [two], local=BALANCED)
-    one.shares[9].num_prefill_tokens += 1
+    one.shares[9].left_to_prefill(queued + 1)
     after = Placer(None, None, BALANCED).place(needs(), [one], [two])
     if before.context is None:
         assert isinstance(after, Placement)

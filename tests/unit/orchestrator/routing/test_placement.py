@@ -7,10 +7,11 @@ import pytest
 from disaggregated.block_hash import block_hashes
 from disaggregated.errors import ServerLost
 from disaggregated.v1 import control_pb2
+from orchestrator.load import Share
 from orchestrator.routing.local_prefill import LocalPrefill
 from orchestrator.routing.placement import Needs, NotYet, Placement, Placer
 from orchestrator.routing.policies import RoundRobin
-from orchestrator.server import Role, Server, Share
+from orchestrator.server import Role, Server
 from tests.unit.orchestrator.routing.servers import holds, server, share
 
 
@@ -101,7 +102,7 @@ def test_a_context_server_holds_only_what_it_is_about_to_run(context: Server, ge
     assert where(place([context], [generation])) == ("c0", "g0")
     context.take(2, share(num_prefill_tokens=40))
     assert place([context], [generation]) == NotYet("all 1 context servers are busy")
-    context.shares[1].num_prefill_tokens = 0
+    context.shares[1].left_to_prefill(0)
     assert where(place([context], [generation])) == ("c0", "g0")
 
 
