@@ -33,11 +33,13 @@ async def test_six_streams_at_once_give_the_tokens_they_give_alone(deployment: D
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 6])
 async def test_the_blocks_of_a_client_that_leaves_are_back_soon(deployment: Deployment, num_chunks: int) -> None:
-    await leave_after(deployment, num_chunks)
-    assert is_idle(left := await deployment.wait_idle(timeout_s=5.0)), left
+    name = f"leaves-after-{num_chunks}"
+    await leave_after(deployment, num_chunks, name)
+    assert is_idle(left := await deployment.wait_idle(timeout_s=20.0)), left
+    assert (await deployment.get_json(f"/requests/{name}"))["outcome"] == "cancelled"
 
 
-async def leave_after(deployment: Deployment, num_chunks: int) -> None:
+async def leave_after(deployment: Deployment, num_chunks: int, name: str) -> None:
     """Ask for much, read so many chunks, hang up. 0: hang up before the first token."""
     fields = {
         "model": MODEL,
@@ -47,7 +49,7 @@ async def leave_after(deployment: Deployment, num_chunks: int) -> None:
         "stream": True,
     }
     async with aiohttp.ClientSession() as session:
-        asking = session.post(f"{deployment.url}/v1/completions", json=fields)
+        asking = session.post(f"{deployment.url}/v1/completions", json=fields, headers={"x-request-id": name})
         if num_chunks == 0:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(asking, 0.3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -122,6 +123,8 @@ def test_a_process_that_dies_while_a_message_is_under_way_fails_it(running: Runn
     first = running.post(bytearray(1), is_send=False, peer=9)
     with pytest.raises(PeerLost, match="in time"):
         first.wait_alone(Deadline.after(0.01))
+    while len(running.world.receives) < 2:
+        time.sleep(0.001)  # Until the thread has posted them.
     running.world.receives[0].error = "MPI_ERR_PROC_FAILED"
     with pytest.raises(PeerLost, match="PROC_FAILED"):
         late.wait_alone(soon())

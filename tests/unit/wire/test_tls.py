@@ -11,7 +11,7 @@ from disaggregated.security.membership import Membership
 from disaggregated.security.secret import ClusterSecret
 from disaggregated.security.tls import TlsFiles, load
 from disaggregated.v1 import control_pb2
-from disaggregated.wire import WireConnection
+from disaggregated.wire import WireConnection, client
 from tests.support.certificates import make_certificate
 from tests.unit.wire.test_calls import Generation, admission, serving
 
@@ -44,7 +44,8 @@ async def test_a_server_whose_certificate_is_not_believed_is_not_spoken_to(tmp_p
             await WireConnection.open("127.0.0.1", server.port, membership=stranger)
 
 
-async def test_a_caller_without_tls_is_not_served(tmp_path: Path) -> None:
+async def test_a_caller_without_tls_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "HANDSHAKE_TIMEOUT_S", 0.2)
     async with serving(Generation(), member(tmp_path)) as server:
         with pytest.raises(ServerLost):
             await WireConnection.open("127.0.0.1", server.port, membership=Membership(secret=SECRET))
