@@ -62,7 +62,7 @@ def _a_story() -> RequestStory:
     life = RequestLife("r", now_s=0.0)
     life.phase = Phase.FINISHED
     story = RequestStory(life=life, arrived_s=0.0, num_prompt_tokens=100)
-    story.attempts.append(AttemptStory(context_instance="ctx-0", generation_instance="gen-0", why=""))
+    story.attempts.append(AttemptStory(context_instance="ctx-0", generation_instance="gen-0"))
     story.tokens_came(1, now_s=0.1)
     story.tokens_came(49, now_s=0.6)
     return story

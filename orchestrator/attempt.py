@@ -93,7 +93,6 @@ class Attempt:
         self.story = AttemptStory(
             context_instance=context.instance_id if context is not None else "",
             generation_instance=generation.instance_id if generation is not None else "",
-            why=placement.why,
             decision=placement.decision,
         )
         self._context_share = None if context is None else self._take(context, self._context_lost, prefills=True)

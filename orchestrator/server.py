@@ -12,11 +12,11 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Final
 
+from disaggregated.compute_cost import num_pairs
 from disaggregated.errors import ServerLost
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
 from orchestrator.load import Load, Share
-from orchestrator.routing.candidate import Candidate
 from orchestrator.routing.known_blocks import KnownBlocks
 from orchestrator.routing.speed import PoolSpeed, ServerSpeed
 
@@ -42,6 +42,11 @@ class Standing(enum.StrEnum):
     LOST = "lost"
     REFUSED = "refused"
     """It answers, but serves something else than the others do."""
+
+
+_READY: Final = Standing.READY
+_CONTEXT: Final = Role.CONTEXT
+"""Members of an enum are looked up slowly, and these are for each request and each server."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class Server:
     @property
     def is_ready(self) -> bool:
         """A link breaks a moment before everybody has heard that its server is lost."""
-        return self.standing is Standing.READY and not (self.link is not None and self.link.is_broken)
+        return self.standing is _READY and (self.link is None or not self.link.is_broken)
 
     @property
     def layout(self) -> KVLayout:
@@ -190,21 +195,22 @@ class Server:
             return False
         if not self.shares:
             return True  # Of several orchestrators each may have one there, whatever the others have.
-        if self.num_requests >= self.max_batch_size:
+        if len(self.shares) + self.elsewhere.num_requests >= self.max_batch_size:
             return False
-        if self.role is Role.CONTEXT and self.num_prefill_tokens >= num_steps * self.max_num_tokens:
+        if self.role is _CONTEXT and self.num_prefill_tokens >= num_steps * self.max_num_tokens:
             return False
-        return num_blocks <= self.num_blocks_free
-
-    @property
-    def num_blocks_free(self) -> int:
-        """As of the last heartbeat, less what was sent there since."""
-        return max(0, self.heartbeat.num_blocks_free - self._blocks_promised)
+        # As of the last heartbeat, less what was sent there since.
+        return num_blocks <= max(0, self.heartbeat.num_blocks_free - self._blocks_promised)
 
     @property
     def num_requests(self) -> int:
         """Ours, and those that other orchestrators have there."""
         return len(self.shares) + self.elsewhere.num_requests
+
+    @property
+    def num_tokens(self) -> int:
+        """Of those requests: of their prompts, and generated. Of others' what is to be computed is known."""
+        return self.load.num_tokens + self.elsewhere.num_prefill_tokens
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -220,19 +226,12 @@ class Server:
         """Until everything that is to be computed there now has been, if nothing else comes."""
         cost = self.speed.prompt
         seconds = self.elsewhere.num_prefill_tokens * cost.token_s
-        chunk_size = max(1, self.max_num_tokens)
-        for share in self.load.prefilling:
-            begin, end = share.num_tokens - share.num_prefill_tokens, share.num_tokens
-            seconds += cost.part_s(begin, end, num_tokens=end, chunk_size=chunk_size)
+        if not self.load.num_prefill_tokens:
+            return seconds
+        chunk_size = self.max_num_tokens or 1
+        for share in self.load.prefilling:  # As `StepCost.part_s` of the end of each.
+            end, num_left = share.num_tokens, share.num_prefill_tokens
+            seconds += cost.fixed_s * -(-num_left // chunk_size) + cost.token_s * num_left
+            if cost.pair_s:
+                seconds += cost.pair_s * num_pairs(end - num_left, end)
         return seconds
-
-    def as_candidate(self, *, num_cached_blocks: int = 0) -> Candidate:
-        """num_cached_blocks: of the request's prompt, known to be here."""
-        return Candidate(
-            self.instance_id,
-            self.num_requests,
-            self.load.num_tokens + self.elsewhere.num_prefill_tokens,
-            num_cached_blocks,
-            self.block_size,
-            self.names,
-        )

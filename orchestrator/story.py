@@ -29,8 +29,8 @@ class AttemptStory:
     """Empty: prefilled where it decodes."""
     generation_instance: str
     """Empty: one token was wanted."""
-    why: str
     decision: Decision = NOTHING_WEIGHED
+    """Why these servers, and which others there were."""
     began_s: float = 0.0
     ended_s: float | None = None
     first_token_s: float | None = None
@@ -61,6 +61,10 @@ class AttemptStory:
     pull_estimate_s: float = 0.0
     """Of the considered tokens, as the cost model saw it beforehand."""
     compute_estimate_s: float = 0.0
+
+    @property
+    def why(self) -> str:
+        return self.decision.why
 
     def prefilled(self, outcome: control_pb2.PrefillOutcome, *, reuse_from: str) -> None:
         """reuse_from: whom the context server was told of; empty: nobody."""
@@ -186,7 +190,11 @@ class RequestStory:
         }
 
     def _attempt_as_json(self, attempt: AttemptStory) -> dict[str, Any]:
-        fields = dataclasses.asdict(attempt) | {"decision": attempt.decision.as_json()}
+        fields = {
+            **dataclasses.asdict(dataclasses.replace(attempt, decision=NOTHING_WEIGHED)),
+            "why": attempt.why,
+            "decision": attempt.decision.as_json(),
+        }
         for name in ("began_s", "ended_s", "first_token_s"):
             if fields[name] is not None:
                 fields[name] -= self.arrived_s

@@ -28,7 +28,6 @@ class Conversation:
     """A session whose server is lost, full or to be avoided moves, and stays where it has moved to."""
 
     wants_blocks = True
-    wants_tokens = True
 
     def __init__(
         self,
@@ -62,9 +61,9 @@ class Conversation:
         instance_id = self._sessions.find(asked.session, now_s=asked.now_s)
         loads = _loads(allowed)
         if instance_id in loads:
-            return Choice(instance_id, "its session is there", loads)
+            return Choice(instance_id, "its session is there", (), loads)
         drawn = rendezvous(asked.session, allowed).instance_id
-        return Choice(drawn, f"its session's name draws it from {len(allowed)}", loads)
+        return Choice(drawn, "its session's name draws it from {}", (len(allowed),), loads)
 
     def _of_beginning(self, asked: Asked, allowed: Sequence[Candidate]) -> Choice | None:
         depth, instance_id = self._beginnings.deepest(asked.block_hashes)
@@ -73,7 +72,8 @@ class Conversation:
         loads = _loads(allowed)
         if instance_id not in loads:
             return None
-        return Choice(instance_id, f"{depth} of its {len(asked.block_hashes)} blocks were sent there before", loads)
+        told = (depth, len(asked.block_hashes))
+        return Choice(instance_id, "{} of its {} blocks were sent there before", told, loads)
 
     def _is_same_conversation(self, depth: int, hashes: Sequence[BlockHash], block_size: int) -> bool:
         num_skipped = -(-self._hash_skip_count // block_size) if block_size else 0

@@ -21,6 +21,7 @@ SLOTS_MAX: Final = 1 << 20
 """8 MiB a server, for 700,000 blocks."""
 _TIERS: Final = 0b11
 """The lowest bits of a word: in which tiers the block lies. The others are those of its hash."""
+_HASH: Final = ~_TIERS
 
 
 class BlockTable:
@@ -47,7 +48,14 @@ class BlockTable:
         self._num_used = 0
 
     def __contains__(self, key: int) -> bool:
-        return self._words[self._find(key)] != 0
+        words = self._words
+        mask = len(words) - 1
+        slot = (key >> 2) & mask
+        while word := words[slot]:
+            if word & _HASH == key:
+                return True
+            slot = (slot + 1) & mask
+        return False
 
     def add(self, key: int, tier: int) -> bool:
         """False when there is no room for another block."""
@@ -67,7 +75,7 @@ class BlockTable:
         """It is gone from this tier; nothing happens when it was not known there."""
         slot = self._find(key)
         self._words[slot] &= ~(1 << tier)
-        if self._words[slot] & ~_TIERS and not self._words[slot] & _TIERS:
+        if self._words[slot] & _HASH and not self._words[slot] & _TIERS:
             self._close_up(slot)
             self._num_used -= 1
 
@@ -77,14 +85,14 @@ class BlockTable:
         assert 3 * len(used) <= 2 * len(self._words), "the table is too full"
         for word in used:
             assert word & _TIERS, "a block that lies nowhere"
-            assert self._words[self._find(word & ~_TIERS)] == word, "a block that is not found"
+            assert self._words[self._find(word & _HASH)] == word, "a block that is not found"
 
     def _find(self, key: int) -> int:
         """Its slot, or the free one where it would go."""
         words = self._words
         mask = len(words) - 1
         slot = (key >> 2) & mask
-        while (word := words[slot]) and word & ~_TIERS != key:
+        while (word := words[slot]) and word & _HASH != key:
             slot = (slot + 1) & mask
         return slot
 
@@ -109,7 +117,7 @@ class BlockTable:
         old, self._words = self._words, array("Q", bytes(16 * len(self._words)))
         for word in old:
             if word:
-                self._words[self._find(word & ~_TIERS)] = word
+                self._words[self._find(word & _HASH)] = word
 
 
 class KnownBlocks:
@@ -120,12 +128,14 @@ class KnownBlocks:
         self._next_number = 0
         self.num_dropped = 0
         """Blocks for which there was no room."""
+        self.num_blocks = 0
+        """As `len`: asked of each server for each request."""
         self.is_followed = False
         """Its stream has begun: what is not known here is not there."""
         self._may_have_gaps = False
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self.num_blocks
 
     @property
     def num_bytes(self) -> int:
@@ -134,7 +144,7 @@ class KnownBlocks:
     def clear(self) -> None:
         """The stream has ended: what was known holds no longer, and a next one begins anew."""
         self._table.clear()
-        self._next_number = 0
+        self.num_blocks = self._next_number = 0
         self.is_followed = self._may_have_gaps = False
 
     def apply(self, message: control_pb2.BlockEvents) -> bool:
@@ -154,6 +164,7 @@ class KnownBlocks:
                 self._may_have_gaps = True
             elif event.tier != control_pb2.BlockEvent.DEVICE:
                 self._may_have_gaps = True
+        self.num_blocks = len(self._table)
         self._next_number += len(message.events)
         self.is_followed = True
         return True
@@ -164,10 +175,14 @@ class KnownBlocks:
         On a device no block outlives the one before it, so a few questions are enough for a long prompt; what two tiers
         hold together, or a table that was full, may have gaps, and is counted.
         """
-        table = self._table
-        end = len(hashes) if num_max is None else min(num_max, len(hashes))
-        if end <= 0 or not len(table) or _key(hashes[0] >> 64) not in table:
+        if not self.num_blocks or not hashes:
             return 0
+        table = self._table
+        end = len(hashes) if num_max is None or num_max > len(hashes) else num_max
+        if end <= 0 or _key(hashes[0] >> 64) not in table:
+            return 0
+        if end == 1:
+            return 1
         if not self._may_have_gaps:
             return bisect_left(range(end), 1, lo=1, key=lambda index: int(_key(hashes[index] >> 64) not in table))
         for index in range(1, end):
@@ -177,8 +192,9 @@ class KnownBlocks:
 
     def check_integrity(self) -> None:
         self._table.check_integrity()
+        assert self.num_blocks == len(self._table), f"{self.num_blocks} counted, {len(self._table)} in the table"
 
 
 def _key(first_half: int) -> int:
     """Never 0, which stands for a free slot."""
-    return (first_half & ~_TIERS) or 1 << 2
+    return (first_half & _HASH) or 1 << 2

@@ -20,21 +20,23 @@ class KvCacheAware:
     def __init__(self, *, max_batch_size: int = 64, use_tokens: bool = False, max_num_tokens: int = 8192) -> None:
         """use_tokens: load is active tokens over `max_num_tokens` instead."""
         self._max_batch_size = max_batch_size
-        self.wants_tokens = use_tokens
+        self._use_tokens = use_tokens
         self._max_num_tokens = max_num_tokens
         self._turns = RoundRobin()
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
-        allowed = preferred(candidates, avoid)
-        scores = {candidate.instance_id: self._score(asked, candidate) for candidate in allowed}
+        scores, held = {}, {}
+        for candidate in preferred(candidates, avoid):
+            name = candidate.instance_id
+            held[name] = num_held = asked.num_cached_blocks(candidate)
+            num_blocks = -(-asked.num_tokens // candidate.block_size) if candidate.block_size else 0
+            scores[name] = num_held / max(1, num_blocks) - self._load(candidate)
         best = max(scores.values())
         chosen = self._turns.next_of([name for name, score in scores.items() if score == best])
-        held = next(each.num_cached_blocks for each in allowed if each.instance_id == chosen)
-        return Choice(chosen, f"best score of {len(allowed)}: {best:.3f}, {held} blocks cached", scores)
+        return Choice(chosen, "best score of {}: {:.3f}, {} blocks cached", (len(scores), best, held[chosen]), scores)
 
-    def _score(self, asked: Asked, candidate: Candidate) -> float:
-        num_blocks = -(-asked.num_tokens // candidate.block_size) if candidate.block_size else 0
-        cached = candidate.num_cached_blocks / max(1, num_blocks)
-        if self.wants_tokens:
-            return cached - candidate.num_tokens / self._max_num_tokens
-        return cached - candidate.num_requests / self._max_batch_size
+    def _load(self, candidate: Candidate) -> float:
+        """As a share of what it can have."""
+        if self._use_tokens:
+            return candidate.num_tokens / self._max_num_tokens
+        return candidate.num_requests / self._max_batch_size

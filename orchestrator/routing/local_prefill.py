@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from orchestrator.routing.estimate import Estimator
-from orchestrator.server import Server
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPrefill:
@@ -21,9 +18,9 @@ class LocalPrefill:
     def is_on(self) -> bool:
         return self.balances or self.num_uncached_max > 0
 
-    def why(self, estimator: Estimator, num_tokens: int, server: Server) -> str:
-        """In words, if there is little enough to compute; "" if not."""
+    def why(self, num_tokens: int, num_held: int) -> str:
+        """In words, if of so many tokens there is little enough to compute where `num_held` are; "" if not."""
         if not self.num_uncached_max:
             return ""
-        uncached = num_tokens - estimator.num_held(server)
+        uncached = num_tokens - num_held
         return f"{uncached} uncached tokens" if uncached <= self.num_uncached_max else ""

@@ -16,18 +16,18 @@ class RoundRobin:
     """Takes turns in the order of names, so that servers that come and go do not disturb the others' turns."""
 
     wants_blocks = False
-    wants_tokens = False
 
     def __init__(self) -> None:
         self._last = ""
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         names = [candidate.instance_id for candidate in preferred(candidates, avoid)]
-        return Choice(self.next_of(names), f"its turn among {len(names)}")
+        return Choice(self.next_of(names), "its turn among {}", (len(names),))
 
     def next_of(self, names: Collection[str]) -> str:
         """Whose turn it is."""
-        self._last = min([name for name in names if name > self._last] or names)
+        last = self._last
+        self._last = min([name for name in names if name > last] or names)
         return self._last
 
 
@@ -37,24 +37,23 @@ class LeastLoaded:
     wants_blocks = False
 
     def __init__(self, *, use_tokens: bool = False) -> None:
-        self.wants_tokens = use_tokens
+        self._use_tokens = use_tokens
+        self._words = "least loaded of {}: {} tokens" if use_tokens else "least loaded of {}: {} requests"
         self._turns = RoundRobin()
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         allowed = preferred(candidates, avoid)
-        loads = {candidate.instance_id: self.load(candidate) for candidate in allowed}
+        if self._use_tokens:
+            loads = {candidate.instance_id: candidate.num_tokens for candidate in allowed}
+        else:
+            loads = {candidate.instance_id: candidate.num_requests for candidate in allowed}
         least = min(loads.values())
-        idlest = [candidate for candidate in allowed if loads[candidate.instance_id] == least]
-        most = max(candidate.num_cached_blocks for candidate in idlest)
-        chosen = self._turns.next_of([each.instance_id for each in idlest if each.num_cached_blocks == most])
-        return Choice(chosen, f"least loaded of {len(allowed)}: {least} {self.unit}", loads)
-
-    def load(self, candidate: Candidate) -> int:
-        return candidate.num_tokens if self.wants_tokens else candidate.num_requests
-
-    @property
-    def unit(self) -> str:
-        return "tokens" if self.wants_tokens else "requests"
+        idlest = [name for name, load in loads.items() if load == least]
+        if asked.block_hashes and len(idlest) > 1:
+            held = {each.instance_id: asked.num_cached_blocks(each) for each in allowed if each.instance_id in idlest}
+            most = max(held.values())
+            idlest = [name for name, num_blocks in held.items() if num_blocks == most]
+        return Choice(self._turns.next_of(idlest), self._words, (len(loads), least), loads)
 
 
 class PowerOfTwo:
@@ -67,12 +66,16 @@ class PowerOfTwo:
     wants_blocks = False
 
     def __init__(self, *, use_tokens: bool = False, dice: random.Random | None = None) -> None:
-        self.wants_tokens = use_tokens
         self._least = LeastLoaded(use_tokens=use_tokens)
-        self._dice = dice or random.Random()
+        self._random = (dice or random.Random()).random
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         allowed = preferred(candidates, avoid)
-        drawn = self._dice.sample(list(allowed), min(2, len(allowed)))
-        choice = self._least.choose(asked, drawn)
-        return Choice(choice.instance_id, f"{choice.why}, drawn from {len(allowed)}", choice.scores)
+        choice = self._least.choose(asked, allowed if len(allowed) < 3 else self._two_of(allowed))
+        told = (*choice.told, len(allowed))
+        return Choice(choice.instance_id, choice.words + ", drawn from {}", told, choice.scores)
+
+    def _two_of(self, allowed: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Each pair is as likely as another."""
+        one, other = int(len(allowed) * self._random()), int((len(allowed) - 1) * self._random())
+        return allowed[one], allowed[other + (other >= one)]

@@ -22,10 +22,10 @@ def prefix_hint(
     """
     if not hashes:
         return None
-    block_size = context.description.layout.block_size
+    block_size = context.block_size
     most, holder = context.known_blocks.num_held(hashes), None
     for server in generation:
-        if server.description.layout.block_size != block_size:
+        if server.block_size != block_size:
             continue  # The hash of a block depends on where blocks end.
         num_held = server.known_blocks.num_held(hashes)
         if num_held > most:

@@ -7,6 +7,7 @@ evenly, and over any `sum of weights` turns the counts are exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from orchestrator.routing.candidate import Asked, Candidate, Choice, preferred
@@ -24,7 +25,6 @@ class Weighted:
     """
 
     wants_blocks = False
-    wants_tokens = False
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         """weights: at least one, none negative."""
@@ -34,23 +34,36 @@ class Weighted:
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         groups: dict[str, list[Candidate]] = {}
+        scores = {}
         for candidate in preferred(candidates, avoid):
-            groups.setdefault(self._name_of(candidate), []).append(candidate)
+            name = self._name_of(candidate)
+            scores[candidate.instance_id] = self._weights.get(name, 0.0)
+            if name in groups:
+                groups[name].append(candidate)
+            else:
+                groups[name] = [candidate]
         weights = {name: self._weights.get(name, 0.0) for name in groups}
-        if not any(weights.values()):  # Nobody with a weight is there: better served by the others than not at all.
-            weights = dict.fromkeys(groups, 1.0)
-        name = self._next(weights)
+        total = sum(weights.values())
+        if not total:  # Nobody with a weight is there: better served by the others than not at all.
+            weights, scores = dict.fromkeys(groups, 1.0), dict.fromkeys(scores, 1.0)
+            total = float(len(groups))
+        name = self._next(weights, total)
         choice = self._least[name].choose(asked, groups[name])
-        share = weights[name] / sum(weights.values())
-        scores = {each.instance_id: weights[group] for group, members in groups.items() for each in members}
-        return Choice(choice.instance_id, f"share {share:.0%} of {name}; {choice.why}", scores)
+        told = (weights[name] / total, name, *choice.told)
+        return Choice(choice.instance_id, "share {:.0%} of {}; " + choice.words, told, scores)
 
-    def _next(self, weights: Mapping[str, float]) -> str:
+    def _next(self, weights: Mapping[str, float], total: float) -> str:
+        chosen, most = "", -math.inf
         for name, weight in weights.items():
-            self._credits[name] += weight
-        chosen = max(weights, key=lambda name: (self._credits[name], name))
-        self._credits[chosen] -= sum(weights.values())
+            self._credits[name] = credit = self._credits[name] + weight
+            if credit > most or (credit == most and name > chosen):
+                chosen, most = name, credit
+        self._credits[chosen] -= total
         return chosen
 
     def _name_of(self, candidate: Candidate) -> str:
-        return next((name for name in self._weights if name in candidate.names), REST)
+        names = candidate.names
+        for name in self._weights:
+            if name in names:
+                return name
+        return REST

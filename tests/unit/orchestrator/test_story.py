@@ -12,9 +12,7 @@ def story_of(request_id: str = "r1", *, arrived_s: float = 0.0) -> RequestStory:
 
 
 def begin_attempt(story: RequestStory, now_s: float, **fields: str) -> AttemptStory:
-    attempt = AttemptStory(
-        context_instance=fields.get("context", "c0"), generation_instance="g0", why="its turn", began_s=now_s
-    )
+    attempt = AttemptStory(context_instance=fields.get("context", "c0"), generation_instance="g0", began_s=now_s)
     story.attempts.append(attempt)
     story.life.advance(Phase.PREFILLING, now_s=now_s)
     return attempt
@@ -77,7 +75,7 @@ def test_a_local_prefill_takes_its_times_from_the_admission_and_a_remote_one_doe
     story = story_of()
     local, remote = (
         begin_attempt(story, 1.0, context=""),
-        AttemptStory(context_instance="c0", generation_instance="g0", why=""),
+        AttemptStory(context_instance="c0", generation_instance="g0"),
     )
     for attempt in (local, remote):
         attempt.admitted(times)

@@ -53,7 +53,7 @@ def ended(*, num_tokens: int, ttft_s: float, phase: Phase = Phase.FINISHED) -> R
     life = RequestLife("r", now_s=0.0)
     life.phase = phase
     story = RequestStory(life=life, arrived_s=0.0, num_prompt_tokens=99)
-    story.attempts.append(AttemptStory(context_instance="c", generation_instance="g", why="", began_s=0.0))
+    story.attempts.append(AttemptStory(context_instance="c", generation_instance="g", began_s=0.0))
     story.tokens_came(num_tokens, now_s=ttft_s)
     story.finish_reason = "length"
     return story

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,37 @@ from disaggregated.block_hash import BlockHash
 from disaggregated.kv_layout import KVLayout
 from disaggregated.v1 import control_pb2
 from orchestrator.load import Share
+from orchestrator.routing.known_blocks import KnownBlocks
 from orchestrator.server import Role, Server
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", num_blocks=100)
+
+
+class HoldsFirst(KnownBlocks):
+    """Holds the first blocks of whatever is asked for."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__()
+        self.num_blocks = num_blocks
+
+    def num_held(self, hashes: Sequence[BlockHash], num_max: int | None = None) -> int:
+        return min(self.num_blocks, len(hashes))
+
+
+@dataclasses.dataclass
+class Seen:
+    """A candidate that is nothing but what a policy sees of it."""
+
+    instance_id: str
+    num_requests: int
+    num_tokens: int
+    num_cached_blocks: int = 0
+    block_size: int = 0
+    names: tuple[str, ...] = ()
+
+    @property
+    def known_blocks(self) -> KnownBlocks:
+        return HoldsFirst(self.num_cached_blocks)
 
 
 class NoClient:

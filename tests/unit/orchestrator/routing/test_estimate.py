@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from disaggregated.block_hash import block_hashes
 from disaggregated.v1 import control_pb2
-from orchestrator.routing.estimate import HAND_OFF_S, ROWS_TO_COME, Estimator, pairs
+from orchestrator.routing.estimate import HAND_OFF_S, ROWS_TO_COME, Estimator
+from orchestrator.routing.least import least_alone, least_of
 from orchestrator.routing.local_prefill import LocalPrefill
 from orchestrator.routing.placement import Needs, NotYet, Placement, Placer
 from orchestrator.routing.policies import RoundRobin
@@ -37,13 +40,31 @@ def where(placement: Placement) -> tuple[str, str]:
     return tuple(one.instance_id if one else "" for one in (placement.context, placement.generation))  # type: ignore[return-value]
 
 
+class Told(NamedTuple):
+    """Of a row."""
+
+    num_cached: int
+    queue_s: float
+    compute_s: float
+
+
+def told(one: Server, holders: Sequence[Server] = ()) -> Told:
+    (row,) = estimator().prefills([one], holders)
+    _, _, _, _, _, _, _, num_cached, queue_s, compute_s = row
+    return Told(num_cached, queue_s, compute_s)
+
+
+def estimator() -> Estimator:
+    return Estimator(640, HASHES, 10, turns={})
+
+
 def test_a_prompt_costs_its_uncached_part_in_whole_steps() -> None:
     one = context(heartbeat=FAST)
-    (cold,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
+    cold = told(one)
     assert (cold.num_cached, cold.queue_s) == (0, 0.0)
     assert cold.compute_s == pytest.approx(10 * 0.001 + 640 * 1e-4)
     holds(one, HASHES[:30])
-    (warm,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
+    warm = told(one)
     assert warm.num_cached == 480
     assert warm.compute_s == pytest.approx(3 * 0.001 + 160 * 1e-4)
 
@@ -51,25 +72,25 @@ def test_a_prompt_costs_its_uncached_part_in_whole_steps() -> None:
 def test_the_last_token_is_computed_though_all_of_the_prompt_is_held() -> None:
     one = context(heartbeat=FAST)
     holds(one, HASHES)
-    (prefill,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
+    prefill = told(one)
     assert prefill.num_cached == 624
 
 
 def test_what_waits_there_comes_before_it() -> None:
     one = context(heartbeat=FAST)
     one.take(1, share(num_tokens=128, num_prefill_tokens=64))
-    (prefill,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one])
+    prefill = told(one)
     assert prefill.queue_s == pytest.approx(0.001 + 64 * 1e-4)
 
 
 def test_blocks_that_a_generation_server_holds_are_brought_where_that_is_quicker() -> None:
     one, holder = context(heartbeat=SLOW), generation()
     holds(holder, HASHES[:39])
-    (alone,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one], [holder])
+    alone = told(one, [holder])
     assert alone.num_cached == 0, "it does not pull back"
     one.pulls_back = True
-    (brought,) = Estimator(640, HASHES, num_tokens_left=10).prefills([one], [holder])
-    assert (brought.num_cached, brought.num_held) == (624, 0)
+    brought = told(one, [holder])
+    assert brought.num_cached == 624
     assert brought.compute_s < alone.compute_s / 5
 
 
@@ -170,13 +191,12 @@ def test_alone_nothing_travels_and_those_who_decode_there_pay() -> None:
     one = generation()
     one.take(1, share(is_decoding=True))
     one.take(2, share(is_decoding=True))
-    estimator = Estimator(640, HASHES, num_tokens_left=10)
-    (alone,) = estimator.alone(estimator.prefills([one]))
-    (pair,) = pairs(estimator.prefills([context()]), estimator.decodes([one]))
-    assert alone.harm_s == pytest.approx(2 * alone.compute_s)
-    assert pair.gap_s - alone.gap_s == pytest.approx(HAND_OFF_S)
-    (idle,) = estimator.alone(estimator.prefills([generation()]))
-    assert idle.harm_s == pytest.approx(ROWS_TO_COME * idle.compute_s)
+    (alone,) = least_alone(estimator(), [one])[-1].scored()
+    (pair,) = least_of(estimator(), [context()], [one], holders=[one])[-1].scored()
+    assert alone.harm_s == pytest.approx(2 * (alone.compute_s or 0.0))
+    assert (pair.gap_s or 0.0) - (alone.gap_s or 0.0) == pytest.approx(HAND_OFF_S)
+    (idle,) = least_alone(estimator(), [generation()])[-1].scored()
+    assert idle.harm_s == pytest.approx(ROWS_TO_COME * (idle.compute_s or 0.0))
 
 
 def test_a_long_prompt_goes_to_a_context_server_and_one_of_a_burst_to_an_idle_generation_server() -> None:
@@ -236,21 +256,29 @@ def test_a_decision_keeps_the_best_candidates_the_chosen_one_first() -> None:
     generations = [generation(f"g{number}") for number in range(5)]
     holds(contexts[3], HASHES[:20])
     found = placed(contexts, generations)
-    told = found.decision.as_json()
-    assert len(told["candidates"]) == 8
-    first, *others = told["candidates"]
+    decision = found.decision.as_json()
+    assert len(decision["candidates"]) == 8
+    first, *others = decision["candidates"]
     assert (first["context"], first["num_cached_tokens"]) == ("c3", 320.0)
-    assert told["predicted_cached_tokens"] == 320
-    assert told["predicted_ttft_s"] == pytest.approx(first["queue_s"] + first["compute_s"])
+    assert decision["predicted_cached_tokens"] == 320
+    assert decision["predicted_ttft_s"] == pytest.approx(first["queue_s"] + first["compute_s"])
     parts = ("queue_s", "compute_s", "gap_s", "harm_s")
-    assert all(each["score"] == pytest.approx(sum(each[name] for name in parts)) for each in told["candidates"])
+    assert all(each["score"] == pytest.approx(sum(each[name] for name in parts)) for each in decision["candidates"])
     assert [each["score"] for each in others] == sorted(each["score"] for each in others)
 
 
 def test_a_decision_keeps_names_and_not_the_servers_with_all_that_they_hold() -> None:
     found = placed([context()], [generation()])
-    kept = [value for weighed in found.decision.weighed for value in weighed]
-    assert not [value for value in kept if isinstance(value, Server)]
+    assert found.decision.weighed is not None
+    assert not [value for value in flat(found.decision.weighed) if isinstance(value, Server)]
+
+
+def flat(kept: object) -> Iterator[object]:
+    if isinstance(kept, list | tuple):
+        for each in kept:
+            yield from flat(each)
+    else:
+        yield kept
 
 
 def test_nothing_is_predicted_of_a_server_that_does_not_tell_its_blocks() -> None:

@@ -10,19 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.block_hash import BlockHash, block_hashes
-from orchestrator.routing.candidate import Asked, Candidate
+from orchestrator.routing.candidate import Asked
 from orchestrator.routing.conversation import Conversation
 from orchestrator.routing.kv_cache_aware import KvCacheAware
 from orchestrator.routing.policies import PowerOfTwo
 from orchestrator.routing.rendezvous import rendezvous
 from orchestrator.routing.sessions import BeginningTable, SessionTable
 from orchestrator.routing.weighted import Weighted
+from tests.unit.orchestrator.routing.servers import Seen
 
-ASKED = Asked(num_tokens=160)
+ASKED = Asked(num_tokens=160, block_hashes=list(block_hashes(range(160), 16)))
 
 
-def idle(*names: str) -> list[Candidate]:
-    return [Candidate(name, 0, 0, block_size=16) for name in names]
+def idle(*names: str) -> list[Seen]:
+    return [Seen(name, 0, 0, block_size=16) for name in names]
 
 
 # power_of_two
@@ -30,7 +31,7 @@ def idle(*names: str) -> list[Candidate]:
 
 def test_of_two_that_are_drawn_the_less_loaded_one_is_taken() -> None:
     policy = PowerOfTwo(dice=random.Random(7))
-    loads = [Candidate("a", 0, 0), Candidate("b", 5, 0), Candidate("c", 9, 0)]
+    loads = [Seen("a", 0, 0), Seen("b", 5, 0), Seen("c", 9, 0)]
     taken = Counter(policy.choose(ASKED, loads).instance_id for _ in range(300))
     assert taken["c"] == 0, "whoever it is drawn with has less"
     assert 150 < taken["a"] < 250
@@ -42,17 +43,17 @@ def test_of_two_that_are_drawn_the_less_loaded_one_is_taken() -> None:
 
 def test_a_cached_prompt_outweighs_requests_up_to_a_batch() -> None:
     policy = KvCacheAware(max_batch_size=10)
-    cold = Candidate("a", 0, 0, block_size=16)
-    assert policy.choose(ASKED, [cold, Candidate("b", 4, 0, 5, 16)]).instance_id == "b"
-    assert policy.choose(ASKED, [cold, Candidate("b", 6, 0, 5, 16)]).instance_id == "a"
+    cold = Seen("a", 0, 0, block_size=16)
+    assert policy.choose(ASKED, [cold, Seen("b", 4, 0, 5, 16)]).instance_id == "b"
+    assert policy.choose(ASKED, [cold, Seen("b", 6, 0, 5, 16)]).instance_id == "a"
 
 
 def test_the_score_is_the_cached_share_less_the_share_of_the_batch() -> None:
-    choice = KvCacheAware(max_batch_size=10).choose(ASKED, [Candidate("a", 3, 0, 5, 16)])
+    choice = KvCacheAware(max_batch_size=10).choose(ASKED, [Seen("a", 3, 0, 5, 16)])
     assert choice.scores == {"a": pytest.approx(0.5 - 0.3)}
     assert choice.why == "best score of 1: 0.200, 5 blocks cached"
     by_tokens = KvCacheAware(use_tokens=True, max_num_tokens=1000)
-    assert by_tokens.choose(ASKED, [Candidate("a", 3, 100, 5, 16)]).scores == {"a": pytest.approx(0.5 - 0.1)}
+    assert by_tokens.choose(ASKED, [Seen("a", 3, 100, 5, 16)]).scores == {"a": pytest.approx(0.5 - 0.1)}
 
 
 def test_equal_scores_take_turns() -> None:
@@ -65,20 +66,20 @@ def test_equal_scores_take_turns() -> None:
 
 def test_a_new_version_gets_its_share_whatever_the_number_of_its_servers() -> None:
     policy = Weighted({"v1": 90, "v2": 10})
-    servers = [Candidate(f"old{n}", 0, 0, names=("v1",)) for n in range(2)] + [Candidate("new", 0, 0, names=("v2",))]
+    servers = [Seen(f"old{n}", 0, 0, names=("v1",)) for n in range(2)] + [Seen("new", 0, 0, names=("v2",))]
     taken = Counter(policy.choose(ASKED, servers).instance_id for _ in range(200))
     assert taken == {"old0": 90, "old1": 90, "new": 20}
 
 
 def test_shares_are_spread_out_evenly() -> None:
     policy = Weighted({"a": 3, "b": 1})
-    servers = [Candidate("a", 0, 0, names=("a",)), Candidate("b", 0, 0, names=("b",))]
+    servers = [Seen("a", 0, 0, names=("a",)), Seen("b", 0, 0, names=("b",))]
     assert "".join(policy.choose(ASKED, servers).instance_id for _ in range(8)) == "abaaabaa"
 
 
 def test_servers_without_a_weight_are_taken_only_when_no_other_is_there() -> None:
     policy = Weighted({"v1": 1})
-    old, odd = Candidate("old", 0, 0, names=("v1",)), Candidate("odd", 0, 0, names=("v0",))
+    old, odd = Seen("old", 0, 0, names=("v1",)), Seen("odd", 0, 0, names=("v0",))
     assert {policy.choose(ASKED, [old, odd]).instance_id for _ in range(5)} == {"old"}
     assert policy.choose(ASKED, [odd]).instance_id == "odd"
     rest = Weighted({"v1": 1, "*": 1})
@@ -88,7 +89,7 @@ def test_servers_without_a_weight_are_taken_only_when_no_other_is_there() -> Non
 @given(weights=st.dictionaries(st.sampled_from("abcd"), st.integers(1, 9), min_size=1), rounds=st.integers(1, 3))
 def test_over_whole_rounds_the_counts_are_exact(weights: dict[str, int], rounds: int) -> None:
     policy = Weighted(weights)
-    servers = [Candidate(name, 0, 0, names=(name,)) for name in weights]
+    servers = [Seen(name, 0, 0, names=(name,)) for name in weights]
     taken = Counter(policy.choose(ASKED, servers).instance_id for _ in range(rounds * sum(weights.values())))
     assert taken == {name: rounds * weight for name, weight in weights.items()}
 
@@ -106,7 +107,7 @@ def asked(session: str = "", tokens: list[int] | None = None, now_s: float = 0.0
 def test_a_session_stays_where_it_is_until_its_time_is_over() -> None:
     policy = Conversation(session_ttl_s=60)
     first = policy.choose(asked("s"), idle("a", "b")).instance_id
-    loaded = [Candidate(name, 9 if name == first else 0, 900 if name == first else 0) for name in "ab"]
+    loaded = [Seen(name, 9 if name == first else 0, 900 if name == first else 0) for name in "ab"]
     stays = policy.choose(asked("s", now_s=59), loaded)
     assert (stays.instance_id, stays.why) == (first, "its session is there")
     assert policy.choose(asked("s", now_s=118), loaded).instance_id == first, "each request renews it"
@@ -127,7 +128,7 @@ def test_workers_that_share_no_table_send_a_session_to_the_same_server() -> None
     workers = [Conversation() for _ in range(4)]
     dice = random.Random(3)
     for number in range(100):
-        loads = [Candidate(name, dice.randint(0, 2), dice.randint(0, 999)) for name in "abcd"]
+        loads = [Seen(name, dice.randint(0, 2), dice.randint(0, 999)) for name in "abcd"]
         assert len({worker.choose(asked(f"chat-{number}"), loads).instance_id for worker in workers}) == 1
 
 
@@ -140,7 +141,7 @@ def test_sessions_are_drawn_evenly_and_only_those_of_a_server_that_left_move() -
 
 @given(loads=st.lists(st.integers(0, 200), min_size=1, max_size=8), session=st.text(max_size=20))
 def test_a_session_is_never_drawn_to_a_hot_spot(loads: list[int], session: str) -> None:
-    candidates = [Candidate(f"server-{number}", load, 0) for number, load in enumerate(loads)]
+    candidates = [Seen(f"server-{number}", load, 0) for number, load in enumerate(loads)]
     drawn = rendezvous(session, candidates)
     assert drawn.num_requests <= 1.5 * sum(loads) / len(loads) + 2
 
@@ -148,7 +149,7 @@ def test_a_session_is_never_drawn_to_a_hot_spot(loads: list[int], session: str) 
 def test_a_session_whose_server_is_a_hot_spot_begins_elsewhere_and_stays_there() -> None:
     policy = Conversation()
     drawn = rendezvous("s", idle("a", "b")).instance_id
-    crowded = [Candidate(name, 40 if name == drawn else 0, 0) for name in "ab"]
+    crowded = [Seen(name, 40 if name == drawn else 0, 0) for name in "ab"]
     first = policy.choose(asked("s"), crowded).instance_id
     assert first != drawn
     assert policy.choose(asked("s"), idle("a", "b")).instance_id == first

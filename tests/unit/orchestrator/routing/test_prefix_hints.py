@@ -26,6 +26,7 @@ def server(name: str, num_blocks: int, *, block_size: int = 16, role: Role = Rol
     made.description = control_pb2.ServerDescription(
         instance_id=name, epoch=5, layout=kv_pb2.KVLayout(block_size=block_size)
     )
+    made.block_size = block_size
     made.known_blocks.apply(message(0, map(event, HASHES[:num_blocks]), cleared=True))
     return made
 

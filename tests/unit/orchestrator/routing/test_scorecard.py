@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from disaggregated.request_life import RequestLife
-from orchestrator.routing.decision import Decision
+from orchestrator.routing.candidate import Choice
+from orchestrator.routing.decision import Decision, Weighed
 from orchestrator.routing.scorecard import Scorecard, cached_verdict
 from orchestrator.story import AttemptStory, RequestStory
 from orchestrator.waterfall import candidates
@@ -19,9 +20,8 @@ def attempt(predicted: int | None, found: int, *, pulled: int = 0, first_token_s
     made = AttemptStory(
         context_instance="context-1-a",
         generation_instance="generation-2-b",
-        why="least of 2",
         decision=Decision(
-            weighed=(("context-1-a", "generation-2-b", 0.25, 0.25, 0.0, 0.0, 0.0, 32),),
+            weighed=Weighed(0, [("context-1-a", 32, 0.25, 0.0)], ["generation-2-b"], [0.0]),
             num_cached_tokens=predicted,
             ttft_s=0.4,
         ),
@@ -84,7 +84,9 @@ def test_the_story_tells_the_candidates_and_a_reader_sees_them_as_a_table() -> N
     out = io.StringIO()
     Console(file=out, width=100).print(candidates(told))
     text = out.getvalue()
-    assert "least of 2; cached tokens predicted: 32, found: 32" in " ".join(text.split())
+    assert "least of 1: first token in 250.0 ms, 32 tokens cached; cached tokens predicted: 32, found: 32" in " ".join(
+        text.split()
+    )
     assert "times in ms" in " ".join(text.split())
     assert text.splitlines()[-1].split() == ["context-1", "generation-2", "0.25", "250.0", "0.0", "0.0", "0.0", "32"]
 
@@ -104,9 +106,10 @@ def test_the_candidates_of_the_cost_model_are_readable_in_80_columns() -> None:
 
 def test_an_attempt_that_was_not_weighed_shows_why_alone() -> None:
     story = RequestStory(life=RequestLife("r", now_s=0.0), arrived_s=0.0, num_prompt_tokens=64)
-    story.attempts.append(AttemptStory(context_instance="c", generation_instance="g", why="its turn among 2"))
+    turn = Decision(context=Choice("c", "its turn among {}", (2,)))
+    story.attempts.append(AttemptStory(context_instance="c", generation_instance="g", decision=turn))
     (told,) = story.as_json(now_s=2.0)["attempts"]
     assert told["decision"]["candidates"] == []
     out = io.StringIO()
     Console(file=out, width=100).print(candidates(told))
-    assert "its turn among 2" in out.getvalue()
+    assert "context: its turn among 2" in " ".join(out.getvalue().split())
