@@ -20,6 +20,8 @@ from tests.support.servers import arguments, generation_server, random_prompt, w
 FEW = SamplingParams(max_tokens=4)
 MANY = SamplingParams(max_tokens=100)
 """Of the slow model: it is still at it when somebody does the next thing."""
+SOON_OVER = SamplingParams(max_tokens=800)
+"""A good part of a second of the brisk model's, and far less than what a server that is told to end leaves it."""
 FOREVER = SamplingParams(max_tokens=4000)
 
 
@@ -115,12 +117,12 @@ async def test_watchers_hear_at_once_that_draining_begins(tmp_path: pathlib.Path
 
 
 async def test_a_signal_lets_running_requests_finish(tmp_path: pathlib.Path) -> None:
-    async with generation_server(write_model(tmp_path, slow=True)) as (server, client):
-        key = await client.admit(random_prompt(20), MANY)
+    async with generation_server(write_model(tmp_path)) as (server, client):
+        key = await client.admit(random_prompt(20), SOON_OVER)
         await client.delta(key)
         server.signal(signal.SIGTERM)
         completion = await client.completion(key)
-        assert (len(completion.token_ids), completion.finish_reason) == (100, "length")
+        assert (len(completion.token_ids), completion.finish_reason) == (800, "length")
         assert await server.wait_exit() == 0
 
 
