@@ -49,6 +49,10 @@ def read_choice(value: Any, name: str) -> Grammar:
 def read_grammar(value: Any, name: str) -> Grammar:
     if isinstance(value, str) and "::=" in value:
         return Grammar(GrammarKind.EBNF, _text(value, name, num_bytes_max=GBNF_BYTES_MAX))
+    return read_lark(value, name)
+
+
+def read_lark(value: Any, name: str) -> Grammar:
     return Grammar(GrammarKind.LARK, _text(value, name))
 
 

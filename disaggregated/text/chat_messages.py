@@ -54,6 +54,8 @@ def _joined(parts: Sequence[Any], where: str) -> str:
 
 def _tool_call(call: Any) -> Any:
     """Clients send the arguments as JSON in a string, and templates print them with `tojson`: parse once, not twice."""
+    if isinstance(call, Mapping) and isinstance(custom := call.get("custom"), Mapping):
+        return _function_call(call, custom)
     if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
         return call
     arguments = function.get("arguments")
@@ -64,3 +66,10 @@ def _tool_call(call: Any) -> Any:
     except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
+
+
+def _function_call(call: Mapping[str, Any], custom: Mapping[str, Any]) -> dict[str, Any]:
+    """A custom tool is a function with one argument: templates know nothing else."""
+    others = {key: value for key, value in call.items() if key not in ("custom", "type")}
+    function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}
+    return {**others, "type": "function", "function": function}

@@ -166,6 +166,7 @@ async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
 def _wanted(fields: Fields, tools: ToolUse | None, grammar: Grammar | None) -> Wanted:
     return Wanted(
         schemas=tools.schemas if tools else None,
+        inputs=tools.inputs if tools else {},
         must_call=tools is not None and tools.must_call,
         name=tools.name if tools else "",
         is_strict=tools is not None and tools.is_strict,

@@ -18,6 +18,7 @@ from orchestrator.admission.make import caller_of
 from orchestrator.api.beside import Beside, beside_of
 from orchestrator.api.bodies import received_body
 from orchestrator.api.chat import read_chat_form, read_messages
+from orchestrator.api.custom_calls import CustomCallsShape, custom_names
 from orchestrator.api.fields import Fields
 from orchestrator.api.forms import Form
 from orchestrator.api.generation_fields import GenerationFields
@@ -85,14 +86,7 @@ async def chat_job(door: FrontDoor, http: web.Request) -> Job:
         InvalidRequest: names the field and the limit.
     """
     draft = await Draft.read(door, http, is_chat=True)
-    shape = ChatShape(
-        f"chatcmpl-{draft.request_id}",
-        draft.model.name,
-        int(time.time()),
-        include_usage=draft.fields.include_usage,
-        calls_functions=bool(draft.body.get("functions")),
-    )
-    return await chat_job_of(draft, shape)
+    return await chat_job_of(draft, _chat_shape(draft))
 
 
 async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") -> Job:
@@ -110,6 +104,14 @@ async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") ->
     await draft.check_grammar(chat.plan.grammar)
     job = draft.job(shape, [chat.token_ids], param, chat.plan)
     return dataclasses.replace(job, echoed=[chat.said]) if draft.fields.reply.echo else job
+
+
+def _chat_shape(draft: Draft) -> ChatShape:
+    of_answer = (f"chatcmpl-{draft.request_id}", draft.model.name, int(time.time()))
+    include_usage = draft.fields.include_usage
+    if custom := custom_names(draft.body.get("tools")):
+        return CustomCallsShape(*of_answer, include_usage=include_usage, custom=custom)
+    return ChatShape(*of_answer, include_usage=include_usage, calls_functions=bool(draft.body.get("functions")))
 
 
 async def completion_job(door: FrontDoor, http: web.Request) -> Job:

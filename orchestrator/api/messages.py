@@ -64,9 +64,20 @@ def _check_calls(message: Mapping[str, Any], name: str) -> None:
         where = f"{name}.tool_calls[{index}]"
         if not isinstance(call, dict):
             raise wrong_type(where, "an object", call)
+        if call.get("type") == "custom":
+            _check_custom(call.get("custom"), f"{where}.custom")
+            continue
         _check_function(call.get("function"), f"{where}.function")
     if message.get("function_call") is not None:
         _check_function(message["function_call"], f"{name}.function_call")
+
+
+def _check_custom(custom: object, where: str) -> None:
+    if not isinstance(custom, dict):
+        raise wrong_type(where, "an object", custom)
+    for field in ("name", "input"):
+        if not isinstance(custom.get(field), str):
+            raise wrong_type(f"{where}.{field}", "a string", custom.get(field))
 
 
 def _check_function(function: object, where: str) -> None:

@@ -1,4 +1,4 @@
-"""`tools` and `tool_choice` of a chat: which functions the model may call, and whether it must.
+"""`tools` and `tool_choice` of a chat: which functions and custom tools the model may call, and whether it must.
 
 The API before tools (`functions`, `function_call`) means the same thing with one call at most.
 """
@@ -14,7 +14,9 @@ import orjson
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.structured.json_schema import DEPTH_MAX, is_deeper, schema_text
+from orchestrator.api.custom_tools import PARAMETERS, read_custom_tool
 from orchestrator.api.fields import Fields, shown, wrong_type
+from orchestrator.parsers.input_grammars import InputGrammar
 
 TOOLS_MAX: Final = 512
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -41,6 +43,8 @@ class ToolUse:
     is_parallel: bool = True
     """Several calls in one reply are welcome."""
     is_legacy: bool = False
+    inputs: Mapping[str, InputGrammar] = dataclasses.field(default_factory=dict)
+    """Of custom tools among those that may be called: what their input has to be, where the client says so."""
 
     def closed(self) -> ToolUse:
         """For a grammar, which is a little stricter than a schema: what is not named is not allowed."""
@@ -88,6 +92,8 @@ class _Tool:
     told: Mapping[str, Any]
     """As the template gets it."""
     is_strict: bool
+    input: InputGrammar | None = None
+    """Of a custom tool whose input has to be of one."""
 
     @property
     def name(self) -> str:
@@ -96,7 +102,7 @@ class _Tool:
     @property
     def schema(self) -> Mapping[str, Any]:
         schema: Mapping[str, Any] = self.told["function"]["parameters"]
-        return schema
+        return schema if self.input is None else self.input.schema()
 
 
 def _checked(tools: object, param: str) -> list[_Tool]:
@@ -119,20 +125,18 @@ def _checked_tool(tool: object, where: str) -> _Tool:
     """The Responses API writes the function's fields into the tool itself."""
     if not isinstance(tool, dict):
         raise wrong_type(where, "an object", tool)
+    if tool.get("type") == "custom":
+        return _checked_custom(tool, where)
     if tool.get("type", "function") != "function":
         raise InvalidRequest(
-            f"{where}.type must be 'function', is {shown(tool['type'])}: no other tools are run here",
+            f"{where}.type must be 'function' or 'custom', is {shown(tool['type'])}: no other tools are run here",
             param=f"{where}.type",
         )
     function = tool.get("function", tool if "name" in tool else None)
     where = f"{where}.function"
     if not isinstance(function, dict):
         raise wrong_type(where, "an object", function)
-    name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"{where}.name must be 1 to 128 letters, digits, or _ . : / -; is {shown(name)}", param=f"{where}.name"
-        )
+    name = _checked_name(function, where)
     description, parameters, strict = (function.get(field) for field in ("description", "parameters", "strict"))
     if not isinstance(description, str | None):
         raise wrong_type(f"{where}.description", "a string", description)
@@ -146,6 +150,24 @@ def _checked_tool(tool: object, where: str) -> _Tool:
         )
     told = {"name": name, "description": description or "", "parameters": parameters or NO_PARAMETERS}
     return _Tool({"type": "function", "function": told}, bool(strict))
+
+
+def _checked_custom(tool: Mapping[str, Any], where: str) -> _Tool:
+    custom = tool.get("custom")
+    if not isinstance(custom, dict):
+        raise wrong_type(f"{where}.custom", "an object", custom)
+    name, read = _checked_name(custom, f"{where}.custom"), read_custom_tool(custom, f"{where}.custom")
+    told = {"name": name, "description": read.description, "parameters": PARAMETERS}
+    return _Tool({"type": "function", "function": told}, is_strict=False, input=read.input())
+
+
+def _checked_name(function: Mapping[str, Any], where: str) -> str:
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{where}.name must be 1 to 128 letters, digits, or _ . : / -; is {shown(name)}", param=f"{where}.name"
+        )
+    return name
 
 
 def _tool_use(tools: Sequence[_Tool], choice: object, param: str, *, is_legacy: bool) -> ToolUse | None:
@@ -166,6 +188,7 @@ def _tool_use(tools: Sequence[_Tool], choice: object, param: str, *, is_legacy: 
         is_strict=all(tool.is_strict for tool in callable_tools),
         is_parallel=not is_legacy,
         is_legacy=is_legacy,
+        inputs={tool.name: tool.input for tool in callable_tools if tool.input is not None},
     )
 
 
@@ -190,7 +213,7 @@ def _read_choice(choice: object, param: str, *, is_legacy: bool) -> tuple[str, l
 
 
 def _chosen_name(choice: object, param: str) -> str:
-    function = choice.get("function", choice) if isinstance(choice, dict) else None
+    function = choice.get("function", choice.get("custom", choice)) if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise InvalidRequest(f"{param} must name a function: {_EXAMPLE}", param=param)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import orjson
 
+from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar, GrammarKind
+from orchestrator.parsers.call_ids import NewCallId
 from orchestrator.parsers.deltas import ReplyParser
 from orchestrator.parsers.forced_calls import NamedCall, answer_or_calls, arguments_schema, calls_schema
 from orchestrator.parsers.formats import ReplyFormats
 from orchestrator.parsers.framed_calls import CallFrame, Schemas
 from orchestrator.parsers.harmony import HarmonyMessages
+from orchestrator.parsers.input_grammars import InputCall, InputGrammar, check_regular, free_or_calls
 from orchestrator.parsers.json_calls import JsonCalls
 from orchestrator.parsers.one_call import OneCall
 from orchestrator.parsers.reasoning import ReasoningParser, ReasoningTags
@@ -26,6 +29,8 @@ class Wanted:
 
     schemas: Schemas | None = None
     """The tools that may be called; None: there are none."""
+    inputs: Mapping[str, InputGrammar] = dataclasses.field(default_factory=dict)
+    """Of these, what the input of custom ones has to be."""
     must_call: bool = False
     name: str = ""
     """With `must_call`: the one tool that has to be called."""
@@ -36,6 +41,11 @@ class Wanted:
     shows_reasoning: bool = True
     grammar: Grammar | None = None
     """That the client asks for itself; a call may take its place, or must."""
+
+    @property
+    def input(self) -> InputGrammar | None:
+        """What the whole reply has to be, where it is the input of a custom tool that the client named."""
+        return self.inputs.get(self.name) if self.must_call else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +61,11 @@ class ReplyPlan:
 
 def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str, *, continued: str | None = None) -> ReplyPlan:
     """`prompt_tail` is the end of the prompt's text: a template may open or close the reasoning there. `continued` is
-    the text of the message that the reply goes on from."""
+    the text of the message that the reply goes on from.
+
+    Raises:
+        InvalidRequest: names the tool whose input cannot be kept to its grammar.
+    """
     grammar = _grammar(wanted, formats)
     if formats.tools is not None and formats.tools.is_whole:
         # A message that goes on is in the channel that the grammar is for.
@@ -109,11 +123,11 @@ def _with_reasoning(
 def _grammar(wanted: Wanted, formats: ReplyFormats) -> Grammar | None:
     if wanted.schemas is None:
         return wanted.grammar
+    if wanted.input is not None:
+        return wanted.input.alone()
+    check_regular(wanted.inputs)
     if not wanted.must_call:
-        if wanted.grammar is None or formats.tools is None:
-            return wanted.grammar
-        both = answer_or_calls(wanted.grammar, wanted.schemas, formats.tools.frame, is_parallel=wanted.is_parallel)
-        return both or wanted.grammar
+        return _grammar_of_free_calls(wanted, wanted.schemas, formats)
     if wanted.name:
         schema = arguments_schema(wanted.schemas[wanted.name])
     else:
@@ -123,17 +137,41 @@ def _grammar(wanted: Wanted, formats: ReplyFormats) -> Grammar | None:
     return Grammar(GrammarKind.JSON_SCHEMA, orjson.dumps(schema).decode())
 
 
+def _grammar_of_free_calls(wanted: Wanted, schemas: Schemas, formats: ReplyFormats) -> Grammar | None:
+    if formats.tools is None:
+        return wanted.grammar
+    frame = formats.tools.frame if formats.calls_are_text else CallFrame()
+    if wanted.grammar is not None:
+        return answer_or_calls(wanted.grammar, schemas, frame, is_parallel=wanted.is_parallel) or wanted.grammar
+    if not wanted.inputs:
+        return None
+    tags = formats.tools.tags if formats.calls_are_text else None
+    grammar = free_or_calls(schemas, wanted.inputs, frame, tags)
+    if grammar is None:
+        raise InvalidRequest(
+            f"tools: the grammar of {next(iter(wanted.inputs))!r} cannot be enforced within this model's own way of "
+            "calling; ask for a call with tool_choice (required, or the tool's name), or leave its format out",
+            param="tools",
+        )
+    return grammar
+
+
 def _call_parser(wanted: Wanted, formats: ReplyFormats) -> MakeParser | None:
     schemas, tools = wanted.schemas, formats.tools
     if schemas is None:
         return None
     if wanted.must_call:
-        new_id = formats.new_call_id
-        if wanted.name:
-            return lambda: NamedCall(wanted.name, new_id)
-        return lambda: JsonCalls(CallFrame(), schemas, new_id, is_forced=True)
+        return _forced_call_parser(wanted, schemas, formats.new_call_id)
     if tools is None:
         return None
     if wanted.is_parallel:
         return lambda: tools.make(schemas, tools.new_id)
     return lambda: OneCall(tools.make(schemas, tools.new_id))
+
+
+def _forced_call_parser(wanted: Wanted, schemas: Schemas, new_id: NewCallId) -> MakeParser:
+    if wanted.input is not None:
+        return lambda: InputCall(wanted.name, new_id)
+    if wanted.name:
+        return lambda: NamedCall(wanted.name, new_id)
+    return lambda: JsonCalls(CallFrame(), schemas, new_id, is_forced=True)

@@ -16,6 +16,7 @@ from orchestrator.parsers.call_ids import NewCallId, mistral_call_id, openai_cal
 from orchestrator.parsers.deltas import ReplyParser
 from orchestrator.parsers.framed_calls import CallFrame, Schemas
 from orchestrator.parsers.harmony import HarmonyMessages
+from orchestrator.parsers.input_grammars import INPUT, TagFrame
 from orchestrator.parsers.json_calls import JsonCalls
 from orchestrator.parsers.marked_calls import DEEPSEEK, KIMI, MarkedCalls, MistralCalls
 from orchestrator.parsers.pythonic_calls import PythonicCalls
@@ -27,6 +28,27 @@ _MISTRAL: Final = CallFrame(("[TOOL_CALLS]",))
 _LLAMA: Final = CallFrame()
 _LLAMA_4: Final = CallFrame(("<|python_start|>",), ("<|python_end|>",))
 _LFM: Final = CallFrame(("<|tool_call_start|>",), ("<|tool_call_end|>",))
+_QWEN_CODER: Final = TagFrame(
+    begin="<function=",
+    name=("", ">"),
+    input_begin=f"\n<parameter={INPUT}>\n",
+    input_end=QwenCoderCalls.value_end,
+    call_end="\n</function>",
+)
+_GLM: Final = TagFrame(
+    begin=BEGIN,
+    name=("", "\n"),
+    input_begin=f"<arg_key>{INPUT}</arg_key>\n<arg_value>\n",
+    input_end=GlmCalls.value_end,
+    call_end=f"\n{END}",
+)
+_MINIMAX_M2: Final = TagFrame(
+    begin="<invoke name=",
+    name=('"', '">'),
+    input_begin=f'\n<parameter name="{INPUT}">\n',
+    input_end=MiniMaxCalls.value_end,
+    call_end="\n</invoke>",
+)
 _GRANITE: Final = CallFrame(("<|tool_call|>", "<tool_call>"))
 
 
@@ -40,6 +62,8 @@ class ToolFormat:
     """Its parser reads reasoning too, and replies without tools."""
     frame: CallFrame = CallFrame()
     """Where calls are JSON between markers."""
+    tags: TagFrame | None = None
+    """Where each argument stands between tags of its own."""
 
 
 def _json(frame: CallFrame) -> ToolFormat:
@@ -65,11 +89,11 @@ TOOL_FORMATS: Final[Mapping[str, ToolFormat]] = {
     "pythonic": _pythonic(CallFrame()),
     "llama4_pythonic": _pythonic(_LLAMA_4),
     "lfm2": _pythonic(_LFM),
-    "qwen3_coder": ToolFormat(QwenCoderCalls, (BEGIN, END)),
-    "minimax_m2": ToolFormat(MiniMaxCalls, ("<minimax:tool_call>", "</minimax:tool_call>")),
+    "qwen3_coder": ToolFormat(QwenCoderCalls, (BEGIN, END), tags=_QWEN_CODER),
+    "minimax_m2": ToolFormat(MiniMaxCalls, ("<minimax:tool_call>", "</minimax:tool_call>"), tags=_MINIMAX_M2),
     "minimax": _json(CallFrame(("<tool_calls>",), ("</tool_calls>",))),
     "harmony": ToolFormat(lambda _, new_id: HarmonyMessages(new_id), harmony.MARKERS, is_whole=True),
-    "glm45": ToolFormat(GlmCalls, (BEGIN, END, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")),
+    "glm45": ToolFormat(GlmCalls, (BEGIN, END, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"), tags=_GLM),
 }
 """By the names that `tool_parser` takes."""
 
@@ -111,6 +135,8 @@ class ReplyFormats:
     """Special tokens whose text the parsers have to see."""
     reasoning_end: tuple[int, ...] = ()
     """The tokens that end reasoning, where they are always the same: what a grammar may wait for."""
+    calls_are_text: bool = True
+    """Not so where the markers of calls are special tokens: to a grammar these are no text."""
 
     @property
     def new_call_id(self) -> NewCallId:
@@ -131,6 +157,7 @@ class ReplyFormats:
             reasoning=reasoning,
             shown=tokenizer.special_ids_of(markers),
             reasoning_end=_reasoning_end(tools, reasoning, tokenizer),
+            calls_are_text=not tokenizer.special_ids_of(tools.markers if tools else ()),
         )
 
 

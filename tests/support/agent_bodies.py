@@ -237,9 +237,9 @@ REFUSED: Final[dict[str, tuple[str, dict[str, Any], str]]] = {
         {**_CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}]}]},
         "messages[0].content[0]",
     ),
-    "a custom tool in a chat": (
+    "a search in a chat": (
         "/v1/chat/completions",
-        {**_CHAT, "tools": [{"type": "custom", "custom": {"name": "x"}}]},
+        {**_CHAT, "tools": [{"type": "web_search", "name": "x"}]},
         "tools[0].type",
     ),
 }

@@ -78,7 +78,10 @@ GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
             "model": "fake", "max_output_tokens": 2, "store": False, "client_metadata": {"a": "b"},
             "tools": [
                 {"type": "namespace", "name": "agents", "tools": [{"type": "function", **_FUNCTION}]},
-                {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+                {
+                    "type": "custom", "name": "patch",
+                    "format": {"type": "grammar", "syntax": "lark", "definition": 'start: "x" /y+/'},
+                },
                 {"type": "web_search", "external_web_access": False},
             ],
             "input": [

@@ -122,6 +122,30 @@ _TOOL: Final = record(
     },
     "function",
 )
+_GRAMMAR: Final = record(
+    {"syntax": {"enum": ["lark", "regex"]}, "definition": {**_WORDS, "maxLength": TEXT_BYTES_MAX}},
+    "syntax",
+    "definition",
+)
+_CUSTOM_TOOL: Final = record(
+    {
+        "type": {"const": "custom"},
+        "custom": record(
+            {
+                "name": {"type": "string"},
+                "description": text("What it is for."),
+                "format": one_of(
+                    "What its input has to be.",
+                    record({"type": {"const": "text"}}, "type"),
+                    record({"type": {"const": "grammar"}, "grammar": _GRAMMAR}, "type", "grammar"),
+                ),
+            },
+            "name",
+        ),
+    },
+    "type",
+    "custom",
+)
 
 COMMON: Final[dict[str, Schema]] = {
     "model": ref("ModelName"),
@@ -146,7 +170,9 @@ COMMON: Final[dict[str, Schema]] = {
 """Of chats and of text completions."""
 
 TEMPLATE: Final[dict[str, Schema]] = {
-    "tools": array("Functions that the model may call.", _TOOL, maxItems=TOOLS_MAX),
+    "tools": array(
+        "Functions and custom tools that the model may call.", {"anyOf": [_TOOL, _CUSTOM_TOOL]}, maxItems=TOOLS_MAX
+    ),
     "tool_choice": one_of(
         "Whether it must.",
         {"enum": ["none", "auto", "required", "any"]},

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
+from orchestrator.api.custom_tools import custom_arguments
 from orchestrator.api.fields import json_type, shown, wrong_type
-from orchestrator.api.responses.tools import chat_name, custom_arguments
+from orchestrator.api.responses.tools import chat_name
 
 Message = dict[str, Any]
 

@@ -7,7 +7,8 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
-from orchestrator.api.responses.tools import OfferedTools, custom_input
+from orchestrator.api.custom_tools import custom_input
+from orchestrator.api.responses.tools import OfferedTools
 from orchestrator.parsers import CallArguments, CallStart, Content, Delta, Reasoning
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]

@@ -1,8 +1,7 @@
 """Tools as a Responses body lists them, in the form that chats have them, and back.
 
-A chat knows functions only. A function of a namespace is one whose name begins with it, and a custom tool, whose input
-is any text, is a function with that text as its one argument: the model calls them as it calls functions, and the call
-is told in the words of the tool that the client gave.
+A chat knows functions and custom tools. A function of a namespace is one whose name begins with it: the model calls it
+as it calls all others, and the call is told in the words of the tool that the client gave.
 """
 
 from __future__ import annotations
@@ -11,20 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import orjson
-
 from disaggregated.errors import InvalidRequest
+from orchestrator.api.custom_tools import read_custom_tool
 from orchestrator.api.fields import shown, wrong_type
 
 SEPARATOR: Final = "."
 """Between a namespace and the name of its function."""
-CUSTOM_INPUT: Final = "input"
-"""The argument that is a custom tool's text."""
-_CUSTOM_PARAMETERS: Final = {
-    "type": "object",
-    "properties": {CUSTOM_INPUT: {"type": "string"}},
-    "required": [CUSTOM_INPUT],
-}
 _LEFT_OUT: Final = ("web_search", "web_search_preview")
 """Coding agents offer it unasked, and every model may do without it. Whatever else OpenAI runs on its own machines is
 refused: who offers it has something there that the answer would need."""
@@ -99,11 +90,12 @@ def _function(tool: Mapping[str, Any], where: str, namespace: str | None) -> tup
         )
     name = _name(tool, where)
     client_tool = ClientTool(name, namespace, kind == "custom")
-    told = {field: tool[field] for field in ("description", "parameters", "strict") if tool.get(field)}
+    members = ("description", "format") if client_tool.is_custom else ("description", "parameters", "strict")
+    told = {field: tool[field] for field in members if tool.get(field)}
     if client_tool.is_custom:
-        told = {"description": _custom_description(tool, where), "parameters": _CUSTOM_PARAMETERS}
+        read_custom_tool(tool, where)  # Here, for what is wrong with it is told by its place in the client's own list.
     name = chat_name(name, namespace)
-    return name, client_tool, {"type": "function", "function": {"name": name, **told}}
+    return name, client_tool, {"type": kind, kind: {"name": name, **told}}
 
 
 def chat_name(name: str, namespace: str | None) -> str:
@@ -111,41 +103,11 @@ def chat_name(name: str, namespace: str | None) -> str:
     return name if namespace is None else f"{namespace}{SEPARATOR}{name}"
 
 
-def _custom_description(tool: Mapping[str, Any], where: str) -> str:
-    """With the grammar that its input should follow, which is a wish: a call is not bound to it."""
-    description, wanted = tool.get("description") or "", tool.get("format") or {}
-    if not isinstance(description, str):
-        raise wrong_type(f"{where}.description", "a string", description)
-    if not isinstance(wanted, dict):
-        raise wrong_type(f"{where}.format", "an object", wanted)
-    if wanted.get("type", "text") not in ("text", "grammar"):
-        raise InvalidRequest(f"{where}.format.type must be text or grammar", param=f"{where}.format.type")
-    grammar = wanted.get("definition")
-    if not isinstance(grammar, str):
-        return description
-    return f"{description}\nThe input follows this {shown(wanted.get('syntax'))} grammar:\n{grammar}".lstrip()
-
-
 def _name(tool: Mapping[str, Any], where: str) -> str:
     name = tool.get("name")
     if not isinstance(name, str):
         raise InvalidRequest(f"{where}.name is missing", param=f"{where}.name")
     return name
-
-
-def custom_arguments(text: str) -> str:
-    """Of a custom tool that was called with this input, as the model wrote them."""
-    return orjson.dumps({CUSTOM_INPUT: text}).decode()
-
-
-def custom_input(arguments: str) -> str:
-    """The input in what the model wrote; all of that, where it is something else, or was cut off."""
-    try:
-        told = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return arguments
-    text = told.get(CUSTOM_INPUT) if isinstance(told, dict) else None
-    return text if isinstance(text, str) else arguments
 
 
 def chat_tool_choice(choice: object, tools: OfferedTools) -> tuple[Any, list[Mapping[str, Any]]]:
@@ -177,7 +139,7 @@ def _allowed(choice: Mapping[str, Any], tools: OfferedTools) -> tuple[str, list[
     if not isinstance(allowed, list):
         raise wrong_type("tool_choice.tools", "an array of tools", allowed)
     names = [tool.get("name") if isinstance(tool, dict) else tool for tool in allowed]
-    known = {tool["function"]["name"]: tool for tool in tools.chat}
+    known = {tool[tool["type"]]["name"]: tool for tool in tools.chat}
     if (odd := next((name for name in names if not isinstance(name, str) or name not in known), None)) is not None:
         raise InvalidRequest(f"tool_choice.tools: there is no tool {shown(odd)}", param="tool_choice")
     return mode, [known[name] for name in names]

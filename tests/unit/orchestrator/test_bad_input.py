@@ -148,7 +148,13 @@ CASES: list[Case] = [
     (CHAT, chat(allowed_token_ids=[257]), 400, "allowed_token_ids", "257 is not between 0 and 256"),
     (CHAT, chat(tools={}), 400, "tools", "tools must be an array of tools, is an object"),
     (CHAT, chat(tools=[{"type": "function"}]), 400, "tools[0].function", "must be an object, is null"),
-    (CHAT, chat(tools=[{"type": "web_search"}]), 400, "tools[0].type", "must be 'function', is 'web_search'"),
+    (
+        CHAT,
+        chat(tools=[{"type": "web_search"}]),
+        400,
+        "tools[0].type",
+        "'custom', is 'web_search'",
+    ),
     (CHAT, chat(tools=[WEATHER, WEATHER]), 400, "tools[1]", "tools[1] is the second one called 'weather'"),
     (CHAT, chat(tools=[WEATHER] * 513), 400, "tools", "tools has 513 tools, the limit is 512"),
     (
