@@ -1,38 +1,31 @@
-"""The front door as an aiohttp application: routes, request ids, and the one place where errors become HTTP."""
+"""The front door as an aiohttp application: routes, request ids, and what becomes of errors."""
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
-from disaggregated.errors import DisaggregatedError
 from orchestrator.admission.make import CALLER_KEY
 from orchestrator.admission.quotas import Levels
 from orchestrator.api import generate, operations, tokenization
-from orchestrator.api.bodies import BODY_TIMEOUT_S
-from orchestrator.api.error_body import error_response, plain_error_response
+from orchestrator.api.bodies import received_body
+from orchestrator.api.error_body import json_response
 from orchestrator.api.openapi.document import openapi
-from orchestrator.api.request_ids import assign_request_id
+from orchestrator.api.refusals import refusal_of
+from orchestrator.api.request_ids import request_id_for
 from orchestrator.api.responses import endpoints as responses
 from orchestrator.front_door import FrontDoor
+from orchestrator.http.adapted import REQUEST_ID_KEY, AdaptedRequest
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
 from orchestrator.server_pools import ServerPools
 from orchestrator.siblings import Siblings
 
-log = logs.get(__name__)
-
-SHUTDOWN_TIMEOUT_S: Final = 60.0
-"""For requests under way when the application is cleaned up; whoever cleans up may be less patient."""
-KEEPALIVE_S: Final = 60.0
-"""A connection on which no whole head of a request has come for so long is closed."""
 _RESPONSE_PATH: Final = "/v1/responses/{response_id:resp_[0-9a-f]+}"
 DOOR: Final = web.AppKey("door", FrontDoor)
 
@@ -57,8 +50,8 @@ def make_app(
     app = web.Application(client_max_size=config.door.body_bytes_max, middlewares=[_edge(door)])
     app[DOOR] = door
     for method, path, handler in (
-        ("POST", "/v1/chat/completions", generate.chat_completions),
-        ("POST", "/v1/completions", generate.completions),
+        ("POST", "/v1/chat/completions", _chat_completions),
+        ("POST", "/v1/completions", _completions),
         ("POST", "/v1/responses", responses.create),
         ("POST", "/v1/responses/input_tokens", responses.count),
         ("GET", _RESPONSE_PATH, responses.retrieve),
@@ -90,25 +83,31 @@ def make_app(
     return app
 
 
-def make_runner(app: web.Application, *, shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S) -> web.AppRunner:
-    """A client that hangs up cancels its handler, and with it the work on every server."""
-    return web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        shutdown_timeout=shutdown_timeout_s,
-        keepalive_timeout=KEEPALIVE_S,
-    )
-
-
 async def _call(door: FrontDoor, handler: DoorHandler, http: web.Request) -> web.StreamResponse:
     return await handler(door, http)
+
+
+async def _chat_completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
+    return await _generate(door, http, is_chat=True)
+
+
+async def _completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
+    return await _generate(door, http, is_chat=False)
+
+
+async def _generate(door: FrontDoor, http: web.Request, *, is_chat: bool) -> web.StreamResponse:
+    """A request that no connection of ours took: with a large body, in chunks, of HTTP/1.0 …"""
+    arrived_s = door.clock()
+    body = await received_body(http)
+    exchange = AdaptedRequest(http)
+    rest = generate.generate(door, exchange, body, is_chat=is_chat, arrived_s=arrived_s)
+    return await exchange.finish(rest, door.outbox)
 
 
 def _edge(door: FrontDoor) -> Middleware:
     @web.middleware
     async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request_id = assign_request_id(request)
+        request[REQUEST_ID_KEY] = request_id = request_id_for(request.headers)
         response = await _answered(door, request, handler)
         if not response.prepared:
             response.headers["x-request-id"] = request_id
@@ -121,37 +120,6 @@ async def _answered(door: FrontDoor, http: web.Request, handler: Handler) -> web
     try:
         http[CALLER_KEY] = door.gate.let_in(http.path, http.headers)
         return await handler(http)
-    except DisaggregatedError as error:
-        door.metrics.error_answered(error)
-        return error_response(error, retry_after_s=door.dispatcher.retry_after_s())
-    except web.HTTPException as error:
-        return _refused_by_http(door, http, error)
     except Exception as error:  # noqa: BLE001 - the process's edge: one request's bug is one 500 and a traceback
-        log.traceback("handler_crashed", error)
-        door.metrics.crash_answered()
-        return plain_error_response("internal error", status=500, kind="internal_error")
-
-
-def _refused_by_http(door: FrontDoor, http: web.Request, error: web.HTTPException) -> web.Response:
-    headers: dict[str, str] = {}
-    match error:
-        case web.HTTPRequestEntityTooLarge():
-            message = f"the body is larger than the limit of {door.config.door.body_bytes_max} bytes"
-        case web.HTTPRequestTimeout():
-            message = f"the body did not come in {BODY_TIMEOUT_S:g} s"
-            headers["Connection"] = "close"
-        case web.HTTPNotFound():
-            message = f"there is no {http.method} {_shown(http.path)}"
-        case web.HTTPMethodNotAllowed():
-            allowed = ", ".join(sorted(error.allowed_methods))
-            headers["Allow"] = allowed
-            message = f"{_shown(http.path)} takes {allowed}, not {_shown(http.method)}"
-        case _:
-            message = error.reason
-    response = plain_error_response(message, status=error.status)
-    response.headers.update(headers)
-    return response
-
-
-def _shown(path: str) -> str:
-    return re.sub(r"[^\x20-\x7e]", "?", path)[:200]
+        refusal = refusal_of(door, error, method=http.method, path=http.path)
+        return json_response(refusal.fields, status=refusal.status, headers=refusal.headers)

@@ -9,7 +9,7 @@ import psutil
 
 from disaggregated.errors import ConfigError, PortTaken
 
-_BACKLOG = 4096
+BACKLOG = 4096
 """Connections the kernel holds while a burst of clients is being accepted."""
 
 
@@ -34,7 +34,7 @@ def listen(hostname: str, port: int, *, shared: bool = False, accepts: bool = Tr
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         if accepts:
-            listener.listen(_BACKLOG)
+            listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 import uvloop
-from aiohttp import web
 
 from disaggregated import logs
 from disaggregated.config.deployment import DeploymentConfig
@@ -26,7 +25,8 @@ from disaggregated.config.one_line import EXIT_INTERRUPTED
 from disaggregated.security import membership
 from disaggregated.security.secret import ClusterSecret
 from orchestrator.admission.http_tls import front_door_tls
-from orchestrator.app import DOOR, make_app, make_runner
+from orchestrator.app import DOOR, make_app
+from orchestrator.http.port import PublicPort
 from orchestrator.launch_plan import LaunchLimits
 from orchestrator.launcher import Launcher
 from orchestrator.listening import address_of, listen
@@ -113,10 +113,9 @@ async def _answer(
     """HTTP from here until `asked_to_stop`, and then for as long as requests need, within REQUESTS_TIMEOUT_S."""
     model = await asyncio.to_thread(ServedModel.load, config.model) if config.model and launcher.has_work else None
     app = make_app(config, pools, model=model, scaler=launcher)
-    runner = make_runner(app, shutdown_timeout_s=CONNECTIONS_TIMEOUT_S)
+    port = PublicPort(app, app[DOOR], shutdown_timeout_s=CONNECTIONS_TIMEOUT_S)
     try:
-        await runner.setup()
-        await web.SockSite(runner, listener, ssl_context=front_door_tls(config.door)).start()
+        await port.open(listener, tls=front_door_tls(config.door))
         freeze_start_up_objects()
         sys.stdout.write(f"READY orchestrator {address_of(listener)} model={config.model or 'of its servers'}\n")
         sys.stdout.flush()
@@ -126,7 +125,7 @@ async def _answer(
         log.info("stopping", requests_timeout_s=REQUESTS_TIMEOUT_S)
         await app[DOOR].stop(timeout_s=REQUESTS_TIMEOUT_S)
     finally:
-        await runner.cleanup()
+        await port.close()
 
 
 def freeze_start_up_objects() -> None:

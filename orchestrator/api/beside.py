@@ -185,8 +185,7 @@ class Beside:
 
 def beside_of(wanted: ReplyFields, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Beside | None:
     """For one reply; None where its text is all that the client wants."""
-    asks = wanted.shows_token_ids or wanted.logprobs is not None or wanted.prompt_logprobs is not None
-    return Beside(wanted, tokenizer, prompt_ids) if asks or wanted.best_of > wanted.n else None
+    return None if wanted.is_text_alone else Beside(wanted, tokenizer, prompt_ids)
 
 
 def _shown_logprobs(

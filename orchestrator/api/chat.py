@@ -62,6 +62,15 @@ class ChatForm:
             template=_read_template(fields, allows_template=allows_template),
         )
 
+    def reads_quickly(self, fields: Fields) -> bool:
+        """What is long, or a stranger's, is better read on a thread."""
+        if self.template is not None:
+            return False
+        tools = self.tools.tools if self.tools else ()
+        return fields.num_bytes <= INLINE_CHARACTERS_MAX or is_small(
+            [fields.get("messages"), tools], INLINE_CHARACTERS_MAX
+        )
+
     def with_messages(self, messages: object, model: ServedModel, formats: ReplyFormats) -> Chat:
         """
         Raises:
@@ -124,9 +133,7 @@ async def read_chat_form(fields: Fields, *, grammar: Grammar | None, allows_temp
 async def read_messages(form: ChatForm, fields: Fields, model: ServedModel, formats: ReplyFormats) -> Chat:
     """What is long, or a stranger's, is read on a thread. Raises as `ChatForm.with_messages` does."""
     messages = fields.get("messages")
-    tools = form.tools.tools if form.tools else ()
-    is_short = fields.num_bytes <= INLINE_CHARACTERS_MAX or is_small([messages, tools], INLINE_CHARACTERS_MAX)
-    if is_short and form.template is None:
+    if form.reads_quickly(fields):
         return form.with_messages(messages, model, formats)
     return await asyncio.to_thread(form.with_messages, messages, model, formats)
 

@@ -1,7 +1,8 @@
-"""An error as OpenAI's clients expect it. The only place where errors become HTTP."""
+"""An error as OpenAI's clients expect it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -21,23 +22,31 @@ def error_fields(error: DisaggregatedError) -> dict[str, Any]:
     }
 
 
-def error_response(error: DisaggregatedError, *, retry_after_s: int) -> web.Response:
+def error_headers(error: DisaggregatedError, *, retry_after_s: int) -> dict[str, str]:
     """Who is refused for want of room is told when to come back: by the error, if it knows, else `retry_after_s`."""
     headers = {}
     if error.http_status in (429, 503):
         headers["Retry-After"] = str(error.retry_after_s or retry_after_s)
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    return headers
+
+
+def plain_fields(message: str, *, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """What HTTP itself refuses: no such path, a body that is too large."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def error_response(error: DisaggregatedError, *, retry_after_s: int) -> web.Response:
+    headers = error_headers(error, retry_after_s=retry_after_s)
     return json_response(error_fields(error), status=error.http_status, headers=headers)
 
 
-def plain_error_response(message: str, *, status: int, kind: str = "invalid_request_error") -> web.Response:
-    """What HTTP itself refuses: no such path, a body that is too large."""
-    fields = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-    return json_response(fields, status=status)
+def plain_error_response(message: str, *, status: int) -> web.Response:
+    return json_response(plain_fields(message), status=status)
 
 
-def json_response(fields: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+def json_response(fields: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(
         body=orjson.dumps(fields), status=status, content_type="application/json", headers=headers or {}
     )

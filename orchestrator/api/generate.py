@@ -1,45 +1,61 @@
-"""POST /v1/chat/completions and /v1/completions: from a checked job to an answer or a stream."""
+"""POST /v1/chat/completions and /v1/completions: from a body to an answer or a stream.
+
+What can be done at once is done in the call that brings the request, and its answer is then a matter of callbacks (see
+`single.py`). The rest is awaited: long prompts, grammars, several replies to one request, and what is told beside them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
-
-from aiohttp import web
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
 from orchestrator.api.choices import CollectedChoice, PromptOnly, StreamedChoice
-from orchestrator.api.counted import CountedChoice
-from orchestrator.api.direct import send_json
-from orchestrator.api.jobs import Job, chat_job, completion_job
-from orchestrator.api.reply_fields import ReplyFields
+from orchestrator.api.direct import answer
+from orchestrator.api.fields import Fields
+from orchestrator.api.jobs import Draft, Job, LateJob, prepare
+from orchestrator.api.replies import collected_choice, streamed_choice
 from orchestrator.api.shapes import Usage
 from orchestrator.api.siblings import likeliest, run_many
+from orchestrator.api.single import answer_single, stream_single
 from orchestrator.api.sse import EventStream
 from orchestrator.front_door import FrontDoor
-from orchestrator.request_run import TokenRequest, TokenSink
-from orchestrator.story import RequestStory
+from orchestrator.http.exchange import Exchange, Rest
+from orchestrator.request_run import TokenSink
 
 
-async def chat_completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
-    return await answer(door, http, await chat_job(door, http))
+def generate(door: FrontDoor, exchange: Exchange, body: bytes, *, is_chat: bool, arrived_s: float) -> Rest | None:
+    """Begin to answer it. What is returned, if anything, has to be awaited for that.
+
+    Raises:
+        InvalidRequest: names the field and the limit.
+        AdmissionError, QuotaExceeded: not now.
+    """
+    draft = Draft.of(door, exchange, Fields.parse(body), arrived_s=arrived_s, is_chat=is_chat)
+    job = prepare(draft)
+    if isinstance(job, Job):
+        return start(door, exchange, job)
+    return functools.partial(_late, door, exchange, job)
 
 
-async def completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:
-    return await answer(door, http, await completion_job(door, http))
+async def _late(door: FrontDoor, exchange: Exchange, job: LateJob) -> None:
+    rest = start(door, exchange, await job())
+    if rest is not None:
+        await rest()
 
 
-async def answer(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
-    """Run the job; what its client gets, whole or streamed."""
+def start(door: FrontDoor, exchange: Exchange, job: Job) -> Rest | None:
+    """Run the job; what its client gets, whole or streamed. Returns and raises as `generate`."""
     door.metrics.request_began(stream=job.fields.stream)
-    return await (_stream(door, http, job) if job.fields.stream else _collect(door, http, job))
+    if job.is_single:
+        (stream_single if job.fields.stream else answer_single)(door, exchange, job)
+        return None
+    return functools.partial(_stream if job.fields.stream else _collect, door, exchange, job)
 
 
-async def _collect(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
-    choices = [
-        CollectedChoice(job.text_of(request), job.parser(), job.beside_of(request), echoed=job.echoed_to(index))
-        for index, request in enumerate(job.requests)
-    ]
+async def _collect(door: FrontDoor, exchange: Exchange, job: Job) -> None:
+    choices = [collected_choice(job, index) for index in range(len(job.requests))]
     usage = _with_reasoning(await _run_all(door, job, choices), choices)
     shown = likeliest(choices, job.fields.reply)
 
@@ -47,11 +63,11 @@ async def _collect(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRe
         return job.shape.whole([choice.reply() for choice in shown], usage)
 
     body = await asyncio.to_thread(whole) if any(choice.is_large for choice in shown) else whole()
-    return await send_json(http, body, job.headers, door.outbox)
+    answer(exchange, body, job.headers, door.outbox)
 
 
-async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamResponse:
-    choices = [_streamed(job, index, request) for index, request in enumerate(job.requests)]
+async def _stream(door: FrontDoor, exchange: Exchange, job: Job) -> None:
+    choices = [streamed_choice(job, index) for index in range(len(job.requests))]
 
     def flush() -> None:
         for choice in choices:
@@ -59,24 +75,17 @@ async def _stream(door: FrontDoor, http: web.Request, job: Job) -> web.StreamRes
 
     deadline_s = job.requests[0].deadline_s
     try:
-        stream = EventStream(http, job.headers, flush, door.outbox)
+        stream = EventStream(exchange, job.headers, flush, door.outbox)
         for choice in choices:
             choice.stream = stream
         async with asyncio.timeout(deadline_s - door.clock() + 1.0):
             last_events = await _last_events(door, job, stream, choices)
-            return await stream.end(*last_events, job.shape.closing)
+            await stream.end(*last_events, job.shape.closing)
     except TimeoutError as error:  # the requests have an earlier deadline of their own: it is the client who is late
-        stream.abort()
         raise RequestCancelled("the client did not read its stream in time") from error
     except ConnectionError as error:
         raise RequestCancelled("the client went away") from error
-
-
-def _streamed(job: Job, index: int, request: TokenRequest) -> StreamedChoice:
-    made = (index, job.shape, job.text_of(request), job.parser(), job.beside_of(request))
-    if job.fields.counts_always:
-        return CountedChoice(*made, echoed=job.echoed_to(index), num_prompt_tokens=len(request.token_ids))
-    return StreamedChoice(*made, echoed=job.echoed_to(index))
+    exchange.answered()
 
 
 async def _last_events(
@@ -97,27 +106,20 @@ async def _last_events(
 
 
 async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> Usage:
-    """Every sequence of the job. One that fails ends the others: an answer is whole or it is an error."""
+    """Every sequence of the job. One that fails ends the others: an answer is whole or it is an error. A prompt counts
+    once, however many replies it has."""
     reply = job.fields.reply
     if reply.drops_tokens:
         sinks = [PromptOnly(sink) for sink in sinks]
-    run = door.dispatcher.run
-    if len(sinks) == 1:
-        stories = [await run(job.requests[0], sinks[0])]
-    else:
-        stories = await run_many(run, list(zip(job.requests, sinks, strict=True)), num_each=reply.best_of)
-    return _usage(stories, reply)
-
-
-def _with_reasoning(usage: Usage, choices: Sequence[CollectedChoice | StreamedChoice]) -> Usage:
-    return usage + Usage(0, 0, 0, sum(choice.num_reasoning_tokens for choice in choices))
-
-
-def _usage(stories: Sequence[RequestStory], reply: ReplyFields) -> Usage:
-    """A prompt counts once, however many replies it has."""
+    run, sequences = door.dispatcher.run, list(zip(job.requests, sinks, strict=True))
+    stories = [await run(*sequences[0])] if len(sinks) == 1 else await run_many(run, sequences, num_each=reply.best_of)
     total = Usage(0, 0, 0)
     for index, story in enumerate(stories):
         num_tokens = 0 if reply.drops_tokens else story.num_tokens
         counts = index % reply.best_of == 0
         total += Usage(story.num_prompt_tokens * counts, story.num_cached_tokens * counts, num_tokens)
     return total
+
+
+def _with_reasoning(usage: Usage, choices: Sequence[CollectedChoice | StreamedChoice]) -> Usage:
+    return usage + Usage(0, 0, 0, sum(choice.num_reasoning_tokens for choice in choices))

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
 
 import msgspec
-from aiohttp import web
 
 from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
 from disaggregated.grammar import Grammar
 from disaggregated.text import ChoiceText
 from orchestrator.admission.gate import Visit
-from orchestrator.admission.make import caller_of
 from orchestrator.api.beside import Beside, beside_of
-from orchestrator.api.bodies import received_body
-from orchestrator.api.chat import read_chat_form, read_messages
+from orchestrator.api.chat import Chat, read_chat_form, read_messages
 from orchestrator.api.custom_calls import CustomCallsShape, custom_names
 from orchestrator.api.fields import Fields
 from orchestrator.api.forms import Form
 from orchestrator.api.generation_fields import GenerationFields
-from orchestrator.api.prompts import completion_prompts, prompt_texts
-from orchestrator.api.request_ids import request_id_of
+from orchestrator.api.prompts import completion_prompts, prompt_texts, prompts_at_once
 from orchestrator.api.sampling_fields import read_seed
 from orchestrator.api.sessions import Sessions, sessions_of
 from orchestrator.api.shapes import ChatShape, CompletionShape, Shape
 from orchestrator.api.structured import grammar_field
 from orchestrator.api.tools import refuse_tools
 from orchestrator.front_door import FrontDoor
+from orchestrator.http.exchange import Exchange
 from orchestrator.parsers import ReplyParser
 from orchestrator.parsers.choose import ReplyPlan
 from orchestrator.request_run import TokenRequest
@@ -57,6 +54,12 @@ class Job:
     echoed: Sequence[str] = ()
     """What the replies to each prompt begin with, where the client wants to see it."""
 
+    @property
+    def is_single(self) -> bool:
+        """There is one reply, and nothing is told beside its text."""
+        reply = self.fields.reply
+        return len(self.requests) == 1 and reply.is_text_alone and not reply.drops_tokens
+
     def parser(self) -> ReplyParser | None:
         """For one reply."""
         return None if self.plan.make_parser is None else self.plan.make_parser()
@@ -80,13 +83,32 @@ class Job:
         return self.echoed[index // self.fields.reply.best_of] if self.echoed else ""
 
 
-async def chat_job(door: FrontDoor, http: web.Request) -> Job:
-    """
+LateJob = Callable[[], Coroutine[Any, Any, Job]]
+"""Makes a job that has to wait for something: a thread, or the check of a grammar."""
+
+
+def prepare(draft: Draft) -> Job | LateJob:
+    """The job, where nothing has to be waited for: a short prompt, and no grammar.
+
     Raises:
-        InvalidRequest: names the field and the limit.
+        InvalidRequest: names the field and the limit. So does the late job.
     """
-    draft = await Draft.read(door, http, is_chat=True)
-    return await chat_job_of(draft, _chat_shape(draft))
+    return _prepare_chat(draft) if draft.is_chat else _prepare_completion(draft)
+
+
+def _prepare_chat(draft: Draft) -> Job | LateJob:
+    form = draft.form.chat
+    if form is None or not form.reads_quickly(draft.body):
+        return lambda: job_of(draft)
+    chat = form.with_messages(draft.body.get("messages"), draft.model, draft.door.reply_formats)
+    if chat.plan.grammar is not None:
+        return lambda: _checked_chat_job(draft, _chat_shape(draft), chat, "messages")
+    return _chat_job(draft, _chat_shape(draft), chat, "messages")
+
+
+async def job_of(draft: Draft) -> Job:
+    """As `prepare`, whatever has to be waited for. Raises as it does."""
+    return await (chat_job_of(draft, _chat_shape(draft)) if draft.is_chat else _late_completion_job(draft))
 
 
 async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") -> Job:
@@ -101,7 +123,15 @@ async def chat_job_of(draft: Draft, shape: Shape, *, param: str = "messages") ->
         grammar = form.fields.sampling.grammar
         form.chat = await read_chat_form(draft.body, grammar=grammar, allows_template=allows_template)
     chat = await read_messages(form.chat, draft.body, draft.model, door.reply_formats)
+    return await _checked_chat_job(draft, shape, chat, param)
+
+
+async def _checked_chat_job(draft: Draft, shape: Shape, chat: Chat, param: str) -> Job:
     await draft.check_grammar(chat.plan.grammar)
+    return _chat_job(draft, shape, chat, param)
+
+
+def _chat_job(draft: Draft, shape: Shape, chat: Chat, param: str) -> Job:
     job = draft.job(shape, [chat.token_ids], param, chat.plan)
     return dataclasses.replace(job, echoed=[chat.said]) if draft.fields.reply.echo else job
 
@@ -114,15 +144,19 @@ def _chat_shape(draft: Draft) -> ChatShape:
     return ChatShape(*of_answer, include_usage=include_usage, calls_functions=bool(draft.body.get("functions")))
 
 
-async def completion_job(door: FrontDoor, http: web.Request) -> Job:
-    """
-    Raises:
-        InvalidRequest: names the field and the limit.
-    """
-    draft = await Draft.read(door, http, is_chat=False)
+def _prepare_completion(draft: Draft) -> Job | LateJob:
+    refuse_tools(draft.body)
+    prompts = prompts_at_once(draft.body, draft.model) if draft.fields.sampling.grammar is None else None
+    return (lambda: job_of(draft)) if prompts is None else _completion_job(draft, prompts)
+
+
+async def _late_completion_job(draft: Draft) -> Job:
     refuse_tools(draft.body)
     await draft.check_grammar(draft.fields.sampling.grammar)
-    prompts = await completion_prompts(draft.body, draft.model)
+    return _completion_job(draft, await completion_prompts(draft.body, draft.model))
+
+
+def _completion_job(draft: Draft, prompts: Sequence[Sequence[int]]) -> Job:
     shape = CompletionShape(
         f"cmpl-{draft.request_id}", draft.model.name, int(time.time()), include_usage=draft.fields.include_usage
     )
@@ -145,28 +179,28 @@ class Draft:
     seed: int
     visit: Visit
     sessions: Sessions
+    is_chat: bool
 
     @classmethod
-    async def read(cls, door: FrontDoor, http: web.Request, *, is_chat: bool) -> Draft:
-        arrived_s = door.clock()
-        body = Fields.parse(await received_body(http))
-        return cls.of(door, http, body, arrived_s=arrived_s, is_chat=is_chat)
-
-    @classmethod
-    def of(cls, door: FrontDoor, http: web.Request, body: Fields, *, arrived_s: float, is_chat: bool = True) -> Draft:
-        """Of a body that is there already."""
+    def of(cls, door: FrontDoor, exchange: Exchange, body: Fields, *, arrived_s: float, is_chat: bool = True) -> Draft:
+        """
+        Raises:
+            InvalidRequest: names the field and the limit.
+            QuotaExceeded, QueueFull: not now.
+        """
         model = known_model(door, body)
         form = door.forms[is_chat].of(body)
         return cls(
             door=door,
-            request_id=request_id_of(http),
+            request_id=exchange.request_id,
             arrived_s=arrived_s,
             body=body,
             model=model,
             form=form,
             seed=read_seed(body),
-            visit=_visit(door, http, body, form.fields.priority),
-            sessions=sessions_of(door.config, http, body),
+            visit=_visit(door, exchange, body, form.fields.priority),
+            sessions=sessions_of(door.config, exchange, body),
+            is_chat=is_chat,
         )
 
     @property
@@ -268,17 +302,17 @@ def known_model(door: FrontDoor, body: Fields, *, is_optional: bool = False) -> 
     return model
 
 
-def _visit(door: FrontDoor, http: web.Request, body: Fields, priority: int) -> Visit:
+def _visit(door: FrontDoor, exchange: Exchange, body: Fields, priority: int) -> Visit:
     """Who comes in, before anything is spent on the prompt.
 
     Raises:
         QuotaExceeded, QueueFull: not now.
         InvalidRequest: this key's requests may not ask for that.
     """
-    caller, model = caller_of(http), door.served_model()
+    caller, model = exchange.caller, door.served_model()
     door.gate.check_model(caller, str(body.get("model")), model.name, *model.aliases)
     user = body.get("user") or body.get("safety_identifier")
-    visit = door.gate.visit(caller, http.headers, user=user, priority=priority)
+    visit = door.gate.visit(caller, exchange.headers, user=user, priority=priority)
     door.dispatcher.room.check_room(visit.tenant, priority=priority, now_s=door.clock())
     return visit
 

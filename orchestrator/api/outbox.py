@@ -20,7 +20,8 @@ class Outlet(Protocol):
         """Of its socket; valid while the transport is not closing."""
 
     @property
-    def transport(self) -> asyncio.Transport: ...
+    def transport(self) -> asyncio.Transport | None:
+        """None: the client has gone."""
 
     def write_rest(self, rest: bytes) -> None:
         """What the kernel did not take, or all of it when something is wrong with the connection."""
@@ -36,9 +37,11 @@ class Outbox:
 
     def put(self, outlet: Outlet, event: bytes) -> None:
         """For who can afford the call."""
+        if (transport := outlet.transport) is None:
+            return
         if not self.waiting:
             self.flush_soon()
-        self.waiting.append((outlet.descriptor, outlet.transport, event, outlet))
+        self.waiting.append((outlet.descriptor, transport, event, outlet))
 
     def flush_soon(self) -> None:
         asyncio.get_running_loop().call_soon(self.flush)

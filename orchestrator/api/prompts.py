@@ -15,23 +15,40 @@ INLINE_CHARACTERS_MAX: Final = 2000
 PROMPTS_MAX: Final = 128
 
 
-async def completion_prompts(fields: Fields, model: ServedModel) -> list[Sequence[int]]:
-    """`prompt` is a string, a list of strings, a list of token ids or a list of such lists.
+def prompts_at_once(fields: Fields, model: ServedModel) -> list[Sequence[int]] | None:
+    """Of `prompt`, which is a string, a list of strings, a list of token ids or a list of such lists. None: there is so
+    much text that it is better tokenized on a thread.
 
     Raises:
         InvalidRequest: names the part that is empty or of another type.
     """
+    many = _read_prompts(fields)
+    if sum(len(one) for one in many if type(one) is str) > INLINE_CHARACTERS_MAX:
+        return None
+    return _all_ids(many, fields, model)
+
+
+async def completion_prompts(fields: Fields, model: ServedModel) -> list[Sequence[int]]:
+    """The same, of any length. Raises as `prompts_at_once`."""
+    at_once = prompts_at_once(fields, model)
+    return await asyncio.to_thread(_all_ids, _read_prompts(fields), fields, model) if at_once is None else at_once
+
+
+def _read_prompts(fields: Fields) -> list[Any]:
     prompt = fields.get("prompt")
     if prompt is None:
         raise InvalidRequest("prompt is missing", param="prompt")
     many = _as_many(prompt)
     if len(many) > PROMPTS_MAX:
         raise InvalidRequest(f"prompt has {len(many)} prompts, the limit is {PROMPTS_MAX}", param="prompt")
-    add_special_tokens = fields.flag("add_special_tokens", default=True)
-    return [
-        await _ids_of(one, model, f"prompt[{index}]" if len(many) > 1 else "prompt", add_special_tokens)
-        for index, one in enumerate(many)
-    ]
+    return many
+
+
+def _all_ids(many: list[Any], fields: Fields, model: ServedModel) -> list[Sequence[int]]:
+    adds = fields.flag("add_special_tokens", default=True)
+    if len(many) == 1:
+        return [_ids_of(many[0], model, "prompt", adds)]
+    return [_ids_of(one, model, f"prompt[{index}]", adds) for index, one in enumerate(many)]
 
 
 def _as_many(prompt: object) -> list[Any]:
@@ -52,9 +69,9 @@ def prompt_texts(fields: Fields, model: ServedModel, prompts: Sequence[Sequence[
     ]
 
 
-async def _ids_of(prompt: object, model: ServedModel, name: str, add_special_tokens: bool) -> Sequence[int]:
+def _ids_of(prompt: object, model: ServedModel, name: str, add_special_tokens: bool) -> Sequence[int]:
     if isinstance(prompt, str):
-        ids: Sequence[int] = await encode(prompt, model, add_special_tokens=add_special_tokens, param=name)
+        ids: Sequence[int] = model.tokenizer.encode(prompt, add_special_tokens, param=name)
     elif isinstance(prompt, list):
         ids = checked_token_ids(prompt, model.tokenizer.vocab_size, name)
     else:

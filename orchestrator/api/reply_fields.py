@@ -45,6 +45,12 @@ class ReplyFields:
     def echoes_prompt(self) -> bool:
         return self.echo and not self.is_chat
 
+    @property
+    def is_text_alone(self) -> bool:
+        """Nothing has to be known of a token but its text."""
+        asks = self.shows_token_ids or self.logprobs is not None or self.prompt_logprobs is not None
+        return not asks and self.best_of == self.n
+
     def applied_to(self, sampling: SamplingParams) -> SamplingParams:
         """With everything told that some field needs."""
         logprobs, prompt_logprobs = self.logprobs, self.prompt_logprobs

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
-from aiohttp import web
-
-REQUEST_ID_KEY: Final = web.RequestKey("request_id", str)
 _DRAWN_AT_ONCE: Final = 64
 
 
@@ -24,13 +21,7 @@ _new_ids: Final = _unguessable()
 _SOUND: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
-def assign_request_id(http: web.Request) -> str:
+def request_id_for(headers: Mapping[str, str]) -> str:
     """An id that would be unsafe in a log line or a header is replaced, not refused."""
-    given = http.headers.get("x-request-id", "")
-    request_id = given if given and _SOUND.fullmatch(given) else next(_new_ids)
-    http[REQUEST_ID_KEY] = request_id
-    return request_id
-
-
-def request_id_of(http: web.Request) -> str:
-    return http[REQUEST_ID_KEY]
+    given = headers.get("x-request-id")
+    return given if given and _SOUND.fullmatch(given) else next(_new_ids)

@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from aiohttp import web
-
 from disaggregated.config.deployment import DeploymentConfig
 from orchestrator.api.fields import Fields
+from orchestrator.http.exchange import Exchange
 
 HEADERS: Final = ("x-session-id", "x-correlation-id", "x-session-affinity", "x-multi-turn-session-id")
 """As TensorRT-LLM reads them, the first that is there."""
@@ -32,11 +31,11 @@ class Sessions:
 NO_SESSIONS: Final = Sessions()
 
 
-def sessions_of(config: DeploymentConfig, http: web.Request, body: Fields) -> Sessions:
+def sessions_of(config: DeploymentConfig, exchange: Exchange, body: Fields) -> Sessions:
     if not config.routes_by_session:
         return NO_SESSIONS
-    own = next(filter(None, (_READERS[source](http, body) for source in config.session_sources)), "")
-    parent = _named("agent", http.headers.get(config.subagent_header)) if config.subagent_header else ""
+    own = next(filter(None, (_READERS[source](exchange, body) for source in config.session_sources)), "")
+    parent = _named("agent", exchange.headers.get(config.subagent_header.lower())) if config.subagent_header else ""
     if not parent:
         return Sessions(own, own)
     return Sessions(parent, parent if config.subagent_scope == "both" else own)
@@ -48,24 +47,24 @@ def _named(source: str, value: Any) -> str:
     return f"{source}:{text[:CHARACTERS_MAX]}" if text else ""
 
 
-def _conversation_id(_: web.Request, body: Fields) -> str:
+def _conversation_id(_: Exchange, body: Fields) -> str:
     params = body.get("conversation_params")
     inner = params.get("conversation_id") if isinstance(params, dict) else None
     return next(filter(None, (_named("session", each) for each in (inner, *map(body.get, FIELDS)))), "")
 
 
-def _header(http: web.Request, _: Fields) -> str:
-    return next(filter(None, (_named("session", http.headers.get(name)) for name in HEADERS)), "")
+def _header(exchange: Exchange, _: Fields) -> str:
+    return next(filter(None, (_named("session", exchange.headers.get(name)) for name in HEADERS)), "")
 
 
-def _forwarded_for(http: web.Request, _: Fields) -> str:
-    return _named("address", http.headers.get("x-forwarded-for", "").partition(",")[0])
+def _forwarded_for(exchange: Exchange, _: Fields) -> str:
+    return _named("address", exchange.headers.get("x-forwarded-for", "").partition(",")[0])
 
 
-_READERS: Final[Mapping[str, Callable[[web.Request, Fields], str]]] = {
+_READERS: Final[Mapping[str, Callable[[Exchange, Fields], str]]] = {
     "conversation_id": _conversation_id,
     "header": _header,
     "user": lambda _, body: _named("user", body.get("user") or body.get("safety_identifier")),
-    "client_address": lambda http, _: _named("address", http.remote),
+    "client_address": lambda exchange, _: _named("address", exchange.remote),
     "forwarded_for": _forwarded_for,
 }

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from aiohttp import HttpVersion11, web
-
-from orchestrator.api.direct import AlreadySent, head_of, plain_descriptor, write
+from orchestrator.api.direct import head_of, put
 from orchestrator.api.outbox import Outbox
+from orchestrator.http.exchange import Exchange
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
@@ -46,25 +45,21 @@ class EventStream:
     """One HTTP response. Nothing is sent, not even its status, before the first `send()`."""
 
     def __init__(
-        self, http: web.Request, headers: Mapping[str, str], flush: Callable[[], None], outbox: Outbox
+        self, exchange: Exchange, headers: Mapping[str, str], flush: Callable[[], None], outbox: Outbox
     ) -> None:
         """`flush` sends whatever has been kept; called when a client that was too slow has caught up.
 
         Raises:
             ConnectionResetError: the client has gone.
         """
-        if http.transport is None:
+        if exchange.transport is None:
             raise ConnectionResetError("the client went away")
-        self._http = http
-        self._protocol = http.protocol
+        self._exchange = exchange
         self.outbox = outbox
-        self.transport: asyncio.Transport = http.transport
-        self.descriptor = plain_descriptor(self.transport)
-        # "Writing is paused" then means that anything at all is left over. At 0, TLS would count nothing as something.
-        self.transport.set_write_buffer_limits(high=0 if self.descriptor >= 0 else 1, low=0)
-        self._is_chunked = http.version >= HttpVersion11
-        framing = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
-        self._headers = {**_HEADERS, **framing, **headers}
+        self.transport: asyncio.Transport = exchange.transport
+        self.descriptor = exchange.descriptor
+        self._is_chunked = exchange.is_http_11
+        self._headers = headers
         self._flush = flush
         self._catching_up: asyncio.Task[None] | None = None
         """Waits for a slow client. Ends by itself, at the latest with the connection."""
@@ -73,7 +68,7 @@ class EventStream:
 
     @property
     def takes_more(self) -> bool:
-        return not self._protocol.writing_paused
+        return not self._exchange.writing_paused
 
     def wake(self) -> None:
         """There is something to send that could not be sent now."""
@@ -81,18 +76,21 @@ class EventStream:
             self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
 
     async def _catch_up(self) -> None:
-        with contextlib.suppress(ConnectionError):  # Whoever runs the handler hears of that.
-            await self._http.writer.drain()
+        with contextlib.suppress(ConnectionError):  # Whoever works for the request hears of that.
+            await self._exchange.drain()
             self._flush()
 
     def send(self, event: bytes) -> None:
-        """Whole events, in HTTP's chunked framing. A client that has gone is noticed by whoever runs the handler."""
-        self.outbox.flush()
+        """Whole events, in HTTP's chunked framing. A client that has gone is noticed by whoever works for it."""
         framed = b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event
+        self._put(framed)
+
+    def _put(self, framed: bytes) -> None:
         if not self.is_open:
-            self.is_open = True
-            framed = head_of(self._http, self._headers) + framed
-        write(self.transport, self.descriptor, framed)
+            self.is_open = self._exchange.has_begun = True
+            framing = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
+            framed = head_of(self._exchange, {**_HEADERS, **framing, **self._headers}) + framed
+        put(self, self.transport, framed, self.outbox)
 
     def frame(self, before: bytes, after: bytes) -> TextFrame | None:
         """For events that differ only in the text between the two, and may go into the outbox; None: none may, because
@@ -104,20 +102,34 @@ class EventStream:
     def write_rest(self, rest: bytes) -> None:
         self.transport.write(rest)
 
-    async def end(self, *events: bytes) -> web.StreamResponse:
-        """Whatever is kept, then `events`, then the end of the response, once the client has taken all of it."""
+    def try_end(self, *events: bytes) -> bool:
+        """Whatever is kept, then `events`, then the end of the response. False, and nothing was sent: the client is too
+        slow to take it at once; `end()` waits for it."""
+        if not self.takes_more or (self._catching_up is not None and not self._catching_up.done()):
+            return False
+        self._send_last(events)
+        return True
+
+    async def end(self, *events: bytes) -> None:
+        """As `try_end`, once the client has taken all that comes before; returns when it has taken the last byte.
+
+        Raises:
+            ConnectionError: the client has gone.
+        """
         if self._catching_up is not None:
             await asyncio.wait([self._catching_up])
         self.outbox.flush()
-        await self._http.writer.drain()
+        await self._exchange.drain()
+        self._send_last(events)
+        self.outbox.flush()
+        await self._exchange.drain()
+
+    def _send_last(self, events: Sequence[bytes]) -> None:
         self._flush()
-        if last := b"".join(events):
-            self.send(last)
+        last = b"".join(events)
         if self._is_chunked:
-            write(self.transport, self.descriptor, _LAST_CHUNK)
-        await self._http.writer.drain()
-        self.transport.set_write_buffer_limits()
-        return AlreadySent(self._http)
+            last = b"%x\r\n%b\r\n%b" % (len(last), last, _LAST_CHUNK) if last else _LAST_CHUNK
+        self._put(last)
 
     def abort(self) -> None:
         """The client does not read and its time is up."""

@@ -21,7 +21,8 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.config.one_line import one_line_errors
 from disaggregated.parent_death import die_with_parent
 from orchestrator.admission.http_tls import front_door_tls
-from orchestrator.app import DOOR, make_app, make_runner
+from orchestrator.app import DOOR, make_app
+from orchestrator.http.port import PublicPort
 from orchestrator.listening import address_of, listen
 from orchestrator.run import CONNECTIONS_TIMEOUT_S, REQUESTS_TIMEOUT_S, freeze_start_up_objects, join_deployment
 from orchestrator.served_model import ServedModel
@@ -73,8 +74,7 @@ async def _serve(orders: Orders) -> None:
 async def _answering(app: web.Application, scaler: RemoteScaler, orders: Orders) -> AsyncIterator[str]:
     """HTTP at the shared port, and to the supervisor and the siblings at our own socket."""
     config = orders.config
-    public = make_runner(app, shutdown_timeout_s=CONNECTIONS_TIMEOUT_S)
-    await public.setup()
+    public = PublicPort(app, app[DOOR], shutdown_timeout_s=CONNECTIONS_TIMEOUT_S)
     private = web.AppRunner(PrivateApp(app[DOOR], scaler).make(), access_log=None)
     await private.setup()
     try:
@@ -82,11 +82,11 @@ async def _answering(app: web.Application, scaler: RemoteScaler, orders: Orders)
         path.unlink(missing_ok=True)
         await web.UnixSite(private, path).start()
         with contextlib.closing(listen(config.hostname, config.port, shared=True)) as listener:
-            await web.SockSite(public, listener, ssl_context=front_door_tls(config.door)).start()
+            await public.open(listener, tls=front_door_tls(config.door))
             freeze_start_up_objects()
             yield address_of(listener)
     finally:
-        await public.cleanup()
+        await public.close()
         await private.cleanup()
 
 

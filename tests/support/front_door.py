@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import aiohttp
-from aiohttp import web
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.sampling_params import SamplingParams
 from orchestrator.admission.http_tls import front_door_tls
-from orchestrator.app import DOOR, make_app, make_runner
+from orchestrator.app import DOOR, make_app
 from orchestrator.front_door import FrontDoor
+from orchestrator.http.port import PublicPort
 from orchestrator.scaler import Scaler
 from orchestrator.served_model import ServedModel
 from orchestrator.server_pools import ServerPools
@@ -43,6 +43,7 @@ class Door:
     cluster: FakeCluster
     door: FrontDoor
     model: ServedModel
+    port: PublicPort
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
         if isinstance(body, (bytes, io.IOBase)):
@@ -90,22 +91,21 @@ async def front_door(
         )
         model = byte_model(num_tokens_max=num_tokens_max)
         app = make_app(settings, ServerPools(settings, on_crash=crashes.append), model=model, scaler=scaler)
-        runner = make_runner(app)
-        await runner.setup()
+        port = PublicPort(app, app[DOOR])
         listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer_bytes is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         tls = front_door_tls(settings.door)
-        await web.SockSite(runner, listener, ssl_context=tls).start()
+        await port.open(listener, tls=tls)
         scheme = "https" if tls else "http"
-        door = Door(f"{scheme}://127.0.0.1:{runner.addresses[0][1]}", http, cluster, app[DOOR], model)
+        door = Door(f"{scheme}://127.0.0.1:{port.address[1]}", http, cluster, app[DOOR], model, port)
         try:
             if is_awaited:
                 await until(lambda: app[DOOR].why_not_serving() is None)
             yield door
         finally:
             await http.close()
-            await runner.cleanup()
+            await port.close()
         assert not crashes, crashes
 
 

@@ -19,7 +19,7 @@ from orchestrator.api.bodies import received_body
 from orchestrator.api.chat import chat_prompt
 from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, shown
-from orchestrator.api.generate import answer
+from orchestrator.api.generate import start
 from orchestrator.api.generation_fields import read_generation_fields
 from orchestrator.api.jobs import Draft, chat_job_of, known_model
 from orchestrator.api.responses.body import ResponsesBody, read_body
@@ -27,6 +27,7 @@ from orchestrator.api.responses.input_items import Message, messages_of
 from orchestrator.api.responses.shape import ResponsesShape
 from orchestrator.api.sampling_fields import TOKENS_MAX
 from orchestrator.front_door import FrontDoor
+from orchestrator.http.adapted import AdaptedRequest
 from orchestrator.response_store import StoredResponse
 
 _ID_BYTES: Final = 24
@@ -49,8 +50,9 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
     fields = Fields.parse(await received_body(http))
     known_model(door, fields)
     body = read_body(fields, await _conversation_before(door, http, fields))
+    exchange = AdaptedRequest(http)
     try:
-        draft = Draft.of(door, http, Fields(body.chat), arrived_s=arrived_s)
+        draft = Draft.of(door, exchange, Fields(body.chat), arrived_s=arrived_s)
         shape = _shape(door, draft, body, owner=_owner(http))
         job = await chat_job_of(draft, shape, param="input")
     except InvalidRequest as error:
@@ -58,7 +60,7 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
     if body.tools.left_out:
         named = (job.headers.get("x-disagg-ignored"), *body.tools.left_out)
         job.headers["x-disagg-ignored"] = ",".join(name for name in named if name)[:1000]
-    return await answer(door, http, job)
+    return await exchange.finish(start(door, exchange, job), door.outbox)
 
 
 async def count(door: FrontDoor, http: web.Request) -> web.Response:

@@ -7,13 +7,13 @@ import threading
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
 from disaggregated.errors import ModelUnavailable
 from orchestrator import front_door
-from orchestrator.app import DOOR, make_app, make_runner
+from orchestrator.app import DOOR, make_app
+from orchestrator.http.port import PublicPort
 from orchestrator.served_model import ServedModel
 from orchestrator.server_pools import ServerPools
 from tests.support.byte_model import byte_model
@@ -40,15 +40,14 @@ async def test_a_tokenizer_that_could_not_be_had_is_tried_again_until_it_can(mon
         }
         config = DeploymentConfig(model="fake", context=pools["context"], generation=pools["generation"])
         app = make_app(config, ServerPools(config))
-        runner = make_runner(app)
-        await runner.setup()
+        port = PublicPort(app, app[DOOR])
         try:
-            await web.SockSite(runner, socket.create_server(("127.0.0.1", 0))).start()
+            await port.open(socket.create_server(("127.0.0.1", 0)))
             await until(lambda: "the network is gone" in (app[DOOR].why_not_serving() or ""))
             is_there.set()
             await until(lambda: app[DOOR].why_not_serving() is None)
-            url = f"http://127.0.0.1:{runner.addresses[0][1]}/health"
+            url = f"http://127.0.0.1:{port.address[1]}/health"
             async with aiohttp.ClientSession() as http, http.get(url) as answer:
                 assert answer.status == 200
         finally:
-            await runner.cleanup()
+            await port.close()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import make_mocked_request
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig, RouterConfig
 from disaggregated.config.server import ServerConfig
 from orchestrator.api.fields import Fields
 from orchestrator.api.sessions import Sessions, sessions_of
+from tests.support.exchanges import FakeExchange
 
 
 def config(**changes: Any) -> DeploymentConfig:
@@ -19,7 +19,7 @@ def config(**changes: Any) -> DeploymentConfig:
 
 
 def named(body: dict[str, Any], headers: dict[str, str] | None = None, **changes: Any) -> Sessions:
-    return sessions_of(config(**changes), make_mocked_request("POST", "/", headers or {}), Fields(body))
+    return sessions_of(config(**changes), FakeExchange(headers), Fields(body))
 
 
 def test_the_first_source_that_says_something_counts() -> None:
@@ -64,7 +64,7 @@ def test_an_agents_request_goes_where_its_parents_session_is() -> None:
 
 def test_nobody_reads_names_where_no_router_wants_them() -> None:
     pool = PoolConfig(server=ServerConfig(model="m", role=""))
-    request = make_mocked_request("POST", "/", {"x-session-id": "h"})
+    request = FakeExchange({"x-session-id": "h"})
     assert sessions_of(DeploymentConfig(context=pool, generation=pool), request, Fields({"user": "u"})) == Sessions()
 
 
