@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Final
 
 from disaggregated.request_life import Phase, RequestLife
+from disaggregated.sampling_params import SamplingParams
 from orchestrator.admission.gate import Gate
 from orchestrator.admission.quotas import OwnLevels, Quotas
-from orchestrator.admission.tenant_turns import Waiting
 from orchestrator.admission.ticket import Ticket
-from orchestrator.admission.waiting_room import Visitor, WaitingRoom
+from orchestrator.admission.waiting_room import WaitingRoom
+from orchestrator.request_run import TokenRequest
 from orchestrator.story import AttemptStory, RequestStory
 
 HEADERS: Final = {"host": "127.0.0.1:8000", "content-type": "application/json", "user-agent": "benchmark"}
@@ -41,21 +42,34 @@ class Door:
         visit.timeout_s(TIMEOUT_S)
         return visit.ticket()
 
-    def enter(self, ticket: Ticket) -> Waiting[str]:
-        now_s = time.monotonic()
-        visitor = Visitor(
-            item="r", ticket=ticket, num_prompt=100, max_tokens=50, priority=0, arrived_s=now_s,
-            deadline_s=now_s + TIMEOUT_S,
-        )  # fmt: skip
-        return self._room.enter(visitor, now_s=now_s, is_idle=False)
+    def enter(self, request: TokenRequest) -> None:
+        self._room.enter("r", request, now_s=time.monotonic(), is_idle=False)
 
-    def through(self, ticket: Ticket) -> None:
-        """In, first, dispatched, over: with a crowd it is another one who is first."""
-        self.enter(ticket)
+    def pass_by(self, request: TokenRequest) -> None:
+        """In, dispatched, over, while nobody waits."""
+        assert self._room.may_pass(request, now_s=time.monotonic(), is_idle=False)
+        cost = self._room.passed(request, now_s=time.monotonic())
+        self._room.over(request, cost, self._story)
+
+    def through(self, request: TokenRequest) -> None:
+        """In, first, dispatched, over, with a crowd: it is another one who is first."""
+        self.enter(request)
         first = self._room.first(now_s=time.monotonic())
         assert first is not None
         self._room.take(first, now_s=time.monotonic())
-        self._room.over(first, self._story)
+        self._room.over(request, first.cost, self._story)
+
+
+def a_request(ticket: Ticket) -> TokenRequest:
+    now_s = time.monotonic()
+    return TokenRequest(
+        request_id="r",
+        token_ids=range(100),
+        sampling=SamplingParams(max_tokens=50),
+        arrived_s=now_s,
+        deadline_s=now_s + TIMEOUT_S,
+        ticket=ticket,
+    )
 
 
 def _a_story() -> RequestStory:
@@ -81,13 +95,13 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def main() -> None:
     door = Door()
-    ticket = door.visit()
+    request = a_request(door.visit())
     print(f"gate: {microseconds(door.visit):.1f} us")
-    print(f"queue, nobody waits: {microseconds(lambda: door.through(ticket)):.1f} us")
-    tickets = [Ticket(tenant=f"tenant-{number % NUM_TENANTS}") for number in range(NUM_CROWD)]
-    for each in tickets:
+    print(f"queue, nobody waits: {microseconds(lambda: door.pass_by(request)):.1f} us")
+    crowd = [a_request(Ticket(tenant=f"tenant-{number % NUM_TENANTS}")) for number in range(NUM_CROWD)]
+    for each in crowd:
         door.enter(each)
-    turns = iter(tickets * (NUM_CALLS * NUM_RUNS // NUM_CROWD + 1))
+    turns = iter(crowd * (NUM_CALLS * NUM_RUNS // NUM_CROWD + 1))
     print(f"queue, {NUM_CROWD} of {NUM_TENANTS} tenants wait: {microseconds(lambda: door.through(next(turns))):.1f} us")
 
 

@@ -33,13 +33,13 @@ from disaggregated.errors import (
 from disaggregated.request_life import Phase
 from orchestrator.admission.tenant_turns import Waiting
 from orchestrator.admission.ticket import Settle, settle_nothing
-from orchestrator.admission.waiting_room import Visitor, WaitingRoom
+from orchestrator.admission.waiting_room import WaitingRoom
 from orchestrator.attempt import TRANSFER_TIMEOUT_S, Attempt
 from orchestrator.overdue import Overdue
 from orchestrator.request_run import RequestOver, RequestRun, TokenRequest, TokenSink
 from orchestrator.retries import TRANSFER_FAILURES_MAX, RetryRule
 from orchestrator.routing.make import make_placer
-from orchestrator.routing.placement import Needs, NotYet
+from orchestrator.routing.placement import Needs, NotYet, Placement
 from orchestrator.routing.prefix_hints import prefix_hint
 from orchestrator.server import Role
 from orchestrator.server_pools import ServerPools
@@ -171,23 +171,23 @@ class Dispatcher:
             run.over(run.story, error)
 
     def _enter(self, run: RequestRun) -> None:
-        """Raises what refuses it; it is over then."""
-        request = run.request
-        visitor = Visitor(
-            item=run,
-            ticket=request.ticket,
-            num_prompt=len(request.token_ids),
-            max_tokens=request.sampling.max_tokens,
-            priority=request.priority,
-            arrived_s=request.arrived_s,
-            deadline_s=request.deadline_s,
-        )
+        """Where nobody waits it goes to its servers as it comes. Raises what refuses it; it is over then."""
+        request, now_s, is_idle = run.request, self.clock(), self.stories.num_running == 1
+        placement = None
         try:
-            run.waiting = self.room.enter(visitor, now_s=self.clock(), is_idle=self.stories.num_running == 1)
+            passes = not self._is_serving and self.room.may_pass(request, now_s=now_s, is_idle=is_idle)
+            if passes:
+                placement = self._placement(run)
+            if placement is None:
+                run.waiting = self.room.enter(run, request, now_s=now_s, is_idle=is_idle)
         except DisaggregatedError as error:
             self._close(run, Phase.FAILED, error)
             raise
-        self.serve_queue()
+        if placement is not None:
+            run.cost = self.room.passed(request, now_s=now_s)
+            self._begin_alone(run, placement)
+        elif not passes:
+            self.serve_queue()
 
     # Out.
 
@@ -219,7 +219,7 @@ class Dispatcher:
             self.queue.remove(run.waiting)
         run.end(phase, error, now_s=now_s)
         self.stories.ended(run.story)
-        self.room.over(run.waiting, run.story)
+        self.room.over(run.request, run.cost, run.story)
         run.settle(run.story.num_prompt_tokens + run.story.num_tokens if run.story.attempts else 0)
         self._observer.request_ended(run.story)
         if not self._running:
@@ -262,8 +262,7 @@ class Dispatcher:
             self.serve_queue()  # Before this one comes back, for whoever has waited for the room that it leaves.
         now_s = self.clock()
         run.life.advance(Phase.QUEUED, now_s=now_s)
-        assert run.waiting is not None, "it was dispatched without having waited"
-        run.waiting = self.room.come_back(run.waiting, deadline_s=run.request.deadline_s, now_s=now_s)
+        run.waiting = self.room.come_back(run, run.request, run.cost, now_s=now_s)
         self.serve_queue()
 
     def room_came(self) -> None:
@@ -301,16 +300,37 @@ class Dispatcher:
     def _place(self, first: Waiting[RequestRun]) -> bool:
         """Whether there was room for it."""
         run = first.item
-        placement = self._placer.place(self._needs(run), self._pools.of(Role.CONTEXT), self._pools.of(Role.GENERATION))
-        if isinstance(placement, NotYet):
-            run.not_yet = placement
+        placement = self._placement(run)
+        if placement is None:
             return False
         self.room.take(first, now_s=self.clock())
+        run.cost = first.cost
+        self._begin(run, placement)
+        return True
+
+    def _placement(self, run: RequestRun) -> Placement | None:
+        pools = self._pools
+        found = self._placer.place(self._needs(run), pools.of(Role.CONTEXT), pools.of(Role.GENERATION))
+        if isinstance(found, NotYet):
+            run.not_yet = found
+            return None
+        return found
+
+    def _begin(self, run: RequestRun, placement: Placement) -> None:
         run.attempt = attempt = Attempt(run, placement, next(self._attempt_keys), self)
-        if placement.context is not None and placement.context.pulls_back:
+        if run.block_hashes and placement.context is not None and placement.context.pulls_back:
             attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
         attempt.begin()
-        return True
+
+    def _begin_alone(self, run: RequestRun, placement: Placement) -> None:
+        """Nobody waited. If it fails as it begins it is looked at when this is over, as in `serve_queue()`."""
+        self._is_serving = True
+        try:
+            self._begin(run, placement)
+        finally:
+            self._is_serving = False
+        if self.queue.length:
+            self.serve_queue()
 
     def _needs(self, run: RequestRun) -> Needs:
         failures = run.num_transfer_failures

@@ -72,8 +72,9 @@ class RequestRun:
     """Invariant: `emitted` is exactly what `sink` was given, and position `len(prompt) + len(emitted)` is due next."""
 
     __slots__ = (
-        "attempt", "avoid", "block_hashes", "deadline", "emitted", "hashing", "life", "not_yet", "num_losses_in_a_row",
-        "num_transfer_failures", "over", "push_token", "request", "settle", "sink", "story", "waiting",
+        "attempt", "avoid", "block_hashes", "cost", "deadline", "emitted", "hashing", "life", "not_yet",
+        "num_losses_in_a_row", "num_transfer_failures", "over", "push_token", "request", "settle", "sink",
+        "story", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +99,8 @@ class RequestRun:
         )
         self.waiting: Waiting[RequestRun] | None = None
         """Its place in the queue, also once that was taken; None: it never had one."""
+        self.cost = 0
+        """Tokens that it was expected to take when it was dispatched; 0: it was not yet."""
         self.attempt: Attempt | None = None
         self.hashing: asyncio.Task[None] | None = None
         """Of a prompt so long that its blocks are hashed on a thread."""

@@ -17,6 +17,8 @@ _SEEN: Final = 128
 """Requests that ended, which estimates look back on."""
 _SEEN_MIN: Final = 8
 """With fewer nothing is foretold, and after so many more it is foretold anew."""
+_ANEW_MAX: Final = 32
+"""When many were seen, after so many more: looking back on all of them takes as long as ten requests do here."""
 _CAREFUL: Final = 0.9
 """The share of requests that take no longer than the estimate."""
 RETRY_AFTER_S_MAX: Final = 60
@@ -70,7 +72,8 @@ class ServiceTimes:
         self._ttft_s: deque[float] = deque(maxlen=_SEEN)
         self._tpot_s: deque[float] = deque(maxlen=_SEEN)
         self._estimate = _Estimate()
-        self._num_ended = 0
+        self._num_new = 0
+        """That the estimate knows nothing of."""
 
     def ended(self, *, num_prompt: int, num_tokens: int, ttft_s: float, tpot_s: float | None) -> None:
         """ttft_s: from the dispatch. tpot_s: None where there was but one token."""
@@ -79,8 +82,9 @@ class ServiceTimes:
         self._ttft_s.append(ttft_s)
         if tpot_s is not None:
             self._tpot_s.append(tpot_s)
-        self._num_ended += 1
-        if self._num_ended % _SEEN_MIN == 0:
+        self._num_new += 1
+        if self._num_new >= _SEEN_MIN and 4 * self._num_new >= min(len(self._answers), 4 * _ANEW_MAX):
+            self._num_new = 0
             self._estimate = _Estimate(
                 num_answer=math.ceil(sum(self._answers) / len(self._answers)),
                 num_long_answer=_careful(self._answers),
@@ -91,7 +95,8 @@ class ServiceTimes:
 
     def num_tokens(self, max_tokens: int) -> int:
         """Of an answer that may have `max_tokens`."""
-        return min(max_tokens, self._estimate.num_answer)
+        usual = self._estimate.num_answer
+        return max_tokens if max_tokens < usual else usual
 
     def ttft_s(self, num_prompt: int) -> float:
         """From its dispatch, for a prompt of `num_prompt` tokens; 0 while nothing is known.
@@ -102,8 +107,9 @@ class ServiceTimes:
 
     def total_s(self, num_prompt: int, max_tokens: int) -> float:
         """From its dispatch to its last token; 0 while nothing is known."""
-        num_tokens = min(max_tokens, self._estimate.num_long_answer)
-        return self.ttft_s(num_prompt) + self._estimate.tpot_s * (num_tokens - 1)
+        estimate = self._estimate
+        num_tokens = min(max_tokens, estimate.num_long_answer)
+        return self.ttft_s(num_prompt) + estimate.tpot_s * (num_tokens - 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

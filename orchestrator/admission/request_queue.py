@@ -15,7 +15,6 @@ alone stands in no line until a second one comes.
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import itertools
 from collections import Counter
@@ -41,16 +40,18 @@ class RequestQueue(Generic[Item]):
         self._alone: Waiting[Item] | None = None
         self._alone_has_turn = False
         self._turns: dict[int, TenantTurns[Item]] = {}
-        self._returned: list[tuple[int, int, Waiting[Item]]] = []
+        self._returned: list[tuple[int, float, int, Waiting[Item]]] = []
+        """By priority and by when they first came."""
         self._by_start: list[tuple[float, int, Waiting[Item]]] = []
         self._counts: Counter[str] = Counter()
         self._debts: dict[tuple[int, str], float] = {}
         self._arrivals = itertools.count()
-        self._length = 0
+        self.length = 0
+        """As `len`: asked for each request."""
         self._num_tokens = 0
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def num_waiting_of(self, tenant: str) -> int:
         self._line_up()
@@ -75,12 +76,12 @@ class RequestQueue(Generic[Item]):
             QueueFull: too many wait already, of this tenant or in all.
         """
         tenant = newcomer.tenant
-        if self._length >= self.depth_max:
-            raise QueueFull(f"{self._length} requests are waiting, the limit is {self.depth_max}")
-        if not self._length:
+        if self.length >= self.depth_max:
+            raise QueueFull(f"{self.length} requests are waiting, the limit is {self.depth_max}")
+        if not self.length:
             newcomer.arrival = next(self._arrivals)
             self._alone, self._alone_has_turn = newcomer, False
-            self._length, self._num_tokens = 1, newcomer.cost
+            self.length, self._num_tokens = 1, newcomer.cost
             return
         self._line_up()
         if self._counts[tenant] >= self.tenant_depth_max:
@@ -93,7 +94,7 @@ class RequestQueue(Generic[Item]):
         if self._alone is None:
             return
         alone, self._alone = self._alone, None
-        self._length = self._num_tokens = 0
+        self.length = self._num_tokens = 0
         self._stand_in_line(alone)
         if self._alone_has_turn:
             self._turns[alone.priority].first()
@@ -105,25 +106,24 @@ class RequestQueue(Generic[Item]):
         turns.push(newcomer, debt=self._debts.pop((newcomer.priority, newcomer.tenant), 0.0))
         self._entered(newcomer)
 
-    def put_back(self, waiting: Waiting[Item], *, start_by_s: float, now_s: float) -> Waiting[Item]:
+    def put_back(self, again: Waiting[Item]) -> None:
         """A request whose dispatch came to nothing waits again, before all that have not begun; it is paid for."""
-        assert waiting.is_gone, "it waits already"
+        assert again.returned_of_s is not None, "nobody knows when it came"
         self._line_up()
-        again = dataclasses.replace(waiting, is_gone=False, is_returned=True, start_by_s=start_by_s, since_s=now_s)
-        heapq.heappush(self._returned, (again.priority, again.arrival, again))
+        again.arrival = next(self._arrivals)
+        heapq.heappush(self._returned, (again.priority, again.returned_of_s, again.arrival, again))
         self._entered(again)
-        return again
 
     def _entered(self, waiting: Waiting[Item]) -> None:
         heapq.heappush(self._by_start, (waiting.start_by_s, waiting.arrival, waiting))
-        self._length += 1
+        self.length += 1
         self._num_tokens += waiting.cost
         self._counts[waiting.tenant] += 1
 
     def who_makes_way(self, tenant: str, *, priority: int) -> Waiting[Item] | None:
         """For a newcomer of `tenant`, when the queue is full: the last one of whoever has most in it, if that tenant
         keeps more than the newcomer's has even so, and it has no better priority. The caller removes and tells it."""
-        if self._length < self.depth_max or not self._length:
+        if self.length < self.depth_max or not self.length:
             return None
         self._line_up()
         longest, count = self._counts.most_common(1)[0]
@@ -138,14 +138,14 @@ class RequestQueue(Generic[Item]):
 
     def first(self) -> Waiting[Item] | None:
         """Who is served next; it stays. Look at `late()` before."""
-        if self._alone is not None or not self._length:
+        if self._alone is not None or not self.length:
             self._alone_has_turn = True
             return self._alone
-        while self._returned and self._returned[0][2].is_gone:
+        while self._returned and self._returned[0][3].is_gone:
             heapq.heappop(self._returned)
         best = min(self._turns, default=None)
         if self._returned and (best is None or self._returned[0][0] <= best):
-            return self._returned[0][2]
+            return self._returned[0][3]
         if best is None:
             return None
         return self._turns[best].first()
@@ -168,7 +168,7 @@ class RequestQueue(Generic[Item]):
 
     def take(self, waiting: Waiting[Item]) -> None:
         """The first one is being dispatched, and its tenant pays what it is expected to cost."""
-        if not waiting.is_returned and waiting is not self._alone:
+        if waiting.returned_of_s is None and waiting is not self._alone:
             self._turns[waiting.priority].lines[waiting.tenant].deficit -= waiting.cost
         self.remove(waiting)
 
@@ -178,18 +178,18 @@ class RequestQueue(Generic[Item]):
             return
         waiting.is_gone = True
         if waiting is self._alone:
-            self._alone, self._length, self._num_tokens = None, 0, 0
+            self._alone, self.length, self._num_tokens = None, 0, 0
             return
-        self._length -= 1
+        self.length -= 1
         self._num_tokens -= waiting.cost
         self._counts[waiting.tenant] -= 1
         if not self._counts[waiting.tenant]:
             del self._counts[waiting.tenant]
-        if not waiting.is_returned:
+        if waiting.returned_of_s is None:
             self._left_its_line(waiting)
-        if not self._length:
+        if not self.length:
             self._debts.clear()  # Nobody was kept waiting by whoever took more than was thought.
-        if len(self._by_start) > 2 * self._length + 64:
+        if len(self._by_start) > 2 * self.length + 64:
             self._by_start = [entry for entry in self._by_start if not entry[2].is_gone]
             heapq.heapify(self._by_start)
 
@@ -201,15 +201,14 @@ class RequestQueue(Generic[Item]):
 
     # Afterwards.
 
-    def settle(self, waiting: Waiting[Item], *, num_tokens: int) -> None:
-        """What was taken has cost `num_tokens` in the end, and its tenant pays or gets back the difference."""
-        more = num_tokens - waiting.cost
-        turns = self._turns.get(waiting.priority)
-        line = turns.lines.get(waiting.tenant) if turns is not None else None
+    def settle(self, tenant: str, priority: int, *, more: int) -> None:
+        """What was taken has cost so many tokens more in the end than was paid; fewer, if negative."""
+        turns = self._turns.get(priority)
+        line = turns.lines.get(tenant) if turns is not None else None
         if line is not None:
             line.deficit -= more
-        elif self._length:
-            self._owes(waiting.priority, waiting.tenant, more)
+        elif self.length:
+            self._owes(priority, tenant, more)
 
     def _owes(self, priority: int, tenant: str, tokens: float) -> None:
         debt = self._debts.pop((priority, tenant), 0.0) + tokens
@@ -222,7 +221,7 @@ class RequestQueue(Generic[Item]):
         """Tokens that are served before a newcomer of `tenant` is: all of better priorities, and of its own priority
         as much of every tenant as of its own."""
         self._line_up()
-        ahead = sum(each.cost for _, _, each in self._returned if not each.is_gone)
+        ahead = sum(each.cost for *_, each in self._returned if not each.is_gone)
         for each, turns in self._turns.items():
             if each > priority:
                 continue
@@ -234,16 +233,16 @@ class RequestQueue(Generic[Item]):
     def check_integrity(self) -> None:
         if self._alone is not None:
             assert not self._alone.is_gone, "who is gone is thought to be alone here"
-            assert (self._length, self._num_tokens) == (1, self._alone.cost), "whoever is alone is miscounted"
+            assert (self.length, self._num_tokens) == (1, self._alone.cost), "whoever is alone is miscounted"
             assert not any((self._turns, self._counts, self._debts)), "whoever is alone is not"
             return
         for turns in self._turns.values():
             assert len(turns), "a priority without lines"
             turns.check_integrity()
-        returned = [each for _, _, each in self._returned if not each.is_gone]
+        returned = [each for *_, each in self._returned if not each.is_gone]
         in_lines = sum(line.num_waiting for turns in self._turns.values() for line in turns)
-        assert self._length == in_lines + len(returned), "a place is lost"
+        assert self.length == in_lines + len(returned), "a place is lost"
         in_tokens = sum(line.tokens_waiting for turns in self._turns.values() for line in turns)
         assert self._num_tokens == in_tokens + sum(each.cost for each in returned), "tokens are miscounted"
-        assert self._length == self._counts.total(), "a tenant's places are miscounted"
-        assert self._length == len({id(each) for *_, each in self._by_start if not each.is_gone}), "one has no deadline"
+        assert self.length == self._counts.total(), "a tenant's places are miscounted"
+        assert self.length == len({id(each) for *_, each in self._by_start if not each.is_gone}), "one has no deadline"

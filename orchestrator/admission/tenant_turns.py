@@ -40,8 +40,8 @@ class Waiting(Generic[Item]):
     start_by_s: float
     """After this there is no use in starting it."""
     is_gone: bool = False
-    is_returned: bool = False
-    """It was taken before, and its dispatch came to nothing."""
+    returned_of_s: float | None = None
+    """Of one that was taken before, and whose dispatch came to nothing: when it had come."""
 
     def __lt__(self, other: Waiting[Item]) -> bool:
         return self.arrival < other.arrival

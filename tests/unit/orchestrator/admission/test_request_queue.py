@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -8,7 +9,7 @@ import pytest
 
 from disaggregated.errors import QueueFull
 from orchestrator.admission.request_queue import RequestQueue
-from orchestrator.admission.tenant_turns import QUANTUM_TOKENS, Waiting
+from orchestrator.admission.tenant_turns import QUANTUM_TOKENS, Item, Waiting
 
 
 def put(
@@ -23,6 +24,17 @@ def put(
     waiting = Waiting(item=item, tenant=tenant, priority=priority, cost=cost, since_s=0.0, start_by_s=start_by_s)
     queue.put(waiting)
     return waiting
+
+
+def put_back(queue: RequestQueue[Item], taken: Waiting[Item]) -> Waiting[Item]:
+    """Its dispatch came to nothing."""
+    again = dataclasses.replace(taken, is_gone=False, since_s=1.0, returned_of_s=float(taken.arrival))
+    queue.put_back(again)
+    return again
+
+
+def settle(queue: RequestQueue[Item], taken: Waiting[Item], *, num_tokens: int) -> None:
+    queue.settle(taken.tenant, taken.priority, more=num_tokens - taken.cost)
 
 
 def drained(queue: RequestQueue[str]) -> str:
@@ -129,7 +141,7 @@ def test_what_is_put_back_goes_before_all_that_have_not_begun_and_is_never_refus
     queue.take(first)
     put(queue, "b", tenant="u")
     put(queue, "c", tenant="v")
-    queue.put_back(first, start_by_s=100.0, now_s=1.0)
+    put_back(queue, first)
     assert len(queue) == 3
     assert drained(queue) == "abc"
 
@@ -140,7 +152,7 @@ def test_of_two_that_were_put_back_the_earlier_arrival_goes_first() -> None:
     for each in taken:
         queue.take(each)
     for each in reversed(taken):
-        queue.put_back(each, start_by_s=100.0, now_s=1.0)
+        put_back(queue, each)
     assert drained(queue) == "ab"
 
 
@@ -183,7 +195,7 @@ def test_a_tenant_whose_answers_were_longer_than_thought_makes_up_for_it() -> No
     first = queue.first()
     assert first is not None
     queue.take(first)
-    queue.settle(first, num_tokens=6 * QUANTUM_TOKENS)
+    settle(queue, first, num_tokens=6 * QUANTUM_TOKENS)
     order = drained(queue)[:6]
     assert order.count(first.item) <= 1, "the other one is served meanwhile"
 
@@ -197,7 +209,7 @@ def test_a_debt_outlives_the_line_and_ends_when_nobody_waits() -> None:
         assert first is not None
         queue.take(first)
     queue.take(greedy)
-    queue.settle(greedy, num_tokens=8 * QUANTUM_TOKENS)
+    settle(queue, greedy, num_tokens=8 * QUANTUM_TOKENS)
     put(queue, "g", tenant="greedy", cost=1)
     assert drained(queue).index("g") >= 7
     put(queue, "z", tenant="other")
@@ -236,9 +248,9 @@ def test_no_entry_is_lost_or_served_twice(seed: int) -> None:
                 assert first.priority == min(each.priority for each in waiting.values())
                 gone = waiting.pop(first.item)
                 if chance.random() < 0.3:
-                    waiting[first.item] = queue.put_back(gone, start_by_s=1e9, now_s=0.0)
+                    waiting[first.item] = put_back(queue, gone)
                 else:
-                    queue.settle(gone, num_tokens=chance.choice([1, 100, 20_000]))
+                    settle(queue, gone, num_tokens=chance.choice([1, 100, 20_000]))
             case 4:
                 for late in queue.late(now_s=number):
                     assert waiting.pop(late.item).start_by_s <= number
@@ -290,9 +302,9 @@ def test_whoever_is_alone_is_served_as_if_it_stood_in_a_line(seed: int) -> None:
                 queue.take(first)
                 gone = there.pop(first.item)
                 if comes_back:
-                    there[first.item] = queue.put_back(gone, start_by_s=number + 40.0, now_s=0.0)
+                    there[first.item] = put_back(queue, gone)
                 else:
-                    queue.settle(gone, num_tokens=3 * cost)
+                    settle(queue, gone, num_tokens=3 * cost)
         queues[1].num_waiting_of(tenant)
         assert waiting[0].keys() == waiting[1].keys()
         assert len(queues[0]) == len(queues[1])

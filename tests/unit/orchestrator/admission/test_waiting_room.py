@@ -6,9 +6,11 @@ import pytest
 
 from disaggregated.errors import DisaggregatedError, Overloaded, QueueFull
 from disaggregated.request_life import Phase, RequestLife
+from disaggregated.sampling_params import SamplingParams
 from orchestrator.admission.tenant_turns import Waiting
 from orchestrator.admission.ticket import Objectives, Ticket
 from orchestrator.admission.waiting_room import Visitor, WaitingRoom
+from orchestrator.request_run import TokenRequest
 from orchestrator.story import AttemptStory, RequestStory
 
 
@@ -18,17 +20,23 @@ class Room:
     def __init__(self, depth_max: int = 100, **limits: Any) -> None:
         self.now_s = 0.0
         self.turned_away: list[tuple[str, DisaggregatedError]] = []
+        self._visitors: dict[str, Visitor] = {}
         self.room: WaitingRoom[str] = WaitingRoom(depth_max, turn_away=self._turn_away, **limits)
 
     def _turn_away(self, item: str, error: DisaggregatedError) -> None:
         self.turned_away.append((item, error))
 
     def enter(self, item: str, *, timeout_s: float = 1000.0, is_idle: bool = False, **ticket: Any) -> Waiting[str]:
-        visitor = Visitor(
-            item=item, ticket=Ticket(**ticket), num_prompt=99, max_tokens=1, priority=0, arrived_s=self.now_s,
-            deadline_s=self.now_s + timeout_s,
+        visitor = self.visitor(timeout_s=timeout_s, **ticket)
+        waiting = self.room.enter(item, visitor, now_s=self.now_s, is_idle=is_idle)
+        self._visitors[item] = visitor
+        return waiting
+
+    def visitor(self, *, timeout_s: float = 1000.0, num_prompt: int = 99, **ticket: Any) -> Visitor:
+        return TokenRequest(
+            request_id="r", token_ids=[1] * num_prompt, sampling=SamplingParams(max_tokens=1), arrived_s=self.now_s,
+            deadline_s=self.now_s + timeout_s, ticket=Ticket(**ticket),
         )  # fmt: skip
-        return self.room.enter(visitor, now_s=self.now_s, is_idle=is_idle)
 
     def serve(self, *, story: RequestStory | None = None) -> str | None:
         """A second later there is room for one."""
@@ -38,7 +46,7 @@ class Room:
             return None
         self.room.take(first, now_s=self.now_s)
         if story is not None:
-            self.room.over(first, story)
+            self.room.over(self._visitors[first.item], first.cost, story)
         return first.item
 
     def warmed_up(self) -> Room:
@@ -121,3 +129,62 @@ def test_requests_that_failed_for_want_of_time_are_learnt_from_and_cancelled_one
             room.serve(story=ended(num_tokens=1, ttft_s=9.0, phase=phase))
         is_learnt = room.room.times.ttft_s(99) > before_s
         assert is_learnt == (phase is Phase.FAILED)
+
+
+# Whoever comes while nobody waits.
+
+
+def test_while_nobody_waits_a_request_passes_and_leaves_nothing_behind() -> None:
+    room = Room().warmed_up()
+    visitor = room.visitor()
+    assert room.room.may_pass(visitor, now_s=room.now_s, is_idle=False)
+    cost = room.room.passed(visitor, now_s=room.now_s)
+    assert cost == 100
+    room.room.queue.check_integrity()
+    assert len(room.room.queue) == 0
+    room.room.over(visitor, cost, ended(num_tokens=500, ttft_s=0.5))
+    assert room.room.times.num_tokens(1000) == 1, "one answer does not change what is usual"
+
+
+def test_nobody_passes_while_somebody_waits() -> None:
+    room = Room()
+    assert room.room.may_pass(room.visitor(), now_s=0.0, is_idle=False)
+    room.enter("first")
+    assert not room.room.may_pass(room.visitor(), now_s=0.0, is_idle=False)
+
+
+def test_whoever_cannot_be_in_time_does_not_pass_unless_nothing_else_runs() -> None:
+    room = Room().warmed_up()
+    hasty = room.visitor(timeout_s=0.1)
+    assert room.room.may_pass(hasty, now_s=room.now_s, is_idle=True)
+    with pytest.raises(Overloaded, match="0 tokens stand before it") as caught:
+        room.room.may_pass(hasty, now_s=room.now_s, is_idle=False)
+    assert caught.value.retry_after_s is not None
+
+
+def test_whoever_passed_and_was_lost_goes_before_all_that_wait_the_earlier_comer_first() -> None:
+    room = Room()
+    early = room.visitor()
+    room.now_s = 1.0
+    late = room.visitor()
+    room.enter("waiting")
+    room.room.come_back("late", late, 100, now_s=2.0)
+    room.room.come_back("early", early, 100, now_s=3.0)
+    room.room.queue.check_integrity()
+    taken = []
+    while (first := room.room.first(now_s=3.0)) is not None:
+        room.room.take(first, now_s=3.0)
+        taken.append(first.item)
+    assert taken == ["early", "late", "waiting"]
+
+
+def test_what_passed_and_cost_more_is_made_up_for_while_others_wait() -> None:
+    room = Room()
+    greedy = room.visitor(tenant="greedy")
+    cost = room.room.passed(greedy, now_s=0.0)
+    for number in range(30):
+        room.enter(f"other-{number}", tenant="other")
+    room.room.over(greedy, cost, ended(num_tokens=2000, ttft_s=0.5))
+    room.enter("greedy", tenant="greedy")
+    order = [room.serve() for _ in range(31)]
+    assert order.index("greedy") > 15
