@@ -23,9 +23,9 @@ SUITE = (
     "test_altered_greetings.py",
 )
 
-TIMEOUT_S = 290
+TIMEOUT_S = 600
 """Of a suite: each takes 10 to 20 s on idle cores."""
-OPTIONS = ("-m", "not soak", "--timeout", "60", "--color", "no")
+OPTIONS = ("-m", "not soak", "--timeout", "120", "--color", "no")
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 10)
 
@@ -86,4 +86,4 @@ for loaded, name in (("nixl_cu12", "UCX"), ("ucxx", "NIXL")):
     assert "cannot be in one process" in registry.missing(name), name
     del sys.modules[loaded]
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=HERE.parents[1], timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=HERE.parents[1], timeout=200)

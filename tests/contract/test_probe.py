@@ -22,7 +22,7 @@ def is_here(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [name for name in TRANSPORTS if is_here(name)])
 def test_every_transport_that_is_here_moves_bytes_between_two_processes(name: str) -> None:
-    found = probe.measure(name)
+    found = probe.measure(name, timeout_s=200)
     assert found.failure == ""
     assert found.transport == name
     assert found.gb_per_s > 0

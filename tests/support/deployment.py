@@ -81,7 +81,7 @@ class Deployment:
         async for line in self.process.stdout:
             self.output.append(line.decode(errors="replace").rstrip())
 
-    async def wait_idle(self, timeout_s: float = 10.0) -> dict[str, Any]:
+    async def wait_idle(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """The ledger once nobody holds anything, or as it is after `timeout_s`."""
         end_s = time.monotonic() + timeout_s
         while True:
@@ -90,7 +90,7 @@ class Deployment:
                 return ledger
             await asyncio.sleep(0.02)
 
-    async def stop(self, timeout_s: float = 15.0) -> float:
+    async def stop(self, timeout_s: float = 60.0) -> float:
         """Ctrl-C; seconds until it was gone."""
         begin_s = time.monotonic()
         if self.process.returncode is None:
@@ -113,7 +113,7 @@ async def started(
     document: Mapping[str, Any],
     *,
     environ: Mapping[str, str] | None = None,
-    timeout_s: float = 60.0,
+    timeout_s: float = 200.0,
 ) -> AsyncIterator[Deployment]:
     """Write `document` as a disagg-config.yml into `folder`, start it, wait until it listens; Ctrl-C at the end."""
     path = folder / "disagg-config.yml"
@@ -145,7 +145,7 @@ async def deployed(
     document: Mapping[str, Any],
     *,
     environ: Mapping[str, str] | None = None,
-    timeout_s: float = 60.0,
+    timeout_s: float = 200.0,
 ) -> AsyncIterator[Deployment]:
     """The same, and wait until it is healthy."""
     async with started(folder, document, environ=environ, timeout_s=timeout_s) as deployment:

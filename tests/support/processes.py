@@ -16,7 +16,9 @@ import psutil
 
 ROOT: Final = pathlib.Path(__file__).parents[2]
 READY: Final = re.compile(r"^READY (\w+) (\S+:\d+) (.*)$")
-STOP_TIMEOUT_S: Final = 20.0
+STOP_TIMEOUT_S: Final = 60.0
+READY_TIMEOUT_S: Final = 200.0
+"""Torch alone takes a second to load, and a quarter of a minute where six others compute on two cores."""
 
 
 class ProcessFailed(AssertionError):
@@ -130,7 +132,7 @@ async def spawned(*arguments: str, environ: Mapping[str, str] | None = None) -> 
 
 @contextlib.asynccontextmanager
 async def running(
-    *arguments: str, environ: Mapping[str, str] | None = None, ready_timeout_s: float = 60.0
+    *arguments: str, environ: Mapping[str, str] | None = None, ready_timeout_s: float = READY_TIMEOUT_S
 ) -> AsyncIterator[ServerProcess]:
     """The same, ready to serve. Unless the test ends it itself, it gets SIGTERM and must exit with 0, childless."""
     async with all_running([arguments], environ=environ, ready_timeout_s=ready_timeout_s) as [server]:
@@ -139,7 +141,10 @@ async def running(
 
 @contextlib.asynccontextmanager
 async def all_running(
-    commands: Sequence[Sequence[str]], *, environ: Mapping[str, str] | None = None, ready_timeout_s: float = 60.0
+    commands: Sequence[Sequence[str]],
+    *,
+    environ: Mapping[str, str] | None = None,
+    ready_timeout_s: float = READY_TIMEOUT_S,
 ) -> AsyncIterator[list[ServerProcess]]:
     """Several at once: they start, and stop, side by side."""
     async with contextlib.AsyncExitStack() as stack:

@@ -16,7 +16,7 @@ from disaggregated.sampling_params import SamplingParams
 from disaggregated.step_batches import deltas_of
 from disaggregated.v1 import control_pb2, control_pb2_grpc
 
-CALL_TIMEOUT_S: Final = 30.0
+CALL_TIMEOUT_S: Final = 100.0
 
 
 @dataclasses.dataclass(slots=True)

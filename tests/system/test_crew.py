@@ -49,7 +49,7 @@ def was_told(folder: Path, index: int, servers: list[list[str]]) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while not condition():  # noqa: ASYNC110 - other processes tell us nothing
             await asyncio.sleep(0.02)
 
@@ -64,7 +64,7 @@ async def running(folder: Path, model: str = "well") -> AsyncIterator[Crew]:
     crew = Crew(orders_of(orders(folder, levels_fd, model)), dict(os.environ), module=FAKE, show=lambda _: None)
     work = asyncio.create_task(crew.run())
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             await crew.wait_ready()
         yield crew
     finally:
@@ -108,7 +108,7 @@ async def test_workers_that_cannot_start_end_the_deployment_with_their_own_words
     levels_fd = make_levels_memory()
     try:
         crew = Crew(orders_of(orders(tmp_path, levels_fd, "crash")), dict(os.environ), module=FAKE, show=lambda _: None)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             with pytest.raises(ModelUnavailable, match="it is a bad day"):
                 await crew.run()
     finally:

@@ -18,14 +18,14 @@ gone_within(0.5, 70)
 WELL = """
 from disaggregated.engine.serving.last_resort import gone_within
 
-gone_within(60, 70)
+gone_within(250, 70)
 """
 
 
 def ended(script: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, check=False, cwd=root, capture_output=True, text=True, timeout=50)
+    return subprocess.run(command, check=False, cwd=root, capture_output=True, text=True, timeout=200)
 
 
 def test_a_thread_that_never_returns_does_not_keep_its_process() -> None:
@@ -38,4 +38,4 @@ def test_a_thread_that_never_returns_does_not_keep_its_process() -> None:
 def test_a_process_that_ends_by_itself_is_not_kept_until_then() -> None:
     begin_s = time.monotonic()
     assert ended(WELL).returncode == 0
-    assert time.monotonic() - begin_s < 50
+    assert time.monotonic() - begin_s < 200

@@ -23,7 +23,7 @@ from orchestrator.launcher import Launcher
 from tests.support.processes import descendants
 
 FAKES: Final = {"context": "tests.support.fake_server", "generation": "tests.support.fake_server"}
-LIMITS: Final = LaunchLimits(start_timeout_s=20, drain_timeout_s=5, stop_timeout_s=1, backoff_first_s=0.05)
+LIMITS: Final = LaunchLimits(start_timeout_s=60, drain_timeout_s=5, stop_timeout_s=1, backoff_first_s=0.05)
 ROOT: Final = Path(__file__).parents[2]
 
 
@@ -54,7 +54,7 @@ class NotingPools:
         await self._notify()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20), self._changed:
+        async with asyncio.timeout(100), self._changed:
             await self._changed.wait_for(condition)
 
     async def _notify(self) -> None:
@@ -73,7 +73,7 @@ def deployment(model: str = "well", *, context: int = 1, generation: int = 1) ->
 async def launched(config: DeploymentConfig, pools: NotingPools) -> AsyncIterator[Launcher]:
     launcher = Launcher(config, pools, limits=LIMITS, modules=FAKES, show=lambda _: None)
     stop = asyncio.Event()
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(150), asyncio.TaskGroup() as group:
         group.create_task(launcher.run(stop))
         try:
             yield launcher
@@ -182,7 +182,7 @@ async def test_a_server_that_crashes_at_every_start_is_tried_again_and_again_vis
     config = deployment("crash", context=0)
     launcher = Launcher(config, NotingPools(), limits=LIMITS, modules=FAKES, show=shown.append)
     stop = asyncio.Event()
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(150), asyncio.TaskGroup() as group:
         group.create_task(launcher.run(stop))
         await launcher.wait_until(lambda: any(server["restarts"] == 2 for server in launcher.describe()))
         described = launcher.describe()[0]
@@ -194,7 +194,7 @@ async def test_a_server_that_crashes_at_every_start_is_tried_again_and_again_vis
 async def test_scaling_to_servers_that_crash_at_every_start_is_told_in_their_words() -> None:
     launcher = Launcher(deployment("crash"), NotingPools(), limits=LIMITS, modules=FAKES, show=lambda _: None)
     stop = asyncio.Event()
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(150), asyncio.TaskGroup() as group:
         group.create_task(launcher.run(stop))
         with pytest.raises(DisaggregatedError, match=r"^context-\d cannot start: exit code 1: it is a bad day$"):
             await launcher.scale("context", 2)
@@ -241,7 +241,7 @@ async def test_servers_die_with_an_orchestrator_that_is_killed() -> None:
     launching = await asyncio.create_subprocess_exec(
         sys.executable, "-c", LAUNCH_AND_BE_KILLED, cwd=ROOT, stdout=asyncio.subprocess.PIPE
     )
-    output, _ = await asyncio.wait_for(launching.communicate(), 30)
+    output, _ = await asyncio.wait_for(launching.communicate(), 150)
     pids = [int(pid) for pid in output.split()]
     assert len(pids) == 2
     left = []

@@ -63,7 +63,7 @@ async def blocks_known(deployment: Deployment, role: str) -> int:
 
 async def wait_known(deployment: Deployment, count: int) -> None:
     """Until the orchestrator knows of so many blocks on the generation server; they are told once a step."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         while await blocks_known(deployment, "generation") < count:  # noqa: ASYNC110  another process decides
             await asyncio.sleep(0.02)
 
@@ -100,7 +100,7 @@ async def test_each_turn_computes_only_what_no_server_holds(deployment: Deployme
     assert await metric(deployment, "disagg_kv_pulled_bytes_total") > 0
     assert await metric(deployment, "disagg_kv_saved_bytes_total") > 0
     assert await metric(deployment, 'disagg_prefix_hints_total{verdict="pulled"}') == 2
-    ledger = await deployment.wait_idle(timeout_s=10)
+    ledger = await deployment.wait_idle()
     assert all(not server["entries"] for server in ledger["servers"]), ledger
 
 

@@ -33,7 +33,7 @@ NUM_NEW: Final = 12
 async def mixed() -> AsyncIterator[tuple[ServerProcess, str]]:
     """A running `serve mixed` on a free port, and its URL; ended as by Ctrl-C."""
     async with spawned("-m", "orchestrator", "serve", "mixed", MODEL, "--port=0", *FLAGS) as server:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(200):
             line = await server.wait_line("^READY orchestrator ")
             await server.wait_line("server_joined role=generation")
         yield server, f"http://{line.split()[2]}"

@@ -140,4 +140,4 @@ def test_a_taken_port_costs_no_model_load(tmp_path: Path) -> None:
 
 def start_in_vain(path: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "orchestrator", "-c", str(path)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)

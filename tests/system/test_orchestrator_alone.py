@@ -33,7 +33,7 @@ async def test_an_orchestrator_alone_is_small_and_loads_nothing_of_the_servers(t
     model = "smollm2-135m-instruct"
     file.write_text(yaml.safe_dump({"hostname": "127.0.0.1", "port": 0, "model": model, **elsewhere}))
     async with spawned("-X", "importtime", "-m", "orchestrator", "-c", str(file)) as orchestrator:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(200):
             await orchestrator.wait_line("READY orchestrator")
             await orchestrator.wait_line("model_loaded")
         resident_bytes = psutil.Process(orchestrator.pid).memory_info().rss

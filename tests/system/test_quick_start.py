@@ -61,5 +61,5 @@ async def test_the_demo_shows_an_answer_and_how_it_was_served() -> None:
 
 async def output(*arguments: str, code: int = 0) -> list[str]:
     async with spawned(*arguments) as command:
-        assert await command.wait_exit(90) == code, command.words()
+        assert await command.wait_exit(250) == code, command.words()
         return command.stdout + command.stderr

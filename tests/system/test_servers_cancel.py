@@ -29,7 +29,7 @@ LONG = SamplingParams(max_tokens=2000)
 FEW = SamplingParams(max_tokens=4)
 PROMPT = random_prompt(2000)
 """32 chunks."""
-LEASE_S = 4.0
+LEASE_S = 8.0
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

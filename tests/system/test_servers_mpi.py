@@ -62,7 +62,7 @@ async def launched(*roles: str, model: pathlib.Path, flags: Sequence[str] = (BY_
 async def ready(mpirun: ServerProcess, role: str, *, but: int = 0) -> tuple[str, int]:
     """Its address and its process id, which is not `but`."""
     pattern = READY.format(role=role, but=but)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         line = await mpirun.wait_line(pattern)
     match = re.search(pattern, line)
     assert match is not None

@@ -35,7 +35,7 @@ async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
 @pytest_asyncio.fixture(loop_scope="package", autouse=True)
 async def _nothing_is_held_afterwards(deployment: Deployment) -> AsyncIterator[None]:
     yield
-    assert is_idle(left := await deployment.wait_idle(timeout_s=10.0)), left
+    assert is_idle(left := await deployment.wait_idle()), left
 
 
 @pytest_asyncio.fixture(loop_scope="package", scope="package")

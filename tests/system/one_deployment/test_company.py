@@ -15,7 +15,7 @@ from tests.support.prompts import short_prompts
 
 MODEL = "smollm2-135m-instruct"
 
-pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 async def test_six_streams_at_once_give_the_tokens_they_give_alone(deployment: Deployment) -> None:

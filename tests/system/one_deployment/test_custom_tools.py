@@ -17,7 +17,7 @@ QUESTION: Final = "On which date did the Berlin Wall fall? Use the tool, and ans
 DATE: Final = r"\d{4}-(0[1-9]|1[0-2])-[0-3]\d"
 LARK: Final = 'start: YEAR "-" MONTH "-" DAY\nYEAR: /[0-9]{4}/\nMONTH: /0[1-9]|1[0-2]/\nDAY: /[0-3][0-9]/\n'
 
-pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 def tool(syntax: str, definition: str) -> Any:

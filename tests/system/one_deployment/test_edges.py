@@ -18,7 +18,7 @@ SHORT: Final = "Hi"
 TOOL: Final = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 ENDS_AT_ONCE: Final = {"logit_bias": {str(END_ID): 100}}
 
-pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ QUESTION: Final = {"role": "user", "content": "What is the capital of France? An
 OPEN: Final[Any] = [QUESTION, {"role": "assistant", "content": "The capital of France is"}]
 GOES_ON: Final = {"continue_final_message": True, "add_generation_prompt": False}
 
-pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 @pytest.mark.parametrize("messages", [OPEN, [{"role": "user", "content": "Hi"}, OPEN[1]]], ids=["long", "short"])

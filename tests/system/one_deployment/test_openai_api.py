@@ -18,7 +18,7 @@ MODEL: Final = "smollm2-135m-instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 LONG: Final = "The quick brown fox jumps over the lazy dog. " * 12
 
-pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 async def test_a_chat_is_answered_rightly(client: openai.AsyncOpenAI, deployment: Deployment) -> None:

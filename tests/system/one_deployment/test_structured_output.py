@@ -25,7 +25,7 @@ PERSON: Final = {
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 
-pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 def is_person(text: str) -> bool:

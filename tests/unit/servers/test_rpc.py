@@ -118,7 +118,7 @@ asyncio.run(main())
 """
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     command = [sys.executable, "-c", forking_beside_grpc]
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200, check=False)
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
