@@ -118,6 +118,8 @@ class Beside:
         self._names = TokenNames(tokenizer, as_ids=wanted.tokens_as_ids)
         self._prompt_ids = prompt_ids
         self._token_ids: list[int] | None = [] if wanted.shows_token_ids else None
+        self._awaits_prompt_ids = wanted.shows_token_ids and not wanted.is_chat
+        """Of a text completion, which may have several prompts; a chat's answer has them itself."""
         self._logprobs = _shown_logprobs(wanted, self._names, tokenizer, prompt_ids)
         self._echoes = wanted.echoes_prompt
         self._shows_prompt_logprobs = wanted.prompt_logprobs is not None
@@ -178,6 +180,9 @@ class Beside:
             for token_id, told in tokens:
                 self._logprobs.add(token_id, told)
             fields["logprobs"] = self._logprobs.take()
+        if self._awaits_prompt_ids:
+            self._awaits_prompt_ids = False
+            fields["prompt_token_ids"] = list(self._prompt_ids)
         if self._token_ids:
             fields["token_ids"], self._token_ids = self._token_ids, []
         return fields or None

@@ -28,6 +28,8 @@ _TAIL_CHARACTERS: Final = 64
 class Chat:
     token_ids: list[int]
     plan: ReplyPlan
+    text: str
+    """That the template made."""
     said: str
     """By the assistant, where the last message is its own: what `echo` puts before the reply."""
 
@@ -43,6 +45,8 @@ class ChatForm:
     add_generation_prompt: bool
     continues: bool
     """The reply goes on from the last message."""
+    adds_special_tokens: bool
+    """Besides those that the template writes."""
     template: str | None
     """The client's own."""
 
@@ -59,6 +63,7 @@ class ChatForm:
             variables=_template_variables(fields),
             add_generation_prompt=_adds_generation_prompt(fields),
             continues=fields.flag("continue_final_message"),
+            adds_special_tokens=fields.flag("add_special_tokens"),
             template=_read_template(fields, allows_template=allows_template),
         )
 
@@ -77,8 +82,11 @@ class ChatForm:
             InvalidRequest: names the message that is wrong, or says what the model's template has against it.
         """
         checked = checked_messages(messages)
-        ids, tail = self._prompt(checked, model)
-        said = assistant_text(checked[-1])
+        if checked[-1].get("prefix") and not self.continues:
+            going_on = dataclasses.replace(self, continues=True, add_generation_prompt=False)
+            return going_on.with_messages(messages, model, formats)
+        ids, text = self._prompt(checked, model)
+        said, tail = assistant_text(checked[-1]), text[-_TAIL_CHARACTERS:]
         ends_open = self.add_generation_prompt or self.continues
         plan = plan_reply(self.wanted, formats, tail if ends_open else "", continued=said if self.continues else None)
         if plan.grammar is not None and (num_bytes := len(plan.grammar.text.encode())) > TEXT_BYTES_MAX:
@@ -86,10 +94,10 @@ class ChatForm:
                 f"tools: their schemas make a grammar of {num_bytes} bytes, the limit is {TEXT_BYTES_MAX}",
                 param="tools",
             )
-        return Chat(token_ids=ids, plan=plan, said=said)
+        return Chat(token_ids=ids, plan=plan, text=text, said=said)
 
     def _prompt(self, messages: Sequence[Mapping[str, Any]], model: ServedModel) -> tuple[list[int], str]:
-        """Its ids and the end of its text."""
+        """Its ids and its text."""
         if self.template is None:
             text = model.tokenizer.render_chat(
                 messages,
@@ -100,10 +108,10 @@ class ChatForm:
             )
         else:
             text = self._rendered_by_client(self.template, messages, model)
-        ids = model.tokenizer.encode(text, add_special_tokens=False, param="messages")
+        ids = model.tokenizer.encode(text, add_special_tokens=self.adds_special_tokens, param="messages")
         if not ids:
             raise InvalidRequest("messages: the chat template made an empty prompt of them", param="messages")
-        return ids, text[-_TAIL_CHARACTERS:]
+        return ids, text
 
     def _rendered_by_client(self, source: str, messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
         try:

@@ -10,8 +10,9 @@ from disaggregated.sampling_params import SamplingParams
 from orchestrator.api.fields import Fields
 from orchestrator.api.known_fields import refuse_unsupported, unknown_fields
 from orchestrator.api.reply_fields import ReplyFields, read_reply_fields
-from orchestrator.api.sampling_fields import TOKENS_MAX, read_max_tokens, read_sampling, read_stop
+from orchestrator.api.sampling_fields import read_max_tokens, read_sampling, read_stop
 from orchestrator.api.structured import grammar_of
+from orchestrator.api.truncation import Truncation, read_truncation
 from orchestrator.served_model import ServedModel
 
 CACHE_SALT_CHARACTERS_MAX: Final = 256
@@ -30,8 +31,7 @@ class GenerationFields:
     priority: int
     cache_salt: str
     """Prompts are found in a cache only by requests with the same one."""
-    truncate_prompt_tokens: int | None
-    """Of a longer prompt, only so many of the last tokens count."""
+    truncation: Truncation | None
     unknown: tuple[str, ...]
     """Fields that mean nothing here; the answer's header names them."""
 
@@ -43,7 +43,7 @@ def read_generation_fields(
     Raises:
         InvalidRequest: names the field that is wrong, or not supported yet.
     """
-    refuse_unsupported(fields, is_chat=is_chat)
+    refuse_unsupported(fields)
     stream = fields.flag("stream")
     reply = read_reply_fields(fields, is_chat=is_chat, stream=stream)
     options = _read_stream_options(fields, stream=stream)
@@ -59,7 +59,7 @@ def read_generation_fields(
         reply=reply,
         priority=fields.integer("priority", low=-(2**31), high=2**31) or 0,
         cache_salt=_read_cache_salt(fields),
-        truncate_prompt_tokens=fields.integer("truncate_prompt_tokens", low=1, high=TOKENS_MAX),
+        truncation=read_truncation(fields),
         unknown=unknown_fields(fields, is_chat=is_chat),
     )
 

@@ -133,6 +133,8 @@ async def _checked_chat_job(draft: Draft, shape: Shape, chat: Chat, param: str) 
 
 def _chat_job(draft: Draft, shape: Shape, chat: Chat, param: str) -> Job:
     job = draft.job(shape, [chat.token_ids], param, chat.plan)
+    if told := draft.fields.reply.told_of_prompt(job.requests[0].token_ids, chat.text):
+        shape.tell(told)
     return dataclasses.replace(job, echoed=[chat.said]) if draft.fields.reply.echo else job
 
 
@@ -244,9 +246,10 @@ class Draft:
 
     def _request(self, prompt: Sequence[int], request_id: str, param: str, plan: ReplyPlan) -> TokenRequest:
         fields = self.fields
-        if fields.truncate_prompt_tokens is not None:
-            prompt = prompt[-fields.truncate_prompt_tokens :]
         wanted = fields.sampling.max_tokens
+        if fields.truncation is not None:
+            longest = self.door.num_tokens_max(self.model)
+            prompt = fields.truncation.of(prompt, num_tokens_max=longest, max_tokens=wanted)
         _check_length(prompt, self.door.config.door.prompt_tokens_max, param)
         _check_told(prompt, fields, param)
         room = _room(prompt, self.door.num_tokens_max(self.model), param)

@@ -39,7 +39,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "prompt_token_ids_b64": (),
     "moderation": (),
     "thinking_token_budget": (-1,),
-    "truncation_side": ("left",),
     "logprob_token_ids": ([],),
     "repetition_detection": (),
     "watermarking": (),
@@ -48,7 +47,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "mm_processor_kwargs": ({},),
     "mm_payload": (),
     "return_mm_kwargs": (False,),
-    "return_prompt_text": (False,),
     "return_token_offsets": (False,),
     "return_context_logits": (False,),
     "routed_experts_prompt_start": (0,),
@@ -95,7 +93,7 @@ TAKEN: Final = SAMPLING_FIELDS | REPLY_FIELDS | frozenset(STRUCTURED) | frozense
         "model", "prompt", "messages", "stream", "priority", "tools", "tool_choice", "parallel_tool_calls",
         "functions", "function_call", "separate_reasoning", "include_reasoning", "reasoning_effort", "thinking",
         "enable_thinking", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
-        "add_special_tokens", "cache_salt", "truncate_prompt_tokens", "documents",
+        "add_special_tokens", "cache_salt", "truncate_prompt_tokens", "truncation_side", "documents",
     }
 )  # fmt: skip
 
@@ -103,20 +101,17 @@ ONLY_OF_CHATS: Final = frozenset(
     {
         "messages", "tool_choice", "parallel_tool_calls", "function_call", "separate_reasoning", "include_reasoning",
         "reasoning_effort", "thinking", "enable_thinking", "chat_template", "chat_template_kwargs", "documents",
-        "add_generation_prompt", "continue_final_message", "top_logprobs",
+        "add_generation_prompt", "continue_final_message", "top_logprobs", "return_prompt_text",
     }
 )  # fmt: skip
 """In a text completion they mean nothing, and are named as unknown."""
 ONLY_OF_COMPLETIONS: Final = frozenset({"prompt"})
-NEUTRAL_IN_CHATS: Final[Mapping[str, tuple[Any, ...]]] = {**NEUTRAL, "add_special_tokens": (False,)}
-"""A chat's template writes the special tokens that its model wants."""
 
 
-def refuse_unsupported(fields: Fields, *, is_chat: bool) -> None:
+def refuse_unsupported(fields: Fields) -> None:
     """Raises InvalidRequest for a parameter that asks for what does not exist here."""
-    table = NEUTRAL_IN_CHATS if is_chat else NEUTRAL
     for name, value in fields.values.items():
-        neutral = table.get(name)
+        neutral = NEUTRAL.get(name)
         if neutral is None or value is None or any(_is_same(value, allowed) for allowed in neutral):
             continue
         hint = f"; only {_shown(neutral[0])} is" if neutral else ""

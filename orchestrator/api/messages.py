@@ -44,6 +44,8 @@ def _checked_message(message: object, name: str) -> Mapping[str, Any]:
     for field in ("tool_call_id", "name", "reasoning_content", "reasoning", "refusal"):
         if not isinstance(message.get(field), str | None):
             raise wrong_type(f"{name}.{field}", "a string", message[field])
+    if not isinstance(message.get("prefix"), bool | None):
+        raise wrong_type(f"{name}.prefix", "true or false", message["prefix"])
     _check_calls(message, name)
     return message
 

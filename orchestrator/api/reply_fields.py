@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.sampling_params import LOGPROBS_MAX, SamplingParams
@@ -14,7 +15,7 @@ REPLIES_MAX: Final = 128
 REPLY_FIELDS: Final = frozenset(
     {
         "n", "best_of", "echo", "logprobs", "top_logprobs", "prompt_logprobs", "return_token_ids",
-        "return_tokens_as_token_ids", "include_stop_str_in_output", "skip_special_tokens",
+        "return_tokens_as_token_ids", "return_prompt_text", "include_stop_str_in_output", "skip_special_tokens",
     }
 )  # fmt: skip
 
@@ -35,6 +36,8 @@ class ReplyFields:
     shows_token_ids: bool
     tokens_as_ids: bool
     """In logprobs, tokens are spelled "token_id:42"."""
+    shows_prompt_text: bool
+    """Of a chat: what its template made of it."""
     include_stop: bool
     """The text ends with what stopped it."""
     skip_special_tokens: bool
@@ -50,6 +53,15 @@ class ReplyFields:
         """Nothing has to be known of a token but its text."""
         asks = self.shows_token_ids or self.logprobs is not None or self.prompt_logprobs is not None
         return not asks and self.best_of == self.n
+
+    def told_of_prompt(self, token_ids: Sequence[int], text: str) -> dict[str, Any]:
+        """Fields of a chat's answer."""
+        told: dict[str, Any] = {}
+        if self.shows_token_ids:
+            told["prompt_token_ids"] = list(token_ids)
+        if self.shows_prompt_text:
+            told["prompt_text"] = text
+        return told
 
     def applied_to(self, sampling: SamplingParams) -> SamplingParams:
         """With everything told that some field needs."""
@@ -76,6 +88,7 @@ def read_reply_fields(fields: Fields, *, is_chat: bool, stream: bool) -> ReplyFi
         prompt_logprobs=fields.integer("prompt_logprobs", low=0, high=LOGPROBS_MAX),
         shows_token_ids=fields.flag("return_token_ids"),
         tokens_as_ids=fields.flag("return_tokens_as_token_ids"),
+        shows_prompt_text=fields.flag("return_prompt_text"),
         include_stop=fields.flag("include_stop_str_in_output"),
         skip_special_tokens=fields.flag("skip_special_tokens", default=True),
         drops_tokens=fields.get("max_tokens") == 0,

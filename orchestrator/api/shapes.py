@@ -67,6 +67,9 @@ class Shape(Protocol):
     closing: bytes
     """Ends every stream."""
 
+    def tell(self, fields: Mapping[str, Any]) -> None:
+        """Further fields of the whole answer, or of a stream's first event. Called before anything else."""
+
     def opening(self, index: int) -> bytes:
         """The event before the first text of choice `index`; may be empty."""
 
@@ -100,6 +103,11 @@ class _Shape:
         self._fields = {"id": answer_id, "object": kind, "created": created, "model": model}
         self._head = b"data: " + orjson.dumps(self._fields)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._of_prompt = b""
+
+    def tell(self, fields: Mapping[str, Any]) -> None:
+        self._fields |= fields
+        self._of_prompt = b"," + orjson.dumps(fields)[1:-1]
 
     def usage(self, usage: Usage) -> bytes:
         return b"%b]," % self._head + b'"usage":' + orjson.dumps(usage.as_json()) + b"}\n\n"
@@ -143,7 +151,10 @@ class ChatShape(_Shape):
         self._calls_functions = calls_functions
 
     def opening(self, index: int) -> bytes:
-        return self._event(index, b'"delta":{"role":"assistant","content":""}', b"null", None)
+        event = self._event(index, b'"delta":{"role":"assistant","content":""}', b"null", None)
+        if self._of_prompt:
+            event, self._of_prompt = b"%b%b}\n\n" % (event[: -len(b"}\n\n")], self._of_prompt), b""
+        return event
 
     def text(self, index: int, text: str, beside: Mapping[str, Any] | None) -> bytes:
         return self._event(index, b'"delta":{"content":%b}' % orjson.dumps(text), b"null", beside)

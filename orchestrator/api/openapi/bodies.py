@@ -37,6 +37,7 @@ from orchestrator.api.sampling_fields import (
     TOP_K_MAX,
 )
 from orchestrator.api.tools import TOOLS_MAX
+from orchestrator.api.truncation import SIDES, TO_THE_MODEL
 
 _WORDS: Final = {"type": "string", "minLength": 1}
 _STOPS: Final = {"type": "array", "items": _WORDS, "maxItems": STOP_STRINGS_MAX}
@@ -78,7 +79,8 @@ REPLY: Final[dict[str, Schema]] = {
     "echo": flag("The reply begins with the prompt; in chats with the last message, where that is the assistant's."),
     "top_logprobs": integer("So many of the likeliest tokens beside each.", low=0, high=LOGPROBS_MAX),
     "prompt_logprobs": integer("The same of the prompt's tokens.", low=0, high=LOGPROBS_MAX),
-    "return_token_ids": flag("Token ids beside the text."),
+    "return_token_ids": flag("Token ids beside the text, and the prompt's."),
+    "return_prompt_text": flag("The text that a chat was rendered to."),
     "return_tokens_as_token_ids": flag('In logprobs, tokens are spelled "token_id:42".'),
     "include_stop_str_in_output": flag("The text ends with what stopped it."),
     "skip_special_tokens": flag("Special tokens are not in the text.", default=True),
@@ -160,7 +162,10 @@ COMMON: Final[dict[str, Schema]] = {
     ),
     "priority": integer("A lower one is served earlier.", low=-(2**31), high=2**31),
     "cache_salt": text("Prompts are found in caches with the same one only.", maxLength=CACHE_SALT_CHARACTERS_MAX),
-    "truncate_prompt_tokens": integer("Of a longer prompt, only its last tokens.", low=1, high=TOKENS_MAX),
+    "truncate_prompt_tokens": integer(
+        "Of a longer prompt, only so many tokens; -1: as many as fit. Not 0.", low=TO_THE_MODEL, high=TOKENS_MAX
+    ),
+    "truncation_side": text("Of a longer prompt, left drops the first tokens, right the last.", enum=[*SIDES, None]),
     **SAMPLING,
     **REPLY,
     **STRUCTURED_REPLY,
@@ -206,6 +211,7 @@ _MESSAGE: Final = record(
         "tool_call_id": text("Of a tool's answer."),
         "name": text("Whose message."),
         "reasoning_content": text("Of an assistant."),
+        "prefix": flag("The reply goes on from it: of the assistant's last message."),
     },
     "role",
 )
@@ -244,7 +250,13 @@ _RESPONSES: Final[dict[str, Schema]] = {
     **{name: {"enum": [*values, None], "description": "Nothing else."} for name, values in NOT_OF_RESPONSES.items()},
 }
 
-_CHAT_FIELDS: Final = {**COMMON, **TEMPLATE, "messages": _MESSAGES, "logprobs": flag("Logprobs of the reply's tokens.")}
+_CHAT_FIELDS: Final = {
+    **COMMON,
+    **TEMPLATE,
+    "messages": _MESSAGES,
+    "logprobs": flag("Logprobs of the reply's tokens."),
+    "add_special_tokens": flag("As the tokenizer adds them to texts, besides the template's own."),
+}
 
 SCHEMAS: Final[dict[str, Any]] = {
     "TextPart": record({"type": {"const": "text"}, "text": {"type": "string"}}, "type", "text"),

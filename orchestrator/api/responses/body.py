@@ -44,6 +44,8 @@ NOT_HERE: Final[Mapping[str, tuple[Any, ...]]] = {
     "suffix": ("",),
     "prompt_logprobs": (),
     "return_token_ids": (False,),
+    "return_prompt_text": (False,),
+    "background_options": (),
 }
 """Refused by name, unless the value asks for nothing."""
 

@@ -40,6 +40,9 @@ class ResponsesShape:
         self._finish_reason = reply.finish_reason
         return orjson.dumps(self._ended(usage))
 
+    def tell(self, fields: Mapping[str, Any]) -> None:
+        """A response has nothing of the kind: who asks for it is refused."""
+
     def opening(self, index: int) -> bytes:
         begun = {**self._response, "status": "in_progress", "output": [], "usage": None}
         event = self._events.event

@@ -18,7 +18,7 @@ from openai.types.responses import response_create_params as responses
 from disaggregated.errors import InvalidRequest
 from orchestrator.api.fields import Fields
 from orchestrator.api.generation_fields import read_generation_fields
-from orchestrator.api.known_fields import IGNORED, NEUTRAL, NEUTRAL_IN_CHATS, ONLY_OF_CHATS, TAKEN
+from orchestrator.api.known_fields import IGNORED, NEUTRAL, ONLY_OF_CHATS, TAKEN
 from orchestrator.api.responses import body as of_responses
 from orchestrator.api.responses.body import read_body
 from tests.support.byte_model import byte_model
@@ -93,9 +93,9 @@ def test_a_parameter_is_in_one_table_only() -> None:
     assert TAKEN >= ONLY_OF_CHATS
 
 
-@pytest.mark.parametrize("name", NEUTRAL_IN_CHATS)
+@pytest.mark.parametrize("name", NEUTRAL)
 def test_what_does_not_exist_is_refused_by_name_and_what_asks_for_nothing_is_taken(name: str) -> None:
-    for value in (*NEUTRAL_IN_CHATS[name], None):
+    for value in (*NEUTRAL[name], None):
         read_generation_fields(Fields({name: value}), byte_model(), max_tokens_default=5)
     with pytest.raises(InvalidRequest, match=f"^{name} is not supported") as caught:
         read_generation_fields(Fields({name: "odd"}), byte_model(), max_tokens_default=5)
@@ -122,7 +122,7 @@ def test_what_means_nothing_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("name", sorted({*IGNORED, *NEUTRAL_IN_CHATS, *of_responses.NOT_HERE}))
+@pytest.mark.parametrize("name", sorted({*IGNORED, *NEUTRAL, *of_responses.NOT_HERE}))
 def test_what_is_not_honoured_is_documented(name: str) -> None:
     assert re.search(rf"`{name}(`|:)", DOCUMENT)
 
