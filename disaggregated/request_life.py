@@ -46,6 +46,8 @@ class InvalidTransition(AssertionError):
 class RequestLife:
     """Invariant: `story` begins with QUEUED, its times never fall, and each phase in it may follow the one before."""
 
+    __slots__ = ("phase", "request_id", "story")
+
     def __init__(self, request_id: str, *, now_s: float) -> None:
         self.request_id = request_id
         self.phase = Phase.QUEUED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -103,8 +102,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_proto(self) -> control_pb2.SamplingParams:
         message = control_pb2.SamplingParams(
-            **dict(zip(_AS_THEY_ARE, _as_they_are(self), strict=True)), stop_token_ids=sorted(self.stop_token_ids)
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            repetition_penalty=self.repetition_penalty,
+            stop_token_ids=sorted(self.stop_token_ids),
         )
+        for name in _SELDOM_SET:
+            if value := getattr(self, name):
+                setattr(message, name, value)
+        for name in _MAY_BE_ABSENT:
+            if (value := getattr(self, name)) is not None:
+                setattr(message, name, value)
         if self.edits_logits:
             self._add_edits(message)
         return message
@@ -134,14 +144,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-_ALWAYS_THERE: Final = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "presence_penalty",
-    "frequency_penalty", "num_emitted",
-)  # fmt: skip
+_SELDOM_SET: Final = ("top_k", "min_p", "min_tokens", "presence_penalty", "frequency_penalty", "num_emitted")
+_ALWAYS_THERE: Final = ("max_tokens", "temperature", "top_p", "seed", *_SELDOM_SET)
 _MAY_BE_ABSENT: Final = ("logprobs", "prompt_logprobs")
-_AS_THEY_ARE: Final = (*_ALWAYS_THERE, *_MAY_BE_ABSENT, "repetition_penalty")
-"""Fields that travel under their own name and with their own value."""
-_as_they_are: Final = operator.attrgetter(*_AS_THEY_ARE)
 
 
 def _check(message: control_pb2.SamplingParams) -> None:

@@ -138,20 +138,24 @@ class Attempt:
         are given back. Its owner hears nothing more."""
         if self._is_over:
             return
-        self._leave_flow()
+        if self._flow_position >= 0:
+            self._leave_flow()
         self._is_over = True
         if self._stop_prefill is not None:
             self._stop_prefill()
+            self._stop_prefill = None
         if not self._has_landed:
             self._owner.landings.came(self)
             self._abort_transfer()
         if self._link is not None:
             self._link.close(self._stream_key, is_over=self._is_over_there)
-        placement = self.placement
-        if self._context_share is not None and placement.context is not None:
-            self._give_back(placement.context)
-        if placement.generation is not None:
-            self._give_back(placement.generation)
+        context, generation = self.placement.context, self.placement.generation
+        if self._context_share is not None and context is not None:
+            self._give_back(context)
+        if generation is not None:
+            self._give_back(generation)
+        # They would keep us, and we them: nothing of a request is left for the garbage collector to find.
+        self._context_share = self._generation_share = None
 
     def _give_back(self, server: Server) -> None:
         server.give_back(self._key, makes_room=server not in self._held_back)
@@ -257,15 +261,17 @@ class Attempt:
 
     def on_delta(self, delta: control_pb2.StreamDelta, now_s: float) -> None:
         if delta.HasField("times"):
-            self._landed()
             self.story.admitted(delta.times)
             if self.placement.context is None:
                 self._learn_speed(self.placement.generation)
         if delta.HasField("error"):
             self._is_over_there = True
+            if delta.HasField("times"):
+                self._landed()
             self._refused_later(rpc.from_stream_error(delta.error))
             return
-        self._landed()
+        if not self._has_landed:
+            self._landed()
         token_ids, finish_reason = delta.token_ids, delta.finish_reason
         if finish_reason:
             self._is_over_there = True
@@ -277,9 +283,8 @@ class Attempt:
             self._came(delta.first_position, token_ids, finish_reason, now_s)
 
     def _landed(self) -> None:
-        if not self._has_landed:
-            self._has_landed = True
-            self._owner.landings.came(self)
+        self._has_landed = True
+        self._owner.landings.came(self)
 
     def on_token(self, position: int, token_id: int, now_s: float) -> None:
         """The ways of most tokens are short: what one of them touches is here, and in its sink.
@@ -288,7 +293,8 @@ class Attempt:
         those of the run, of the stories and of the shares are brought up to date now and then.
         """
         if position != self._flow_position or position == self._last_position:
-            self._landed()
+            if not self._has_landed:
+                self._landed()
             self._came(position, (token_id,), "", now_s)
             return
         self._flow_position = position + 1
@@ -315,21 +321,15 @@ class Attempt:
             return
         self._settled_position = self._order.position = self._flow_position
         self.story.num_tokens += num_tokens
-        self._grew(num_tokens)
+        if self._generation_share is not None:
+            self._generation_share.grew(num_tokens)
         story = self.run.story
         story.num_tokens += num_tokens
         story.last_token_s, story.longest_gap_s = self._last_token_s, self._longest_gap_s
 
-    def _grew(self, num_tokens: int) -> None:
-        if self._context_share is not None:
-            self._context_share.grew(num_tokens)
-        if self._generation_share is not None:
-            self._generation_share.grew(num_tokens)
-
     def _leave_flow(self) -> None:
-        if self._flow_position >= 0:
-            self._settle()
-            self._flow_position = -1
+        self._settle()
+        self._flow_position = -1
 
     def _refused_later(self, error: DisaggregatedError) -> None:
         if isinstance(error, TransferError):
@@ -346,7 +346,8 @@ class Attempt:
 
     def _came(self, position: int, token_ids: Sequence[int], finish_reason: str, now_s: float) -> None:
         """Tokens of which nothing else is told."""
-        self._leave_flow()
+        if self._flow_position >= 0:
+            self._leave_flow()
         if self._is_over:
             return
         if self._order.passes(position, len(token_ids)):
@@ -355,7 +356,8 @@ class Attempt:
             self._arrived(Arrival(position, token_ids, finish_reason), now_s)
 
     def _arrived(self, arrival: Arrival, now_s: float) -> None:
-        self._leave_flow()
+        if self._flow_position >= 0:
+            self._leave_flow()
         if self._is_over:
             return
         try:
@@ -369,7 +371,8 @@ class Attempt:
 
     def _deliver(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> None:
         run, life = self.run, self.run.life
-        self._grew(len(token_ids))
+        if self._generation_share is not None:
+            self._generation_share.grew(len(token_ids))
         if life.phase is Phase.TRANSFERRING:
             life.advance(Phase.DECODING, now_s=now_s)
         if run.deliver(token_ids, finish_reason, told, now_s=now_s):
@@ -409,14 +412,11 @@ class Attempt:
         self._fail(TransferTimeout(f"the KV had not landed {TRANSFER_TIMEOUT_S:g} s after the first token"))
 
     def _finish(self, now_s: float) -> None:
-        self._leave_flow()
         self.run.life.advance(Phase.FINISHED, now_s=now_s)
-        self._end(None)
+        self.stop()
+        self._owner.attempt_over(self, None)
 
     def _fail(self, error: DisaggregatedError) -> None:
         if not self._is_over:
-            self._end(error)
-
-    def _end(self, error: DisaggregatedError | None) -> None:
-        self.stop()
-        self._owner.attempt_over(self, error)
+            self.stop()
+            self._owner.attempt_over(self, error)

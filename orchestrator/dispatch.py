@@ -220,6 +220,7 @@ class Dispatcher:
         run.end(phase, error, now_s=now_s)
         self.stories.ended(run.story)
         self.room.over(run.request, run.cost, run.story)
+        run.waiting = None  # It would keep the run, and the run it.
         run.settle(run.story.num_prompt_tokens + run.story.num_tokens if run.story.attempts else 0)
         self._observer.request_ended(run.story)
         if not self._running:
@@ -292,7 +293,7 @@ class Dispatcher:
             return
         self._is_serving = True
         try:
-            while (first := self.room.first(now_s=self.clock())) is not None and self._place(first):
+            while len(self.queue) and (first := self.room.first(now_s=self.clock())) and self._place(first):
                 pass
         finally:
             self._is_serving = False

@@ -23,7 +23,7 @@ class Share:
         is_decoding: bool = False,
     ) -> None:
         self.num_tokens = num_tokens
-        """Of the prompt, and what was generated of it here."""
+        """Of the prompt, and what was decoded of it here."""
         self.num_prefill_tokens = num_prefill_tokens
         """Not computed yet, and not known to be cached."""
         self.num_blocks = num_blocks

@@ -19,6 +19,7 @@ class Overdue(Generic[Awaited]):
         self._due_s: dict[Awaited, float] = {}
         """In the order in which they are due, since each was put at the end."""
         self._timer: asyncio.TimerHandle | None = None
+        """None: nothing is awaited, or nothing was when it last fired."""
 
     def __contains__(self, awaited: Awaited) -> bool:
         return awaited in self._due_s

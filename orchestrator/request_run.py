@@ -7,6 +7,7 @@ from the prompt, the tokens that the client already has, and the sampling that i
 from __future__ import annotations
 
 import asyncio
+import functools
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -87,7 +88,7 @@ class RequestRun:
         self.settle = settle
         self.emitted: array[int] = array("I")
         """Four bytes a token, which a client that does not read may make many of."""
-        self.push_token: Callable[[int], bool] = getattr(sink, "push_token", None) or self._push_one
+        self.push_token: Callable[[int], bool] = getattr(sink, "push_token", None) or functools.partial(_push_one, sink)
         """Gives `sink` one token of `emitted` that is not the last, and of which nothing else is told."""
         self.life = RequestLife(request.request_id, now_s=now_s)
         self.story = RequestStory(
@@ -138,9 +139,6 @@ class RequestRun:
                 return True
         return False
 
-    def _push_one(self, token_id: int) -> bool:
-        return self.sink.push((token_id,), "")
-
     def _give(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> bool:
         if token_ids:
             self.emitted.extend(token_ids)
@@ -158,6 +156,10 @@ class RequestRun:
         if not self.life.is_over:
             self.life.advance(phase, now_s=now_s)
         self.story.error = "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def _push_one(sink: TokenSink, token_id: int) -> bool:
+    return sink.push((token_id,), "")
 
 
 def _told_of_one(told: Told | None, index: int) -> Told | None:

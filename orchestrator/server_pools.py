@@ -101,7 +101,7 @@ class ServerPools:
     @property
     def knows_blocks(self) -> bool:
         """Of some server it is known which blocks it holds."""
-        return any(len(server.known_blocks) for server in self)
+        return self.follows_blocks and any(len(server.known_blocks) for server in self)
 
     def _learn_limits(self) -> None:
         """Whenever a server has told what it is, or is forgotten."""

@@ -11,9 +11,10 @@ and event loops.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from typing import Any
+
+import msgspec
 
 from disaggregated.request_life import Phase, RequestLife
 from disaggregated.v1 import control_pb2
@@ -21,8 +22,7 @@ from orchestrator.admission.ticket import Objectives
 from orchestrator.routing.decision import NOTHING_WEIGHED, Decision
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
-class AttemptStory:
+class AttemptStory(msgspec.Struct, kw_only=True):
     """One dispatch. Times are seconds; `_s` fields that stayed 0 were not reached, or did not apply."""
 
     context_instance: str
@@ -88,15 +88,14 @@ class AttemptStory:
         self.saved_bytes = times.saved_bytes
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
-class RequestStory:
+class RequestStory(msgspec.Struct, kw_only=True):
     life: RequestLife
     arrived_s: float
     num_prompt_tokens: int
     tenant: str = ""
     objectives: Objectives = Objectives()
     num_tokens: int = 0
-    attempts: list[AttemptStory] = dataclasses.field(default_factory=list)
+    attempts: list[AttemptStory] = msgspec.field(default_factory=list)
     first_token_s: float | None = None
     last_token_s: float = 0.0
     """0 before the first one."""
@@ -190,11 +189,8 @@ class RequestStory:
         }
 
     def _attempt_as_json(self, attempt: AttemptStory) -> dict[str, Any]:
-        fields = {
-            **dataclasses.asdict(dataclasses.replace(attempt, decision=NOTHING_WEIGHED)),
-            "why": attempt.why,
-            "decision": attempt.decision.as_json(),
-        }
+        decision = attempt.decision.as_json()
+        fields = {**msgspec.structs.asdict(attempt), "why": attempt.why, "decision": decision}
         for name in ("began_s", "ended_s", "first_token_s"):
             if fields[name] is not None:
                 fields[name] -= self.arrived_s

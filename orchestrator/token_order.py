@@ -50,6 +50,8 @@ def _all_of(message: control_pb2.Logprobs | None) -> Sequence[TokenLogprob]:
 class TokenOrder:
     """Invariant: everything before `position` has been given out; everything held lies after it."""
 
+    __slots__ = ("_early", "_first", "_num_prompt_told", "_tells", "_tells_nothing", "position")
+
     def __init__(self, position: int, asked: SamplingParams | None = None) -> None:
         """`asked`: says which logprobs have to come; None: none have to."""
         self.position = position

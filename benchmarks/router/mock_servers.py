@@ -56,7 +56,15 @@ class MockServer(control_pb2_grpc.ServerServicer):
 
     async def Watch(self, request: control_pb2.WatchRequest, call: Any) -> AsyncIterator[control_pb2.Heartbeat]:
         while True:
-            yield control_pb2.Heartbeat(epoch=1, num_blocks=LAYOUT.num_blocks, num_blocks_free=LAYOUT.num_blocks)
+            yield control_pb2.Heartbeat(
+                epoch=1,
+                num_blocks=LAYOUT.num_blocks,
+                num_blocks_free=LAYOUT.num_blocks,
+                has_step_cost=True,  # As every engine of ours tells it.
+                step_fixed_s=1e-3,
+                step_token_s=1e-5,
+                step_pair_s=1e-9,
+            )
             await asyncio.sleep(request.interval_s)
 
     async def Drain(self, request: control_pb2.DrainRequest, call: Any) -> control_pb2.DrainReply:

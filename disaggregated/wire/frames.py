@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator
 from typing import Final
 
 FRAME_BYTES_MAX: Final = 64 << 20
 """A prompt of a million token ids takes three."""
 _HEAD: Final = struct.Struct("<IBI")
 HEAD_BYTES: Final = _HEAD.size
+_unpack_head: Final = _HEAD.unpack_from
 
 
 class Kind(enum.IntEnum):
@@ -54,28 +54,31 @@ class FrameReader:
         self._num_bytes = 0
         self._num_wanted = HEAD_BYTES
 
-    def feed(self, received: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """The frames that are whole now: kind, call, payload. Take them all before the next `feed`.
+    def feed(self, received: bytes) -> list[tuple[int, int, bytes]]:
+        """The frames that are whole now: kind, call, payload.
 
         Raises:
-            FrameError: a frame is larger than any of ours.
+            FrameError: a frame is larger than any of ours. What came with it is of no more use, either.
         """
         if self._num_bytes:
             self._parts.append(received)
             self._num_bytes += len(received)
             if self._num_bytes < self._num_wanted:
-                return
+                return []
             received = b"".join(self._parts)
-        at, end = 0, len(received)
-        self._num_wanted = HEAD_BYTES
-        while end - at >= HEAD_BYTES:
-            length, kind, call = _HEAD.unpack_from(received, at)
+            self._num_bytes = 0
+        frames = []
+        begin, end = HEAD_BYTES, len(received)
+        wanted = HEAD_BYTES
+        while begin <= end:
+            length, kind, call = _unpack_head(received, begin - HEAD_BYTES)
             if length > FRAME_BYTES_MAX:
                 raise FrameError(f"a frame of {length} bytes, the limit is {FRAME_BYTES_MAX}")
-            if end - at - HEAD_BYTES < length:
-                self._num_wanted = HEAD_BYTES + length
+            if begin + length > end:
+                wanted += length
                 break
-            yield kind, call, received[at + HEAD_BYTES : at + HEAD_BYTES + length]
-            at += HEAD_BYTES + length
-        left = received[at:]
-        self._parts, self._num_bytes = ([left], len(left)) if left else ([], 0)
+            frames.append((kind, call, received[begin : begin + length]))
+            begin += length + HEAD_BYTES
+        if left := received[begin - HEAD_BYTES :]:
+            self._parts, self._num_bytes, self._num_wanted = [left], len(left), wanted
+        return frames

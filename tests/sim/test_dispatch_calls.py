@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -129,5 +131,27 @@ def test_whoever_cancels_another_as_it_hears_of_its_own_end_disturbs_nobody() ->
             assert [error for _, error in endings] == [None, None]
             assert bystander.tokens == bystander.expected
             await stage.check_nothing_left()
+
+    run_in_virtual_time(play())
+
+
+def test_a_request_that_is_over_is_freed_without_a_garbage_collection() -> None:
+    """A thousand of them a second would otherwise be kept until the collector comes, and be looked at by it."""
+
+    async def play() -> None:
+        async with scene(FakeCluster(10, num_context=1, num_generation=1)) as stage:
+            endings: Endings = []
+            request = stage.request(3)
+            sink = Client(request)
+            remembered = weakref.ref(sink)
+            stage.dispatcher.begin(request, sink, lambda story, error: endings.append((story, error)))
+            del sink
+            gc.disable()
+            try:
+                await asyncio.sleep(30.0)
+                assert [error for _, error in endings] == [None]
+                assert remembered() is None
+            finally:
+                gc.enable()
 
     run_in_virtual_time(play())
