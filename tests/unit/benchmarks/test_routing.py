@@ -51,6 +51,7 @@ def seen(cached: int, ttft_s: float, predicted: int | None = None) -> Seen:
     for number in range(4):
         made.take(story(cached, predicted), ttft_s)
         made.answers[(number,)] = [7]
+    made.round_ttft_s = [ttft_s, 2 * ttft_s]
     return made
 
 
@@ -59,8 +60,13 @@ def test_what_was_seen_is_held_against_the_bars() -> None:
     assert [row.holds for row in good.values() if row.bar] == [True, True, True]
     assert good["the most that any placement could find / round robin"].seen == "70.0% = 1 : 2.33"
     assert good["equal answers"].seen == "4 of 4"
+    assert good["the same, of one round"].seen == "50.0 % (50.0 to 50.0, n=2)"
     bad = rows(seen(40, 1.0), seen(60, 0.7, predicted=48), findable=0.7)
     assert [row.holds for row in bad if row.bar] == [False, False, False]
+
+
+def test_each_deployment_is_the_first_to_play_as_often_as_the_other() -> None:
+    assert NUM_ROUNDS % 2 == 0
 
 
 def test_turns_that_left_their_blocks_are_counted() -> None:
