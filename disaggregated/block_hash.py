@@ -18,6 +18,9 @@ TOKEN_BYTES: Final = array.array("I").itemsize
 orchestrator, which hashes every prompt, weighs 18 MB less without numpy."""
 
 
+_NO_SALT: Final = xxhash.xxh3_128_digest(b"")
+
+
 def block_hashes(
     token_ids: Sequence[int], block_size: int, *, salt: str = "", parent: BlockHash | None = None
 ) -> Iterator[BlockHash]:
@@ -26,7 +29,10 @@ def block_hashes(
     `parent` is the hash of the block just before `token_ids[0]`, for a sequence that grows; None at its beginning.
     `salt` separates caches that must not share blocks (another adapter, another tenant); a parent already carries it.
     """
-    digest = xxhash.xxh3_128_digest(salt.encode()) if parent is None else parent.to_bytes(16, "big")
+    if parent is not None:
+        digest = parent.to_bytes(16, "big")
+    else:
+        digest = xxhash.xxh3_128_digest(salt.encode()) if salt else _NO_SALT
     tokens = memoryview(array.array("I", token_ids)).cast("B")
     block_bytes = TOKEN_BYTES * block_size
     for end in range(block_bytes, len(tokens) + 1, block_bytes):

@@ -23,6 +23,8 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
 
 def _template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if len(message) == 2 and type(message.get("content")) is str and message.get("role") in _PLAIN_ROLES:
+        return dict(message)
     copy = {key: value for key, value in message.items() if value is not None}
     if isinstance(copy.get("content"), list):
         copy["content"] = _joined(copy["content"], f"{where}.content")
@@ -39,6 +41,8 @@ def _template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 _ROLES: Final = {"developer": "system", "function": "tool"}
 """Templates were written before the one existed, and after the other one was given up."""
+_PLAIN_ROLES: Final = ("user", "assistant", "system")
+"""Of most messages, which are a role and a text and stay as they are."""
 
 
 def _joined(parts: Sequence[Any], where: str) -> str:

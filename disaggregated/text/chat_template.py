@@ -78,8 +78,8 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with _deadline(timeout_s):
-                rendered = self._template.render(variables)
+            with _deadline(timeout_s) if timeout_s is not None else _NO_DEADLINE:
+                rendered = self._rendered(variables)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses this: {error.message}", param="messages") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -88,13 +88,18 @@ class ChatTemplate:
             ) from error
         return end.cut(rendered) if end else rendered
 
+    def _rendered(self, variables: dict[str, Any]) -> str:
+        """As `Template.render` does it, which also rewrites tracebacks that nobody would see here."""
+        template = self._template
+        return "".join(template.root_render_func(template.new_context(variables)))
+
+
+_NO_DEADLINE: Final = contextlib.nullcontext()
+
 
 @contextlib.contextmanager
-def _deadline(timeout_s: float | None) -> Iterator[None]:
+def _deadline(timeout_s: float) -> Iterator[None]:
     """A template becomes Python code, whose every line is a moment at which it can be stopped."""
-    if timeout_s is None:
-        yield
-        return
     end_s = time.monotonic() + timeout_s
 
     def trace(frame: types.FrameType, event: str, argument: object) -> Any:

@@ -15,6 +15,7 @@ import orjson
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _UTF8_BYTES_MAX: Final = 4
+_Utf8Decoder: Final = codecs.getincrementaldecoder("utf-8")
 
 Piece = Callable[[int], str | None]
 """A token as the vocabulary spells it; None for ids that print nothing (special tokens, ids outside the vocabulary)."""
@@ -63,23 +64,28 @@ def sentencepiece_spelling(piece: str) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
+class _Spellings(dict[int, bytes]):
+    """Of tokens, each spelled when it is first asked for."""
+
+    def __init__(self, piece: Piece) -> None:
+        super().__init__()
+        self._piece = piece
+
+    def __missing__(self, token_id: int) -> bytes:
+        spelled = self[token_id] = byte_level_spelling(self._piece(token_id) or "")
+        return spelled
+
+
 class ByteLevelCache:
     """What is known of tokens by now. Shared by all requests of a tokenizer; it grows to one entry a token of the
     vocabulary."""
 
     def __init__(self, piece: Piece) -> None:
-        self._piece = piece
-        self._bytes_of: dict[int, bytes] = {}
+        self.bytes_of: Callable[[int], bytes] = _Spellings(piece).__getitem__
         self.escaped: dict[int, bytes] = {}
         """Text in JSON, of those that are text by themselves."""
         self.parts: set[int] = set()
         """Those that are not."""
-
-    def bytes_of(self, token_id: int) -> bytes:
-        found = self._bytes_of.get(token_id)
-        if found is None:
-            found = self._bytes_of[token_id] = byte_level_spelling(self._piece(token_id) or "")
-        return found
 
 
 class ByteLevelDetokenizer:
@@ -89,22 +95,33 @@ class ByteLevelDetokenizer:
         self._bytes = cache.bytes_of
         self._escaped = cache.escaped
         self._parts = cache.parts
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # A prompt of raw ids may end within a character, which the reply then completes.
-        tail = b"".join(map(self._bytes, prompt_ids[-_UTF8_BYTES_MAX:]))
+        self._decoder: codecs.IncrementalDecoder | None = None
+        """Made when a character is met that does not end where it should."""
         self._is_within = False
         """A character has begun and has not ended."""
+        # A prompt of raw ids may end within a character, which the reply then completes.
+        tail = b"".join(map(self._bytes, prompt_ids[-_UTF8_BYTES_MAX:]))
         if not tail.isascii():
-            self._decoder.decode(tail)
-            self._is_within = bool(self._decoder.getstate()[0])
+            self._decode(tail)
 
     def push(self, ids: Iterable[int]) -> str:
-        text = self._decoder.decode(b"".join(map(self._bytes, ids)))
+        spelled = b"".join(map(self._bytes, ids))
+        if not self._is_within:
+            try:
+                return spelled.decode()
+            except UnicodeDecodeError:
+                pass  # The end of it belongs to what follows, or to nothing.
+        return self._decode(spelled)
+
+    def _decode(self, spelled: bytes) -> str:
+        if self._decoder is None:
+            self._decoder = _Utf8Decoder("replace")
+        text = self._decoder.decode(spelled)
         self._is_within = bool(self._decoder.getstate()[0])
         return text
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", True)
+        return "" if self._decoder is None else self._decoder.decode(b"", True)
 
     def escaped(self, token_id: int) -> bytes | None:
         if self._is_within or token_id in self._parts:

@@ -12,6 +12,7 @@ import transformers
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.model_files import resolve
 from disaggregated.text import ChatTemplate, Tokenizer
+from disaggregated.text.chat_messages import template_messages
 
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello"}],
@@ -159,3 +160,12 @@ def test_arguments_of_tool_calls_are_encoded_once(arguments: Any, rendered: str)
     message = tool_call(arguments)
     assert render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", [message]) == rendered
     assert message == tool_call(arguments)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "developer"])
+def test_a_message_of_a_role_and_a_text_is_shown_as_one_with_more_fields_is(role: str) -> None:
+    plain = {"role": role, "content": "Hello"}
+    longer = {**plain, "name": None, "reasoning_content": None}
+    (shown,), (expected,) = template_messages([plain]), template_messages([longer])
+    assert shown == expected
+    assert shown is not plain, "a template's messages are its own"
