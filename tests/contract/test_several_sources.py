@@ -110,7 +110,7 @@ async def test_what_we_gave_up_ourselves_is_nobodys_fault(two_stages: Instances,
         rank.served.source.open("t")
     tickets = [rank.served.ticket("t") for rank in two_stages.context]
     ours = two_stages.generation[0]
-    pending = ours.landing.start(tickets, ours.table, deadline_s=0.5 if by == "deadline" else 20, num_tokens=NUM_TOKENS)
+    pending = ours.landing.start(tickets, ours.table, deadline_s=3 if by == "deadline" else 20, num_tokens=NUM_TOKENS)
     await eventually(lambda: all(rank.served.source.num_followers for rank in two_stages.context))
     if by == "cancel":
         pending.cancel()
