@@ -68,6 +68,8 @@ class Gate:
         """keys: None when the deployment has no key file."""
         self._keys = keys
         self._quotas = quotas
+        self._of_nobody = Visit(self, ANYBODY, "", NO_OBJECTIVES)
+        """Most visits, where there are no keys: nothing is known of them."""
 
     @property
     def problem(self) -> str:
@@ -105,6 +107,8 @@ class Gate:
             QuotaExceeded: the key's requests of this minute are used up.
         """
         objectives = Objectives.read(headers)
+        if caller is ANYBODY and not user and objectives is NO_OBJECTIVES:
+            return self._of_nobody
         if caller.key is not None:
             if priority < (best := caller.key.best_priority):
                 raise InvalidRequest(f"priority must be at least {best} for this key, is {priority}", param="priority")

@@ -35,11 +35,10 @@ class _Clock:
 _date = _Clock().date
 
 
-def head_of(exchange: Exchange, headers: Mapping[str, str], *, status: int = 200) -> bytes:
+def head_of(exchange: Exchange, headers: Mapping[str, object], *, status: int = 200) -> bytes:
     """Status line and headers of an answer, with the empty line after them."""
     reason = "OK" if status == 200 else _reason(status)
-    minor = 1 if exchange.is_http_11 else 0
-    head = f"HTTP/1.{minor} {status} {reason}\r\nDate: {_date()}\r\n"
+    head = f"HTTP/1.{1 if exchange.is_http_11 else 0} {status} {reason}\r\nDate: {_date()}\r\n"
     for name, value in headers.items():
         head += f"{name}: {value}\r\n"
     if not exchange.keep_alive:
@@ -63,8 +62,8 @@ def answer(
     transport = exchange.transport
     if transport is not None:
         exchange.has_begun = True
-        head = head_of(exchange, {"Content-Type": kind, "Content-Length": str(len(body)), **headers}, status=status)
-        put(exchange, transport, head + body, outbox)
+        whole = {"Content-Type": kind, "Content-Length": len(body), **headers}
+        put(exchange, transport, head_of(exchange, whole, status=status) + body, outbox)
     exchange.answered()
 
 

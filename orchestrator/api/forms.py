@@ -6,7 +6,6 @@ depends on nothing else, so the second time it is looked up.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Final
 
 import orjson
@@ -33,12 +32,18 @@ OF_ONE_REQUEST: Final = frozenset(
 """Fields that no form has anything of, as it has nothing of the prompt: each request reads them itself."""
 
 
-@dataclasses.dataclass(slots=True)
 class Form:
-    fields: GenerationFields
-    """But for its seed, which is another request's."""
-    chat: ChatForm | None = None
-    """Of a chat, once that was read."""
+    __slots__ = ("chat", "fields", "ignored", "is_plain")
+
+    def __init__(self, fields: GenerationFields) -> None:
+        self.fields = fields
+        """But for its seed, which is another request's."""
+        self.chat: ChatForm | None = None
+        """Of a chat, once that was read."""
+        self.ignored = ",".join(name for name in fields.unknown if name.isidentifier())[:1000]
+        """Fields that mean nothing here, as a header names them."""
+        self.is_plain = not (fields.stream or fields.stop) and fields.reply.is_one_text
+        """The answer is one whole reply, and all of that is text, if the chat's own fields allow it."""
 
 
 class Forms:

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from disaggregated.errors import DisaggregatedError, RequestCancelled
 from orchestrator.api.choices import CollectedChoice, PromptOnly, StreamedChoice
 from orchestrator.api.direct import answer
+from orchestrator.api.drafts import Draft
 from orchestrator.api.fields import Fields
-from orchestrator.api.jobs import Draft, Job, LateJob, prepare
+from orchestrator.api.jobs import Job, LateJob, PlainJob, prepare
+from orchestrator.api.plain import PlainAnswer
 from orchestrator.api.replies import collected_choice, streamed_choice
 from orchestrator.api.shapes import Usage
 from orchestrator.api.siblings import likeliest, run_many
@@ -32,8 +34,12 @@ def generate(door: FrontDoor, exchange: Exchange, body: bytes, *, is_chat: bool,
         InvalidRequest: names the field and the limit.
         AdmissionError, QuotaExceeded: not now.
     """
-    draft = Draft.of(door, exchange, Fields.parse(body), arrived_s=arrived_s, is_chat=is_chat)
+    draft = Draft(door, exchange, Fields.parse(body), arrived_s=arrived_s, is_chat=is_chat)
     job = prepare(draft)
+    if isinstance(job, PlainJob):
+        door.metrics.request_began(stream=False)
+        PlainAnswer(door, exchange, job.draft, job.request).begin()
+        return None
     if isinstance(job, Job):
         return start(door, exchange, job)
     return functools.partial(_late, door, exchange, job)

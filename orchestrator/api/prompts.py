@@ -22,6 +22,10 @@ def prompts_at_once(fields: Fields, model: ServedModel) -> list[Sequence[int]] |
     Raises:
         InvalidRequest: names the part that is empty or of another type.
     """
+    prompt = fields.values.get("prompt")
+    if type(prompt) is list and prompt and type(prompt[0]) is int:
+        fields.flag("add_special_tokens")  # They are as they are; but it has to be a flag.
+        return [checked_token_ids(prompt, model.tokenizer.vocab_size, "prompt")]
     many = _read_prompts(fields)
     if sum(len(one) for one in many if type(one) is str) > INLINE_CHARACTERS_MAX:
         return None

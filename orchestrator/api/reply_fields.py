@@ -54,6 +54,12 @@ class ReplyFields:
         asks = self.shows_token_ids or self.logprobs is not None or self.prompt_logprobs is not None
         return not asks and self.best_of == self.n
 
+    @property
+    def is_one_text(self) -> bool:
+        """There is one reply, and it has nothing in it but the text of what was generated."""
+        adds = self.echo or self.shows_prompt_text or self.include_stop
+        return self.n == 1 and self.is_text_alone and not adds and not self.drops_tokens
+
     def told_of_prompt(self, token_ids: Sequence[int], text: str) -> dict[str, Any]:
         """Fields of a chat's answer."""
         told: dict[str, Any] = {}

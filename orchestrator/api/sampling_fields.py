@@ -88,8 +88,9 @@ def read_stop(fields: Fields) -> tuple[str, ...]:
 
 def read_seed(fields: Fields) -> int:
     """Without one we choose it: a sequence must be able to go on elsewhere with the same tokens."""
-    seed = fields.integer("seed", low=-(2**63), high=2**64 - 1)
-    return _SEEDS.getrandbits(63) if seed is None else seed % 2**64
+    if fields.values.get("seed") is None:
+        return _SEEDS.getrandbits(63)
+    return (fields.integer("seed", low=-(2**63), high=2**64 - 1) or 0) % 2**64
 
 
 def _read_stop_token_ids(fields: Fields, model: ServedModel) -> frozenset[int]:

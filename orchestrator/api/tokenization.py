@@ -14,9 +14,9 @@ from aiohttp import web
 from disaggregated.errors import InvalidRequest
 from orchestrator.api.bodies import received_body
 from orchestrator.api.chat import chat_prompt
+from orchestrator.api.drafts import known_model
 from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, wrong_type
-from orchestrator.api.jobs import known_model
 from orchestrator.api.prompts import checked_token_ids, encode
 from orchestrator.front_door import FrontDoor
 from orchestrator.served_model import ServedModel

@@ -17,6 +17,9 @@ HEAD_BYTES_MAX: Final = 8000
 BODY_BYTES_MAX: Final = 1 << 16
 """A body is kept in memory before anybody has looked at who sends it."""
 HEADERS_MAX: Final = 100
+LINES_KEPT_MAX: Final = 4096
+LINE_KEPT_MAX: Final = 256
+"""Characters."""
 
 CHAT_PATH: Final = "/v1/chat/completions"
 PATHS: Final = (CHAT_PATH, "/v1/completions")
@@ -41,16 +44,29 @@ class Head(NamedTuple):
     body_bytes: int
 
 
+class _Lines(dict[str, tuple[str, str]]):
+    """What lines of heads say, name and value: clients send the same few again and again."""
+
+    def __missing__(self, line: str) -> tuple[str, str]:
+        name, _, value = line.partition(":")
+        said = name.lower(), value.strip(" ")
+        if len(line) <= LINE_KEPT_MAX:
+            if len(self) >= LINES_KEPT_MAX:
+                self.clear()
+            self[line] = said
+        return said
+
+
+_said_by: Final = _Lines().__getitem__
+
+
 def read_head(received: bytes | bytearray) -> Head | None:
     """The head that `received` begins with; None: it is not all there, or for another reader."""
     found = _HEAD.match(received)
     if found is None or found.end() > HEAD_BYTES_MAX:
         return None
-    headers: dict[str, str] = {}
     lines = found[2][:-2].decode("ascii").split("\r\n")
-    for line in lines:
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip(" ")
+    headers = dict(map(_said_by, lines))
     if len(headers) != len(lines) or len(lines) > HEADERS_MAX or not _REFRAMING.isdisjoint(headers):
         return None
     length = headers.get("content-length", "")

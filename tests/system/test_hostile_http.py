@@ -61,6 +61,25 @@ async def test_what_may_be_two_requests_or_is_too_large_is_refused_and_the_conne
     assert process.memory_info().rss < before + GROWTH_BYTES_MAX
 
 
+async def test_requests_for_both_readers_on_one_connection_are_answered_in_their_order(
+    orchestrator: Deployment,
+) -> None:
+    """Those to generate are for a model that is not here; the first that is not plain takes the others along."""
+    port = port_of(orchestrator)
+    plain = raw_http.HEAD + raw_http.LENGTH + b"\r\n" + raw_http.BODY
+    chunked = raw_http.HEAD + raw_http.CHUNKED + b"\r\n" + raw_http.CHUNKS
+    last = GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+    for message, expected in ((3 * plain, "refused refused refused"), (plain + GET + plain, "refused served refused")):
+        answer = await said(port, plain + 2 * message + chunked + last, within_s=ANSWER_S)
+        assert served_or_refused(answer) == ["refused", *2 * expected.split(), "refused", "served"]
+    closing = plain.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+    assert served_or_refused(await said(port, plain + closing, within_s=ANSWER_S)) == ["refused", "refused"]
+
+
+def served_or_refused(answer: bytes) -> list[str]:
+    return ["served" if status == 200 else "refused" for status in statuses(answer)]
+
+
 async def test_clients_who_stop_in_the_middle_keep_nobody_waiting_and_cost_next_to_nothing(
     orchestrator: Deployment,
 ) -> None:

@@ -17,11 +17,12 @@ from orchestrator.admission.gate import Caller
 from orchestrator.admission.make import CALLER_KEY
 from orchestrator.api.bodies import received_body
 from orchestrator.api.chat import chat_prompt
+from orchestrator.api.drafts import Draft, known_model
 from orchestrator.api.error_body import json_response
 from orchestrator.api.fields import Fields, shown
 from orchestrator.api.generate import start
 from orchestrator.api.generation_fields import read_generation_fields
-from orchestrator.api.jobs import Draft, chat_job_of, known_model
+from orchestrator.api.jobs import chat_job_of
 from orchestrator.api.responses.body import ResponsesBody, read_body
 from orchestrator.api.responses.input_items import Message, messages_of
 from orchestrator.api.responses.shape import ResponsesShape
@@ -52,7 +53,7 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
     body = read_body(fields, await _conversation_before(door, http, fields))
     exchange = AdaptedRequest(http)
     try:
-        draft = Draft.of(door, exchange, Fields(body.chat), arrived_s=arrived_s)
+        draft = Draft(door, exchange, Fields(body.chat), arrived_s=arrived_s)
         shape = _shape(door, draft, body, owner=_owner(http))
         job = await chat_job_of(draft, shape, param="input")
     except InvalidRequest as error:

@@ -174,11 +174,16 @@ async def test_a_crash_in_a_handler_is_one_500_and_the_connection_goes_on(monkey
         assert (await client.answer())[0] == 200
 
 
-async def test_a_crash_at_the_end_of_an_answer_is_one_500(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("what", "fields"), [("plain.PlainAnswer._body", {}), ("shapes.CompletionShape.whole", {"stop": "zz"})]
+)
+async def test_a_crash_at_the_end_of_an_answer_is_one_500(
+    monkeypatch: pytest.MonkeyPatch, what: str, fields: dict[str, Any]
+) -> None:
     async with front_door() as door, connected(door.port.address[1]) as client:
         with monkeypatch.context() as broken:
-            broken.setattr("orchestrator.api.shapes.CompletionShape.whole", lambda *_: 1 // 0)
-            client.send(request())
+            broken.setattr(f"orchestrator.api.{what}", lambda *_: 1 // 0)
+            client.send(request(**fields))
             assert (await client.answer())[0] == 500
         await door.wait_idle()
 

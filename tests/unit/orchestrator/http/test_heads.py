@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.http.heads import BODY_BYTES_MAX, HEAD_BYTES_MAX, may_become_ours, read_head
+from orchestrator.http import heads
+from orchestrator.http.heads import (
+    BODY_BYTES_MAX,
+    HEAD_BYTES_MAX,
+    LINE_KEPT_MAX,
+    LINES_KEPT_MAX,
+    may_become_ours,
+    read_head,
+)
 from tests.support import raw_http
 
 PLAIN = (
@@ -152,3 +160,15 @@ def test_whatever_is_read_accounts_for_every_byte(changes: list[tuple[int, bytes
         assert re.fullmatch(rb"[!-9;-~]+", name), "a name has only visible characters"
         assert head.headers[name.decode().lower()] == value.decode().strip(" ")
     assert int(head.headers["content-length"]) == head.body_bytes <= BODY_BYTES_MAX
+
+
+def test_lines_that_came_before_say_the_same_and_are_kept_in_bounds() -> None:
+    for _ in range(2):
+        for number in range(LINES_KEPT_MAX + 100):
+            head = read_head(head_with(f"x-request-id: {number}"))
+            assert head is not None
+            assert head.headers["x-request-id"] == str(number)
+    kept = heads._said_by.__self__  # type: ignore[attr-defined]
+    assert len(kept) <= LINES_KEPT_MAX
+    read_head(head_with("x-long: " + "y" * LINE_KEPT_MAX))
+    assert max(map(len, kept)) <= LINE_KEPT_MAX

@@ -1,0 +1,127 @@
+"""The answer that nearly everybody wants: one reply, all of it text, told as a whole.
+
+Nothing stands between its tokens and its JSON but the detokenizer, and nothing is built for it but its bytes. What it
+says is what `single.py` would have said with a shape and a choice; a test compares them byte for byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import orjson
+
+from disaggregated.errors import DisaggregatedError
+from disaggregated.text import Detokenizer
+from disaggregated.token_logprobs import Told
+from orchestrator.api.direct import answer
+from orchestrator.api.drafts import Draft
+from orchestrator.front_door import FrontDoor
+from orchestrator.http.exchange import Exchange
+from orchestrator.request_run import RequestRun, TokenRequest
+from orchestrator.story import RequestStory
+
+WAITING_MAX: Final = 1024
+"""Tokens that are made into text at once: a tenth of a millisecond."""
+
+_CHAT: Final = (
+    b'{"id":"chatcmpl-%b","object":"chat.completion","created":%d,"model":%b,"choices":[{"index":0,"message":'
+    b'{"role":"assistant","content":%b,"refusal":null},"logprobs":null,"finish_reason":"%b"}],"usage":'
+    b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
+)
+_COMPLETION: Final = (
+    b'{"id":"cmpl-%b","object":"text_completion","created":%d,"model":%b,"choices":[{"index":0,"text":%b,'
+    b'"logprobs":null,"finish_reason":"%b"}],"usage":'
+    b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
+)
+
+
+class PlainAnswer:
+    """Implements `TokenSink`, and is told when it is over; it is over when the exchange is."""
+
+    __slots__ = (
+        "_created",
+        "_detokenizer",
+        "_door",
+        "_draft",
+        "_exchange",
+        "_reason",
+        "_request",
+        "_run",
+        "_text",
+        "_waiting",
+    )
+
+    def __init__(self, door: FrontDoor, exchange: Exchange, draft: Draft, request: TokenRequest) -> None:
+        self._door = door
+        self._exchange = exchange
+        self._draft = draft
+        self._request = request
+        self._created = int(time.time())
+        self._run: RequestRun | None = None
+        self._detokenizer: Detokenizer | None = None
+        self._text = ""
+        self._waiting: list[int] = []
+        """Tokens that are not text yet."""
+        self._reason = ""
+
+    def begin(self) -> None:
+        """Raises as `Dispatcher.begin`."""
+        self._exchange.on_gone = self._gone
+        self._run = self._door.dispatcher.begin(self._request, self, self._over)
+
+    def _gone(self) -> None:
+        if self._run is not None:
+            self._door.dispatcher.cancel(self._run)
+
+    def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
+        self._waiting += token_ids
+        self._reason = finish_reason
+        if len(self._waiting) > WAITING_MAX and not finish_reason:
+            self._detokenize(self._waiting)
+            self._waiting = []
+        return not finish_reason
+
+    def push_token(self, token_id: int) -> bool:
+        self._waiting.append(token_id)
+        return len(self._waiting) <= WAITING_MAX or self.push((), "")
+
+    def _detokenize(self, token_ids: Sequence[int]) -> Detokenizer:
+        detokenizer = self._detokenizer
+        if detokenizer is None:
+            skips, tokenizer = self._draft.fields.reply.skip_special_tokens, self._draft.model.tokenizer
+            detokenizer = tokenizer.detokenizer(self._request.token_ids, skip_special_tokens=skips)
+            self._detokenizer = detokenizer
+        self._text += detokenizer.push(token_ids)
+        return detokenizer
+
+    def _over(self, story: RequestStory, error: DisaggregatedError | None) -> None:
+        """Somebody else's tokens may be on their way through the same call: nothing that is wrong here stops them."""
+        try:
+            if error is not None:
+                self._exchange.refuse(error)
+            else:
+                answer(self._exchange, self._body(story), self._draft.headers(), self._door.outbox)
+        except Exception as crash:  # noqa: BLE001 - one request's bug is one 500 and a traceback
+            self._exchange.refuse(crash)
+
+    def _body(self, story: RequestStory) -> bytes:
+        draft = self._draft
+        num_prompt, num_tokens = story.num_prompt_tokens, story.num_tokens
+        return (_CHAT if draft.is_chat else _COMPLETION) % (
+            draft.request_id.encode(),
+            self._created,
+            orjson.dumps(draft.model.name),
+            orjson.dumps(self._whole_text()),
+            self._reason.encode(),
+            num_prompt,
+            num_tokens,
+            num_prompt + num_tokens,
+            story.num_cached_tokens,
+        )
+
+    def _whole_text(self) -> str:
+        """Without the token that stopped it."""
+        detokenizer = self._detokenize(self._waiting[:-1] if self._reason == "stop" else self._waiting)
+        return self._text + detokenizer.flush()
