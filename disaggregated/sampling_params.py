@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -109,12 +110,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             repetition_penalty=self.repetition_penalty,
             stop_token_ids=sorted(self.stop_token_ids),
         )
-        for name in _SELDOM_SET:
-            if value := getattr(self, name):
-                setattr(message, name, value)
-        for name in _MAY_BE_ABSENT:
-            if (value := getattr(self, name)) is not None:
-                setattr(message, name, value)
+        if any(_seldom_set(self)):
+            for name in _SELDOM_SET:
+                setattr(message, name, getattr(self, name))
+        if self.logprobs is not None:
+            message.logprobs = self.logprobs
+        if self.prompt_logprobs is not None:
+            message.prompt_logprobs = self.prompt_logprobs
         if self.edits_logits:
             self._add_edits(message)
         return message
@@ -145,6 +147,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _SELDOM_SET: Final = ("top_k", "min_p", "min_tokens", "presence_penalty", "frequency_penalty", "num_emitted")
+"""Most requests leave them all at 0."""
+_seldom_set: Final = operator.attrgetter(*_SELDOM_SET)
 _ALWAYS_THERE: Final = ("max_tokens", "temperature", "top_p", "seed", *_SELDOM_SET)
 _MAY_BE_ABSENT: Final = ("logprobs", "prompt_logprobs")
 

@@ -101,7 +101,11 @@ class ServerPools:
     @property
     def knows_blocks(self) -> bool:
         """Of some server it is known which blocks it holds."""
-        return self.follows_blocks and any(len(server.known_blocks) for server in self)
+        if self.follows_blocks:
+            for server in self._servers.values():
+                if server.known_blocks.num_blocks:
+                    return True
+        return False
 
     def _learn_limits(self) -> None:
         """Whenever a server has told what it is, or is forgotten."""
