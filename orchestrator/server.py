@@ -71,7 +71,8 @@ class Elsewhere:
 
 
 class Server:
-    """Invariant: `shares` holds exactly the attempts that run here; none outlives the connection it was made on."""
+    """Invariant: `shares` holds exactly the attempts that run here; none outlives the connection it was made on.
+    `num_requests` is as many, and those elsewhere."""
 
     def __init__(self, role: Role, address: str, pool_speed: PoolSpeed | None = None) -> None:
         """pool_speed: shared by all servers of its pool."""
@@ -107,6 +108,8 @@ class Server:
         self.num_times_lost = 0
         self.load = Load()
         self.shares = self.load.shares
+        self.num_requests = 0
+        """Ours, and those that other orchestrators have there."""
         self._blocks_promised = 0
         self._is_held_back = False
 
@@ -151,6 +154,7 @@ class Server:
         self.client = self.link = self.aborts = self.heard_s = None
         self.heartbeat, self.unhealthy = control_pb2.Heartbeat(), ""
         self.speed, self.elsewhere = ServerSpeed(self._pool_speed), Elsewhere()
+        self._count()
         self._blocks_promised, self._is_held_back = 0, False
 
     def lost(self, error: ServerLost) -> None:
@@ -168,17 +172,23 @@ class Server:
         self.elsewhere = self.elsewhere.heard(
             heartbeat, num_requests=len(self.shares), num_prefill_tokens=self.load.num_prefill_tokens
         )
+        self._count()
         if heartbeat.draining and self.is_ready:
             self.standing, self.reason = Standing.DRAINING, "draining"
 
     def take(self, key: int, share: Share) -> None:
         self.load.take(key, share)
+        self._count()
         self._blocks_promised += share.num_blocks
 
     def give_back(self, key: int, *, makes_room: bool) -> None:
         self.load.give_back(key)
+        self._count()
         if makes_room:
             self._is_held_back = False
+
+    def _count(self) -> None:
+        self.num_requests = len(self.shares) + self.elsewhere.num_requests
 
     def hold_back(self) -> None:
         """It refused a request, or a call to it failed; nothing more is tried before its next heartbeat, or before
@@ -195,17 +205,12 @@ class Server:
             return False
         if not self.shares:
             return True  # Of several orchestrators each may have one there, whatever the others have.
-        if len(self.shares) + self.elsewhere.num_requests >= self.max_batch_size:
+        if self.num_requests >= self.max_batch_size:
             return False
         if self.role is _CONTEXT and self.num_prefill_tokens >= num_steps * self.max_num_tokens:
             return False
         # As of the last heartbeat, less what was sent there since.
         return num_blocks <= max(0, self.heartbeat.num_blocks_free - self._blocks_promised)
-
-    @property
-    def num_requests(self) -> int:
-        """Ours, and those that other orchestrators have there."""
-        return len(self.shares) + self.elsewhere.num_requests
 
     @property
     def num_tokens(self) -> int:

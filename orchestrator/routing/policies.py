@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 
-from orchestrator.routing.candidate import Asked, Candidate, Choice, preferred
+from orchestrator.routing.candidate import NO_SCORES, Asked, Candidate, Choice, preferred
 
 
 class RoundRobin:
@@ -22,7 +22,7 @@ class RoundRobin:
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate], *, avoid: Collection[str] = ()) -> Choice:
         names = [candidate.instance_id for candidate in preferred(candidates, avoid)]
-        return Choice(self.next_of(names), "its turn among {}", (len(names),))
+        return tuple.__new__(Choice, (self.next_of(names), "its turn among {}", (len(names),), NO_SCORES))
 
     def next_of(self, names: Collection[str]) -> str:
         """Whose turn it is."""
