@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from context_server.pull_cost import REST_S
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
 from tests.support.server_client import ContextClient, GenerationClient, complete_disaggregated
@@ -21,9 +22,9 @@ FIRST = SAMPLED.but(max_tokens=1)
 BLOCK = 16
 LONG = 800
 """Tokens that take the slow model a good part of a second to compute, and a pull a few milliseconds."""
-LITTLE_S = 4.0
+LITTLE_S = 15.0
 """What a hint that leads nowhere may cost where other processes are computing."""
-PATIENT = "--cache-transceiver-config.pull-back-patience-ms=5000"
+PATIENT = "--cache-transceiver-config.pull-back-patience-ms=60000"
 """Other processes may be computing on these cores, too."""
 
 
@@ -130,9 +131,14 @@ async def test_a_hint_for_what_is_here_already_is_not_followed(pair: Pair) -> No
 
 
 async def test_a_short_beginning_is_computed(pair: Pair) -> None:
-    chat = random_prompt(40, seed=4)
-    await pair.generation.complete(chat, SAMPLED)
-    outcome = await pair.context.first_token(chat, SAMPLED, reuse_from=pair.generation.hint(16))
+    """Where others compute, it may once take so long that a pull seems worth it; but not again and again."""
+    for seed in range(4000, 4004):
+        chat = random_prompt(40, seed=seed)
+        await pair.generation.complete(chat, SAMPLED)
+        outcome = await pair.context.first_token(chat, SAMPLED, reuse_from=pair.generation.hint(16))
+        if outcome.reuse.verdict == "computing_is_cheaper":
+            break
+        await asyncio.sleep(2 * REST_S)  # A pull that came too late is not tried again for a while.
     assert outcome.reuse.verdict == "computing_is_cheaper"
     assert outcome.reuse.num_considered_tokens == 16
 

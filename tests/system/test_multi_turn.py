@@ -27,7 +27,7 @@ SEEDED: Final = {"temperature": 0.8, "top_p": 0.95, "seed": 11}
 NUM_NEW: Final = 40
 """Tokens of an answer: one block and a bit."""
 SAMPLING: Final = SamplingParams(max_tokens=NUM_NEW, temperature=0.8, top_p=0.95, seed=11)
-PATIENT: Final = {"pull_back_patience_ms": 5000}
+PATIENT: Final = {"pull_back_patience_ms": 60000}
 UNHURRIED: Final = {"model": MODEL, "progress_timeout_s": 20.0}
 """A server that gets no core for a second is not lost: its requests would be told in two attempts."""
 
