@@ -22,12 +22,29 @@ _CALL: Final[dict[str, Any]] = {
     "type": "function",
     "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
 }
+_PATCH: Final = """
+start: line+ end?
+line: /[a-z]*/ LF | "<" LINE ">" -> tag
+end: "end"i
+LINE: /./~1..3
+%import common.LF
+"""
+_CUSTOM: Final[dict[str, Any]] = {
+    "type": "custom",
+    "custom": {
+        "name": "patch",
+        "description": "Edits.",
+        "format": {"type": "grammar", "grammar": {"syntax": "lark", "definition": _PATCH}},
+    },
+}
+_CUSTOM_CALL: Final[dict[str, Any]] = {"id": "c3", "type": "custom", "custom": {"name": "patch", "input": "a\n"}}
 _USER: Final[dict[str, Any]] = {"role": "user", "content": "Hi"}
 _SAMPLING: Final[dict[str, Any]] = {
     "model": "fake", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3,
     "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1, "logit_bias": {"5": 1.5},
     "stop": ["zz"], "stop_token_ids": [7], "min_tokens": 1, "ignore_eos": True, "bad_words": ["bad"], "user": "me",
-    "priority": 1, "n": 2, "stream": True, "stream_options": {"include_usage": True}, "cache_salt": "s",
+    "priority": 1, "n": 2, "stream": True, "cache_salt": "s", "truncate_prompt_tokens": 90, "truncation_side": "right",
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False},
 }  # fmt: skip
 
 GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
@@ -50,6 +67,33 @@ GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
             "model": "fake", "max_tokens": 2, "messages": [_USER],
             "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}},
             "chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low", "metadata": {"a": "b"},
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "model": "fake", "max_tokens": 2, "continue_final_message": True, "add_generation_prompt": False,
+            "messages": [_USER, {"role": "assistant", "content": [{"type": "text", "text": "Well, "}]}],
+            "echo": True, "return_prompt_text": True, "return_token_ids": True, "add_special_tokens": False,
+            "stream": True,
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "model": "fake", "max_tokens": 2, "tool_choice": "auto", "tools": [_TOOL, _CUSTOM],
+            "messages": [
+                _USER, {"role": "assistant", "tool_calls": [_CUSTOM_CALL]},
+                {"role": "tool", "tool_call_id": "c3", "content": "done"},
+                {"role": "assistant", "content": "So", "prefix": True},
+            ],
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "model": "fake", "max_tokens": 2, "tool_choice": {"type": "custom", "custom": {"name": "patch"}},
+            "tools": [_CUSTOM], "messages": [_USER],
         },
     ),
     ("/v1/completions", {**_SAMPLING, "prompt": "Hello", "logprobs": 2, "echo": True}),
@@ -109,6 +153,7 @@ GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("/v1/responses/input_tokens", {"model": "fake", "input": "Hi"}),
     ("/tokenize", {"model": "fake", "prompt": "Hi", "add_special_tokens": True, "return_token_strs": True}),
     ("/tokenize", {"messages": [_USER], "add_generation_prompt": False, "tools": [_TOOL]}),
+    ("/tokenize", {"messages": [{"role": "assistant", "content": "So"}], "continue_final_message": True}),
     ("/detokenize", {"model": "fake", "tokens": [1, 2, 3], "skip_special_tokens": True}),
 )  # fmt: skip
 
@@ -167,6 +212,12 @@ def _nested(depth: int, opener: Callable[[Any], Any]) -> Any:
     return value
 
 
+def _doubling(num_rules: int) -> str:
+    """A grammar that is as long as it may be when it is written out, and longer."""
+    rules = [f"r{number}: r{number + 1} r{number + 1}?" for number in range(num_rules)]
+    return "\n".join(["start: r0", *rules, f'r{num_rules}: "x"'])
+
+
 _NAMES: Final = (*sorted({name for _, good in GOOD for name in good}), "wizardry", "", "suffix", "best_of", "functions")
 _ODD: Final[tuple[Callable[[random.Random], Any], ...]] = (
     lambda draw: None,
@@ -179,6 +230,7 @@ _ODD: Final[tuple[Callable[[random.Random], Any], ...]] = (
     lambda draw: _nested(draw.choice((3, 100, 200)), lambda value: [value]),
     lambda draw: _nested(draw.choice((3, 100, 200)), lambda value: {"properties": {"a": value}}),
     lambda draw: {str(number): number for number in range(draw.choice((3, 2000)))},
+    lambda draw: draw.choice(('start: "a" start | "b"', "start: (a", 'start: "a"~9..2', _doubling(40), _doubling(400))),
     lambda draw: draw.choice((r"(a+)+$", "[", "a{1,99999}", "(?=a)", r"\p{L}", "(?P<x>a)")),
     lambda draw: draw.choice(({"type": "json_object"}, {"type": "json_schema"}, {"type": "function", "name": "f"})),
 )
