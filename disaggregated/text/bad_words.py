@@ -26,7 +26,7 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int,
 
 def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     if not word.strip():
-        raise InvalidRequest("a bad word must not be empty", param="bad_words")
+        raise InvalidRequest("bad_words: a word in it must not be empty", param="bad_words")
     if len(word) > _CHARACTERS_MAX:
         raise InvalidRequest(
             f"a bad word has {len(word)} characters, the limit is {_CHARACTERS_MAX}", param="bad_words"

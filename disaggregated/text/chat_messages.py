@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.structured.json_type import wrong_type
 
 _TEXT_OF_PART: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
@@ -48,12 +49,21 @@ _PLAIN_ROLES: Final = ("user", "assistant", "system")
 def _joined(parts: Sequence[Any], where: str) -> str:
     texts = []
     for index, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get(_TEXT_OF_PART.get(str(kind), "")) if isinstance(part, Mapping) else part
-        if not isinstance(text, str):
-            raise InvalidRequest(f"content parts must be text, this one is {kind!r}", param=f"{where}[{index}]")
-        texts.append(text)
+        texts.append(part if isinstance(part, str) else _text_of(part, f"{where}[{index}]"))
     return "\n".join(texts)
+
+
+def _text_of(part: Any, where: str) -> str:
+    if not isinstance(part, Mapping):
+        raise wrong_type(where, "text", part)
+    member = _TEXT_OF_PART.get(str(part.get("type")))
+    if member is None:
+        raise InvalidRequest(
+            f"{where} must be text, is {str(part.get('type'))[:80]!r}: this model reads nothing else", param=where
+        )
+    if not isinstance(text := part.get(member), str):
+        raise wrong_type(f"{where}.{member}", "a string", text)
+    return text
 
 
 def _tool_call(call: Any) -> Any:

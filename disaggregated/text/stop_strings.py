@@ -26,7 +26,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str], *, includes: bool = False) -> None:
         """`includes`: the reply ends with the stop string, not before it."""
         if any(not stop for stop in stops):
-            raise InvalidRequest("a stop string must not be empty", param="stop")
+            raise InvalidRequest("stop: a string in it must not be empty", param="stop")
         self._stops = tuple(dict.fromkeys(stops))
         self._includes = includes
         self._held = ""

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.grammar import TEXT_BYTES_MAX, Grammar
+from orchestrator.api.custom_tools import custom_names
 from orchestrator.api.fields import Fields, wrong_type
 from orchestrator.api.messages import assistant_text, checked_messages
 from orchestrator.api.prompts import INLINE_CHARACTERS_MAX
@@ -129,12 +130,13 @@ class ChatForm:
 
 
 async def read_chat_form(fields: Fields, *, grammar: Grammar | None, allows_template: bool) -> ChatForm:
-    """Many tools are read on a thread. Raises as `ChatForm.read` does."""
+    """Many tools, and grammars of their inputs, are read on a thread. Raises as `ChatForm.read` does."""
 
     def read() -> ChatForm:
         return ChatForm.read(fields, grammar=grammar, allows_template=allows_template)
 
-    is_quick = is_small([fields.get(name) for name in ("tools", "functions")], INLINE_CHARACTERS_MAX)
+    listed = [fields.get(name) for name in ("tools", "functions")]
+    is_quick = is_small(listed, INLINE_CHARACTERS_MAX) and not custom_names(listed[0])
     return read() if is_quick else await asyncio.to_thread(read)
 
 
@@ -210,23 +212,34 @@ def _template_variables(fields: Fields) -> dict[str, Any]:
     thinks = _wants_thinking(fields)
     if thinks is not None:
         variables |= {"enable_thinking": thinks, "thinking": thinks}
-    effort = fields.get("reasoning_effort")
-    if isinstance(effort, str) and effort != "none":
+    effort = fields.text("reasoning_effort")
+    if effort is not None and effort != "none":
         variables["reasoning_effort"] = effort
     if (documents := fields.get("documents")) is not None:
-        if not (isinstance(documents, list) and all(isinstance(document, dict) for document in documents)):
-            raise wrong_type("documents", "an array of objects", documents)
-        variables["documents"] = documents
+        variables["documents"] = _checked_documents(documents)
     return variables | dict(fields.mapping("chat_template_kwargs") or {})
+
+
+def _checked_documents(documents: object) -> list[Any]:
+    if not isinstance(documents, list):
+        raise wrong_type("documents", "an array of objects", documents)
+    for index, document in enumerate(documents):
+        if not isinstance(document, dict):
+            raise wrong_type(f"documents[{index}]", "an object", document)
+    return documents
 
 
 def _wants_thinking(fields: Fields) -> bool | None:
     """Each family of clients has its own way; None: the model decides."""
     enable, thinking = fields.get("enable_thinking"), fields.get("thinking")
-    if isinstance(enable, bool):
-        return enable
-    if isinstance(thinking, dict) and thinking.get("type") in ("enabled", "disabled"):
-        return bool(thinking["type"] == "enabled")
+    if not isinstance(enable, bool | None):
+        raise wrong_type("enable_thinking", "true or false", enable)
+    if not isinstance(thinking, bool | dict | None):
+        raise wrong_type("thinking", 'an object such as {"type": "enabled"}', thinking)
+    if isinstance(thinking, dict):
+        thinking = {"enabled": True, "disabled": False}.get(str(thinking.get("type")))
+    if enable is not None or thinking is not None:
+        return thinking if enable is None else enable
     return False if fields.get("reasoning_effort") == "none" else None
 
 

@@ -12,13 +12,6 @@ from orchestrator.api.shapes import ChatShape, Reply
 from orchestrator.parsers import CallArguments, CallStart, Delta
 
 
-def custom_names(tools: object) -> frozenset[str]:
-    """Of the custom tools in a list that nobody has checked yet."""
-    listed = tools if isinstance(tools, list) else ()
-    custom = (tool["custom"] for tool in listed if isinstance(tool, dict) and isinstance(tool.get("custom"), dict))
-    return frozenset(name for one in custom if isinstance(name := one.get("name"), str))
-
-
 class CustomCallsShape(ChatShape):
     """For chats that have custom tools. Their input is known as a whole only: the model writes it within JSON."""
 

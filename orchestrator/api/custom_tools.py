@@ -78,6 +78,13 @@ def _told(description: str, grammar: Grammar) -> str:
     return f"{description}\nThe input follows this {grammar.kind} grammar:\n{grammar.text}".lstrip()
 
 
+def custom_names(tools: object) -> frozenset[str]:
+    """Of the custom tools in a list that nobody has checked yet."""
+    listed = tools if isinstance(tools, list) else ()
+    custom = (tool["custom"] for tool in listed if isinstance(tool, dict) and isinstance(tool.get("custom"), dict))
+    return frozenset(name for one in custom if isinstance(name := one.get("name"), str))
+
+
 def custom_arguments(text: str) -> str:
     """Of a custom tool that was called with this input, as the model wrote them."""
     return orjson.dumps({INPUT: text}).decode()

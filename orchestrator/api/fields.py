@@ -56,7 +56,9 @@ class Fields:
         value = self.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        if isinstance(value, float) and not value.is_integer():
+            raise InvalidRequest(f"{self._prefix}{name} must be an integer, is {value}", param=self._prefix + name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong_type(self._prefix + name, "an integer", value)
         _check_range(self._prefix + name, value, low, high)
         return int(value)

@@ -10,7 +10,8 @@ from typing import Any, Final, NamedTuple
 from disaggregated.text import ChoiceText
 from orchestrator.api.beside import Beside, beside_of
 from orchestrator.api.chat import Chat, read_chat_form, read_messages
-from orchestrator.api.custom_calls import CustomCallsShape, custom_names
+from orchestrator.api.custom_calls import CustomCallsShape
+from orchestrator.api.custom_tools import custom_names
 from orchestrator.api.drafts import Draft
 from orchestrator.api.generation_fields import GenerationFields
 from orchestrator.api.prompts import completion_prompts, prompt_texts, prompts_at_once

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import orjson
+
 from disaggregated.errors import InvalidRequest
 from orchestrator.api.fields import Fields
 from orchestrator.api.reply_fields import REPLY_FIELDS
@@ -114,7 +116,7 @@ def refuse_unsupported(fields: Fields) -> None:
         neutral = NEUTRAL.get(name)
         if neutral is None or value is None or any(_is_same(value, allowed) for allowed in neutral):
             continue
-        hint = f"; only {_shown(neutral[0])} is" if neutral else ""
+        hint = f"; only {shown_as_json(neutral[0])} is" if neutral else ""
         raise InvalidRequest(f"{name} is not supported yet{hint}", param=name)
 
 
@@ -132,5 +134,5 @@ def _is_same(value: object, allowed: object) -> bool:
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+def shown_as_json(value: object) -> str:
+    return orjson.dumps(value).decode()

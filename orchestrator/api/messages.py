@@ -32,6 +32,8 @@ def _checked_message(message: object, name: str) -> Mapping[str, Any]:
     if not isinstance(message, dict):
         raise wrong_type(name, "an object", message)
     role = message.get("role")
+    if role is None:
+        raise InvalidRequest(f"{name}.role is missing; it is one of {', '.join(sorted(ROLES))}", param=f"{name}.role")
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequest(
             f"{name}.role must be one of {', '.join(sorted(ROLES))}; is {role!r}", param=f"{name}.role"

@@ -82,7 +82,7 @@ def read_stop(fields: Fields) -> tuple[str, ...]:
     if len(stops) > STOP_STRINGS_MAX:
         raise InvalidRequest(f"stop has {len(stops)} strings, the limit is {STOP_STRINGS_MAX}", param="stop")
     if not all(stops):
-        raise InvalidRequest("a stop string must not be empty", param="stop")
+        raise InvalidRequest("stop: a string in it must not be empty", param="stop")
     return tuple(stops)
 
 

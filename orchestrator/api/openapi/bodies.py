@@ -190,7 +190,7 @@ TEMPLATE: Final[dict[str, Schema]] = {
     ),
     "separate_reasoning": flag("Reasoning in a field of its own.", default=True),
     "include_reasoning": flag("Reasoning in the answer at all.", default=True),
-    "reasoning_effort": {"description": 'A text for the chat template; "none": no reasoning.'},
+    "reasoning_effort": text('For the chat template; "none": no reasoning.'),
     "thinking": {"description": '{"type": "enabled"} or {"type": "disabled"}.'},
     "enable_thinking": {"description": "Whether to reason."},
     "chat_template": text("Refused unless the deployment allows it."),

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
 from orchestrator.api.fields import Fields, shown, wrong_type
+from orchestrator.api.known_fields import shown_as_json
 from orchestrator.api.responses.input_items import Message, messages_of
 from orchestrator.api.responses.tools import OfferedTools, chat_tool_choice, offered_tools
 
@@ -144,7 +145,8 @@ def _refuse(fields: Fields) -> None:
             raise InvalidRequest(f"{name} is not a field of responses; use {instead}", param=name)
     for name, neutral in NOT_HERE.items():
         if (value := fields.get(name)) is not None and value not in neutral:
-            raise InvalidRequest(f"{name} is not supported here", param=name)
+            hint = f"; only {shown_as_json(neutral[0])} is" if neutral else ""
+            raise InvalidRequest(f"{name} is not supported here{hint}", param=name)
 
 
 def _with_instructions(instructions: str | None, conversation: Sequence[Message]) -> Sequence[Message]:

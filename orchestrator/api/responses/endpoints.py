@@ -36,6 +36,7 @@ _RESPONSE_ID: Final = re.compile(rf"resp_[0-9a-f]{{{2 * _ID_BYTES}}}")
 _OUR_NAMES: Final = (
     ("messages", "input"),
     ("max_completion_tokens", "max_output_tokens"),
+    ("response_format.json_schema", "text.format"),
     ("response_format", "text.format"),
 )
 """What chats call it, and what responses call it."""

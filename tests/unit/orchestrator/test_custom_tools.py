@@ -11,8 +11,7 @@ import pytest
 import pytest_asyncio
 
 from disaggregated.errors import InvalidRequest
-from orchestrator.api.custom_calls import custom_names
-from orchestrator.api.custom_tools import custom_arguments, custom_input, read_custom_tool
+from orchestrator.api.custom_tools import custom_arguments, custom_input, custom_names, read_custom_tool
 from orchestrator.api.fields import Fields
 from orchestrator.api.tools import read_tools
 from tests.support.followed import EXPRESSION_GRAMMAR, PATCH, PATCH_GRAMMAR

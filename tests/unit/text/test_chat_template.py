@@ -141,11 +141,20 @@ def test_text_parts_become_one_text() -> None:
     assert render("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "a\nb\nc"
 
 
-@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}, 3])
-def test_a_part_that_is_no_text_is_named(part: Any) -> None:
-    with pytest.raises(InvalidRequest, match="content parts must be text") as caught:
+@pytest.mark.parametrize(
+    ("part", "member", "message"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "", "must be text, is 'image_url'"),
+        ({"type": "text"}, ".text", "must be a string, is null"),
+        ({"type": "refusal", "refusal": 5}, ".refusal", "must be a string, is a number"),
+        (3, "", "must be text, is a number"),
+    ],
+)
+def test_a_part_that_is_no_text_is_named(part: Any, member: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
         render("{{ messages }}", [{"role": "system", "content": ""}, {"role": "user", "content": ["a", part]}])
-    assert caught.value.param == "messages[1].content[1]"
+    assert caught.value.param == f"messages[1].content[1]{member}"
+    assert str(caught.value).startswith(caught.value.param)
 
 
 def tool_call(arguments: Any) -> dict[str, Any]:
