@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import orjson
 
-READ_TIMEOUT_S: Final = 20.0
+READ_TIMEOUT_S: Final = 100.0
 
 
 def request(path: str = "/v1/completions", *headers: str, **fields: Any) -> bytes:
