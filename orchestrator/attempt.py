@@ -29,6 +29,11 @@ TRANSFER_TIMEOUT_S: Final = 30.0
 """From the first token to the landing of the last block: after that long the transfer between two live servers is
 stuck. A sequence that has landed and waits for its turn in the batch has until the request's deadline."""
 
+# Looked up often: a name of this module costs less than one of an enum.
+_PREFILLING: Final = Phase.PREFILLING
+_TRANSFERRING: Final = Phase.TRANSFERRING
+_DECODING: Final = Phase.DECODING
+
 SETTLED_MASK: Final = 31
 """Of a position: when it has none of these bits, the books of a sequence in flow are brought up to date."""
 
@@ -57,8 +62,8 @@ class Attempt:
     __slots__ = (
         "_calls", "_context_share", "_emitted", "_flow_position", "_generation_share", "_has_landed", "_has_outcome",
         "_held_back", "_is_over", "_is_over_there", "_key", "_last_position", "_last_token_s", "_link",
-        "_longest_gap_s", "_num_prompt_tokens", "_order", "_owner", "_push_token", "_settled_position", "_stop_prefill",
-        "_stream_key", "culprits", "hint", "placement", "run", "story",
+        "_longest_gap_s", "_num_prompt_tokens", "_order", "_owner", "_push_token", "_sampling", "_settled_position",
+        "_stop_prefill", "_stream_key", "culprits", "hint", "placement", "run", "story",
     )  # fmt: skip
 
     def __init__(self, run: RequestRun, placement: Placement, key: int, owner: AttemptOwner) -> None:
@@ -71,7 +76,8 @@ class Attempt:
         self._key = key
         self._owner = owner
         self._num_prompt_tokens = len(run.request.token_ids) + len(run.emitted)
-        self._order = TokenOrder(self._num_prompt_tokens, run.sampling)
+        self._sampling = run.sampling
+        self._order = TokenOrder(self._num_prompt_tokens, self._sampling)
         self._held_back: set[Server] = set()
         self._has_landed = False
         self._is_over = False
@@ -117,7 +123,7 @@ class Attempt:
         self._calls = AttemptCalls(
             run,
             f"{run.request.request_id}.{self._key:x}",
-            run.sampling.to_proto(),
+            self._sampling.to_proto(),
             max(0.001, run.request.deadline_s - now_s),
         )
         try:
@@ -350,7 +356,9 @@ class Attempt:
             self._leave_flow()
         if self._is_over:
             return
-        if self._order.passes(position, len(token_ids)):
+        order = self._order
+        if order.is_open and position == order.position:
+            order.position += len(token_ids)
             self._deliver(token_ids, finish_reason, None, now_s)
         else:
             self._arrived(Arrival(position, token_ids, finish_reason), now_s)
@@ -371,26 +379,26 @@ class Attempt:
 
     def _deliver(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> None:
         run, life = self.run, self.run.life
-        if self._generation_share is not None:
-            self._generation_share.grew(len(token_ids))
-        if life.phase is Phase.TRANSFERRING:
-            life.advance(Phase.DECODING, now_s=now_s)
+        if life.phase is _TRANSFERRING:
+            life.advance(_DECODING, now_s=now_s)
         if run.deliver(token_ids, finish_reason, told, now_s=now_s):
             self._finish(now_s)
             return
-        if life.phase is Phase.PREFILLING:
+        if self._generation_share is not None:
+            self._generation_share.grew(len(token_ids))
+        if life.phase is _PREFILLING:
             self._prefill_is_over(now_s)
-        if life.phase is Phase.DECODING:
+        if life.phase is _DECODING:
             self._enter_flow()
             if self._context_share is not None and not self._needs_context:
                 self._let_context_go(self._context_share)
 
     def _prefill_is_over(self, now_s: float) -> None:
         """Its first tokens came."""
-        if self._context_share is not None:
-            self._context_share.left_to_prefill(0)
+        for share in (self._context_share, self._generation_share):
+            if share is not None and share.num_prefill_tokens:
+                share.left_to_prefill(0)
         if self._generation_share is not None:
-            self._generation_share.left_to_prefill(0)
             self._generation_share.decodes()
         if self._has_landed:
             self.run.life.advance(Phase.DECODING, now_s=now_s)

@@ -131,26 +131,27 @@ class RequestRun:
 
     def deliver(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, *, now_s: float) -> bool:
         """Give the tokens that are due to the client; whether the request is over."""
-        if len(token_ids) < 2 or not self.request.may_end_anywhere:
-            return self._give(token_ids, finish_reason, told, now_s)
-        last = len(token_ids) - 1
-        for index, token in enumerate(token_ids):
-            if self._give((token,), finish_reason if index == last else "", _told_of_one(told, index), now_s):
-                return True
-        return False
-
-    def _give(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> bool:
+        if len(token_ids) > 1 and self.request.may_end_anywhere:
+            return self._deliver_each(token_ids, finish_reason, told, now_s)
         if token_ids:
             self.emitted.extend(token_ids)
             self.story.tokens_came(len(token_ids), now_s=now_s)
             self.num_losses_in_a_row = 0
-        if not finish_reason and self.num_tokens_left <= 0:
+        if not finish_reason and len(self.emitted) >= self.request.sampling.max_tokens:
             finish_reason = "length"
         is_wanted = self.sink.push(token_ids, finish_reason, told)
         if not is_wanted and not finish_reason:
             finish_reason = "stop"
         self.story.finish_reason = finish_reason
         return bool(finish_reason)
+
+    def _deliver_each(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> bool:
+        last = len(token_ids) - 1
+        for index, token in enumerate(token_ids):
+            reason = finish_reason if index == last else ""
+            if self.deliver((token,), reason, _told_of_one(told, index), now_s=now_s):
+                return True
+        return False
 
     def end(self, phase: Phase, error: DisaggregatedError | None, *, now_s: float) -> None:
         if not self.life.is_over:

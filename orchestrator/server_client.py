@@ -126,7 +126,7 @@ class WireServerClient:
             return control_pb2.Ledger.FromString(await self._connection.ask(b"Server.GetLedger", b"")).entries
 
     def begin_prefill(self, request: control_pb2.PrefillRequest, receiver: PrefillReceiver) -> Callable[[], None]:
-        connection = self._connection
+        connection = self._wire or self._connection
         number = connection.call(b"Context.Prefill", request.SerializeToString(), _Prefill(receiver))
         return lambda: connection.cancel(number)
 
@@ -140,9 +140,8 @@ class WireServerClient:
             connection.cancel(number)
 
     def begin_admit(self, request: control_pb2.AdmitRequest, admitted: Admitted) -> None:
-        self._connection.call(
-            b"Generation.Admit", request.SerializeToString(), _Admission(request.stream_key, admitted)
-        )
+        connection = self._wire or self._connection
+        connection.call(b"Generation.Admit", request.SerializeToString(), _Admission(request.stream_key, admitted))
 
     async def cancel(self, orchestrator_id: str, stream_keys: Sequence[int], *, timeout_s: float) -> None:
         request = control_pb2.CancelRequest(orchestrator_id=orchestrator_id, stream_keys=stream_keys)

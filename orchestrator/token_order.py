@@ -50,7 +50,7 @@ def _all_of(message: control_pb2.Logprobs | None) -> Sequence[TokenLogprob]:
 class TokenOrder:
     """Invariant: everything before `position` has been given out; everything held lies after it."""
 
-    __slots__ = ("_early", "_first", "_num_prompt_told", "_tells", "_tells_nothing", "position")
+    __slots__ = ("_early", "_first", "_is_plain", "_num_prompt_told", "_tells", "is_open", "position")
 
     def __init__(self, position: int, asked: SamplingParams | None = None) -> None:
         """`asked`: says which logprobs have to come; None: none have to."""
@@ -60,16 +60,11 @@ class TokenOrder:
         """Tokens of the prompt whose logprobs come with the first token."""
         self._first = position
         self._tells = asked is not None and asked.logprobs is not None
-        self._tells_nothing = not (self._tells or self._num_prompt_told)
+        self._is_plain = not (self._tells or self._num_prompt_told)
         self._early: Arrival | None = None
-
-    def passes(self, position: int, num_tokens: int) -> bool:
-        """Whether tokens of which nothing else is told are just what is due: then they go straight through. If not,
-        they have to `arrive()`."""
-        if position != self.position or self._early is not None or not self._tells_nothing:
-            return False
-        self.position += num_tokens
-        return True
+        self.is_open = self._is_plain
+        """Nothing is held, and nothing has to be told beside tokens: those that are due may go straight through, and
+        whoever lets them moves `position` on. All others have to `arrive()`."""
 
     def arrive(self, arrival: Arrival) -> Arrival | None:
         """What can be given out now, or None while the token that is due has not come.
@@ -80,16 +75,15 @@ class TokenOrder:
         self._check_told(arrival)
         if self._early is not None and arrival.first_position > self.position:
             arrival = _joined(self._early, arrival)
-            self._early = None
         if arrival.first_position > self.position:
-            self._early = arrival
+            self._early, self.is_open = arrival, False
             return None
         if arrival.first_position < self.position:
             raise _broken(self.position, arrival.first_position)
         if self._early is not None:
             if not arrival.finish_reason:  # Else both servers know that this token ends it, and the other was faster.
                 arrival = _joined(arrival, self._early)
-            self._early = None
+            self._early, self.is_open = None, self._is_plain
         self.position += len(arrival.token_ids)
         return arrival
 

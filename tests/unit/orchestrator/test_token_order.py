@@ -112,3 +112,26 @@ def test_where_nothing_was_asked_for_nothing_is_told() -> None:
     asked = arrival_of(control_pb2.StreamDelta(first_position=10, token_ids=[1], logprobs=told_by(-0.5))).told()
     assert asked is not None
     assert asked.prompt == ()
+
+
+def test_an_order_is_open_but_while_something_is_held() -> None:
+    order = TokenOrder(10)
+    assert order.is_open
+    assert given(order, 11, 2) is None
+    assert not order.is_open
+    assert given(order, 10, 1) == ([1, 2], "")
+    assert order.is_open
+
+
+def test_what_went_straight_through_an_open_order_is_behind_it() -> None:
+    order = TokenOrder(10)
+    order.position += 2
+    assert given(order, 12, 3) == ([3], "")
+    with pytest.raises(ServerLost, match="position 13 was due, and a server sent the one at 11"):
+        given(order, 11, 7)
+
+
+@pytest.mark.parametrize("told", [{"logprobs": 1}, {"prompt_logprobs": 0}])
+def test_an_order_of_tokens_that_come_with_logprobs_is_never_open(told: dict[str, int]) -> None:
+    order = TokenOrder(10, SamplingParams(max_tokens=9, **told))  # type: ignore[arg-type]
+    assert not order.is_open
