@@ -116,11 +116,11 @@ def test_where_nothing_was_asked_for_nothing_is_told() -> None:
 
 def test_an_order_is_open_but_while_something_is_held() -> None:
     order = TokenOrder(10)
-    assert order.is_open
-    assert given(order, 11, 2) is None
-    assert not order.is_open
-    assert given(order, 10, 1) == ([1, 2], "")
-    assert order.is_open
+    was_open = [order.is_open]
+    for position, token in ((11, 2), (10, 1)):
+        given(order, position, token)
+        was_open.append(order.is_open)
+    assert was_open == [True, False, True]
 
 
 def test_what_went_straight_through_an_open_order_is_behind_it() -> None:
