@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from context_server.pull_cost import MARGIN
+from context_server.pull_cost import MARGIN, REST_S
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.v1 import control_pb2
 from tests.support.server_client import ContextClient, GenerationClient, complete_disaggregated
@@ -132,13 +132,12 @@ async def test_a_hint_for_what_is_here_already_is_not_followed(pair: Pair) -> No
 
 async def test_a_short_beginning_is_computed(pair: Pair) -> None:
     """Where others compute, it may take so long that a pull is worth it: the server says so itself."""
-    for seed in range(4000, 4004):
-        chat = random_prompt(40, seed=seed)
-        await pair.generation.complete(chat, SAMPLED)
-        outcome = await pair.context.first_token(chat, SAMPLED, reuse_from=pair.generation.hint(16))
-        if outcome.reuse.verdict == "computing_is_cheaper":
-            break
+    chat = random_prompt(40, seed=4)
+    await pair.generation.complete(chat, SAMPLED)
+    outcome = await pair.context.first_token(chat, SAMPLED, reuse_from=pair.generation.hint(16))
+    if outcome.reuse.verdict != "computing_is_cheaper":
         assert outcome.reuse.compute_estimate_s >= MARGIN * outcome.reuse.pull_estimate_s
+        await asyncio.sleep(REST_S)  # A peer whose blocks came too late is not asked for a while.
     assert outcome.reuse.num_considered_tokens == 16
 
 
