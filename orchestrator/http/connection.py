@@ -81,7 +81,8 @@ class Connection(asyncio.Protocol):
     """Invariant: `_ahead` is what came after the request under way, or, while there is none, a part of the next."""
 
     __slots__ = (
-        "_ahead", "_drained", "_exchange", "_is_last", "_is_reading", "_loop", "_num_needed", "descriptor", "served",
+        "_ahead", "_drained", "_exchange", "_is_last", "_is_reading", "_loop", "_num_left", "_num_needed",
+        "descriptor", "served",
         "transport", "waits_for_body", "waits_since_s", "writing_paused",
     )  # fmt: skip
 
@@ -101,13 +102,24 @@ class Connection(asyncio.Protocol):
         self._is_last = False
         """The connection is closed after the answer that is under way."""
         self.waits_since_s = loop.time()
-        """For a whole request, while none is under way."""
+        """For a request, while none is under way, or for the rest of its body."""
         self.waits_for_body = False
+        self._num_left = 0
+        """Bytes of answers that the client had not taken when somebody last asked."""
 
     @property
     def is_waiting(self) -> bool:
         """No request is under way."""
         return self._exchange is None
+
+    def waited_s(self, now_s: float) -> float:
+        """While no request is under way: since when nothing has come. Who still reads an answer, however slowly, is not
+        waited for."""
+        num_left = 0 if self.transport is None else self.transport.get_write_buffer_size()
+        if num_left < self._num_left:
+            self.waits_since_s = now_s
+        self._num_left = num_left
+        return now_s - self.waits_since_s
 
     @property
     def remote(self) -> str | None:

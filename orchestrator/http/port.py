@@ -129,7 +129,7 @@ class PublicPort:
         """Who has waited too long for a request, or for the rest of one, waits no longer."""
         now_s = asyncio.get_running_loop().time()
         for connection in [each for each in self._connections if each.is_waiting]:
-            waited_s = now_s - connection.waits_since_s
+            waited_s = connection.waited_s(now_s)
             if connection.waits_for_body and waited_s > bodies.BODY_TIMEOUT_S:
                 connection.body_is_late(web.HTTPRequestTimeout())
             elif not connection.waits_for_body and waited_s > KEEPALIVE_S:

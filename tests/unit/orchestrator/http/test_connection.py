@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import re
+import socket
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,21 @@ from tests.support.certificates import make_certificate
 from tests.support.fake_cluster import Temper
 from tests.support.front_door import front_door, until
 from tests.support.http_answers import answers_in
-from tests.support.http_client import connected, request
+from tests.support.http_client import Client, connected, request
 from tests.support.raw_http import CHUNKED, CHUNKS, GET
 
 SLOW = Temper(latency_s=0.0, step_s=0.05, prefill_token_s=0.0)
 CLOSING_GET = GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
 CHAT = "/v1/chat/completions"
+
+
+@contextlib.asynccontextmanager
+async def slow_client(connected_socket: socket.socket) -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection(sock=connected_socket, limit=4096)
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.transport.abort()
 
 
 def id_of(number: int) -> str:
@@ -138,6 +151,33 @@ async def test_a_client_who_sends_no_whole_head_is_hung_up_on(monkeypatch: pytes
         assert (await client.answer())[0] == 200
         client.send(message)
         assert await client.rest() == b""
+
+
+async def test_a_client_who_reads_a_long_answer_slowly_is_not_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port_module, "KEEPALIVE_S", 0.2)
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    async with front_door(send_buffer_bytes=4096) as door:
+        reader.connect(("127.0.0.1", door.port.address[1]))
+        async with slow_client(reader) as client:
+            client.send(request(prompt=[65] * 900, prompt_logprobs=5, max_tokens=1))
+            loop, began_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            length, num_read = int(re.findall(rb"Content-Length: (\d+)", head)[0]), 0
+            assert length > 200_000
+            while num_read < length:
+                num_read += len(await client.reader.readexactly(min(4096, length - num_read)))
+                await asyncio.sleep(0.01)
+            assert loop.time() - began_s > 0.4, "it was read too fast to show anything"
+            assert await client.rest() == b"", "and then nothing came"
+
+
+async def test_a_client_who_reads_nothing_of_its_answer_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port_module, "KEEPALIVE_S", 0.1)
+    async with front_door(send_buffer_bytes=4096) as door, connected(door.port.address[1], limit=1024) as client:
+        client.send(3 * request(prompt=[65] * 900, prompt_logprobs=5, max_tokens=1))
+        await until(lambda: bool(door.port._connections))
+        await until(lambda: not door.port._connections)
 
 
 async def test_a_body_that_stops_half_way_is_answered_and_the_connection_closed(
