@@ -7,13 +7,12 @@ owner decides whether there is another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from disaggregated import rpc
 from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost, TransferError, TransferTimeout
 from disaggregated.request_life import Phase
-from disaggregated.token_logprobs import Told
 from disaggregated.v1 import control_pb2
 from orchestrator.attempt_calls import AttemptCalls
 from orchestrator.generation_link import GenerationLink
@@ -23,7 +22,8 @@ from orchestrator.request_run import RequestRun
 from orchestrator.routing.placement import Placement
 from orchestrator.server import Server
 from orchestrator.story import AttemptStory
-from orchestrator.token_order import Arrival, TokenOrder, arrival_of
+from orchestrator.token_flow import TokenFlow
+from orchestrator.token_order import Arrival, arrival_of
 
 TRANSFER_TIMEOUT_S: Final = 30.0
 """From the first token to the landing of the last block: after that long the transfer between two live servers is
@@ -31,11 +31,7 @@ stuck. A sequence that has landed and waits for its turn in the batch has until 
 
 # Looked up often: a name of this module costs less than one of an enum.
 _PREFILLING: Final = Phase.PREFILLING
-_TRANSFERRING: Final = Phase.TRANSFERRING
 _DECODING: Final = Phase.DECODING
-
-SETTLED_MASK: Final = 31
-"""Of a position: when it has none of these bits, the books of a sequence in flow are brought up to date."""
 
 
 class AttemptOwner(Protocol):
@@ -56,55 +52,39 @@ class AttemptOwner(Protocol):
         """The context server may take another request, while this one goes on."""
 
 
-class Attempt:
+class Attempt(TokenFlow):
     """Holds a share of each of its servers from the moment it is made until it is over or stopped."""
 
     __slots__ = (
-        "_calls", "_context_share", "_emitted", "_flow_position", "_generation_share", "_has_landed", "_has_outcome",
-        "_held_back", "_is_over", "_is_over_there", "_key", "_last_position", "_last_token_s", "_link",
-        "_longest_gap_s", "_num_prompt_tokens", "_order", "_owner", "_push_token", "_sampling", "_settled_position",
-        "_stop_prefill", "_stream_key", "culprits", "hint", "placement", "run", "story",
+        "_calls", "_context_share", "_has_outcome", "_held_back", "_is_over_there", "_key", "_link", "_owner",
+        "_stop_prefill", "_stream_key", "culprits", "hint", "placement",
     )  # fmt: skip
 
     def __init__(self, run: RequestRun, placement: Placement, key: int, owner: AttemptOwner) -> None:
+        context, generation = placement.context, placement.generation
+        story = AttemptStory(
+            context_instance=context.instance_id if context is not None else "",
+            generation_instance=generation.instance_id if generation is not None else "",
+            decision=placement.decision,
+        )
+        super().__init__(run, story)
         self.placement = placement
         self.hint: control_pb2.PrefixHint | None = None
         """Who holds more of the prompt than our context server does."""
         self.culprits: set[str] = set()
         """Instances to stay away from next time."""
-        self.run = run
         self._key = key
         self._owner = owner
-        self._num_prompt_tokens = len(run.request.token_ids) + len(run.emitted)
-        self._sampling = run.sampling
-        self._order = TokenOrder(self._num_prompt_tokens, self._sampling)
         self._held_back: set[Server] = set()
-        self._has_landed = False
-        self._is_over = False
         self._is_over_there = False
         self._has_outcome = False
-        self._flow_position = -1
-        """Of the token that is due, while tokens come one by one and nothing else does; -1: they do not."""
-        self._settled_position = -1
-        """Up to which the books are up to date."""
-        self._last_position = len(run.request.token_ids) + run.request.sampling.max_tokens - 1
-        self._last_token_s = self._longest_gap_s = 0.0
-        self._emitted = run.emitted
-        self._push_token = run.push_token
         self._link: GenerationLink | None = None
         self._stream_key = 0
         """Of our place on the link; 0: none was taken."""
         self._stop_prefill: Callable[[], None] | None = None
-        context, generation = placement.context, placement.generation
-        self.story = AttemptStory(
-            context_instance=context.instance_id if context is not None else "",
-            generation_instance=generation.instance_id if generation is not None else "",
-            decision=placement.decision,
-        )
         self._context_share = None if context is None else self._take(context, self._context_lost, prefills=True)
-        self._generation_share = (
-            None if generation is None else self._take(generation, self.on_lost, prefills=context is None)
-        )
+        if generation is not None:
+            self._generation_share = self._take(generation, self.on_lost, prefills=context is None)
 
     def _take(self, server: Server, on_lost: Callable[[ServerLost], None], *, prefills: bool) -> Share:
         num_tokens = self._num_prompt_tokens
@@ -123,7 +103,7 @@ class Attempt:
         self._calls = AttemptCalls(
             run,
             f"{run.request.request_id}.{self._key:x}",
-            self._sampling.to_proto(),
+            run.sampling.to_proto(),
             max(0.001, run.request.deadline_s - now_s),
         )
         try:
@@ -292,51 +272,6 @@ class Attempt:
         self._has_landed = True
         self._owner.landings.came(self)
 
-    def on_token(self, position: int, token_id: int, now_s: float) -> None:
-        """The ways of most tokens are short: what one of them touches is here, and in its sink.
-
-        Memory costs more than counting: a server's streams take turns, and each finds its books out of the cache. So
-        those of the run, of the stories and of the shares are brought up to date now and then.
-        """
-        if position != self._flow_position or position == self._last_position:
-            if not self._has_landed:
-                self._landed()
-            self._came(position, (token_id,), "", now_s)
-            return
-        self._flow_position = position + 1
-        if (gap_s := now_s - self._last_token_s) > self._longest_gap_s:
-            self._longest_gap_s = gap_s
-        self._last_token_s = now_s
-        self._emitted.append(token_id)
-        if not position & SETTLED_MASK:
-            self._settle()
-        if not self._push_token(token_id):
-            self.run.story.finish_reason = "stop"
-            self._finish(now_s)
-
-    def _enter_flow(self) -> None:
-        """Its first tokens came, it decodes, and no server was lost since."""
-        story = self.run.story
-        self._flow_position = self._settled_position = self._order.position
-        self._last_token_s, self._longest_gap_s = story.last_token_s, story.longest_gap_s
-
-    def _settle(self) -> None:
-        """Bring the books up to date."""
-        num_tokens = self._flow_position - self._settled_position
-        if not num_tokens:
-            return
-        self._settled_position = self._order.position = self._flow_position
-        self.story.num_tokens += num_tokens
-        if self._generation_share is not None:
-            self._generation_share.grew(num_tokens)
-        story = self.run.story
-        story.num_tokens += num_tokens
-        story.last_token_s, story.longest_gap_s = self._last_token_s, self._longest_gap_s
-
-    def _leave_flow(self) -> None:
-        self._settle()
-        self._flow_position = -1
-
     def _refused_later(self, error: DisaggregatedError) -> None:
         if isinstance(error, TransferError):
             self.culprits.add(self.story.context_instance)
@@ -350,42 +285,8 @@ class Attempt:
 
     # Both halves.
 
-    def _came(self, position: int, token_ids: Sequence[int], finish_reason: str, now_s: float) -> None:
-        """Tokens of which nothing else is told."""
-        if self._flow_position >= 0:
-            self._leave_flow()
-        if self._is_over:
-            return
-        order = self._order
-        if order.is_open and position == order.position:
-            order.position += len(token_ids)
-            self._deliver(token_ids, finish_reason, None, now_s)
-        else:
-            self._arrived(Arrival(position, token_ids, finish_reason), now_s)
-
-    def _arrived(self, arrival: Arrival, now_s: float) -> None:
-        if self._flow_position >= 0:
-            self._leave_flow()
-        if self._is_over:
-            return
-        try:
-            due = self._order.arrive(arrival)
-        except ServerLost as error:
-            self.culprits.add(self.story.generation_instance)
-            self._fail(error)
-            return
-        if due is not None:
-            self._deliver(due.token_ids, due.finish_reason, due.told(), now_s)
-
-    def _deliver(self, token_ids: Sequence[int], finish_reason: str, told: Told | None, now_s: float) -> None:
-        run, life = self.run, self.run.life
-        if life.phase is _TRANSFERRING:
-            life.advance(_DECODING, now_s=now_s)
-        if run.deliver(token_ids, finish_reason, told, now_s=now_s):
-            self._finish(now_s)
-            return
-        if self._generation_share is not None:
-            self._generation_share.grew(len(token_ids))
+    def _delivered(self, now_s: float) -> None:
+        life = self.run.life
         if life.phase is _PREFILLING:
             self._prefill_is_over(now_s)
         if life.phase is _DECODING:
