@@ -49,9 +49,12 @@ class BlockWatcher:
                 return  # More came than is kept while the snapshot was made: take() will say so.
             if self._next_number is None:
                 self._next_number = number
-            num_kept = self._next_number - number
-            assert num_kept <= len(self._events), f"{num_kept} events since the snapshot, {len(self._events)} kept"
-            del self._events[: len(self._events) - max(0, num_kept)]
+            num_since = self._next_number - number
+            if num_since > len(self._events):  # A step after the snapshot changed more than the engine's log keeps.
+                self._has_missed = True
+                self._events.clear()
+                return
+            del self._events[: len(self._events) - max(0, num_since)]
             self._next_number = max(self._next_number, number)
 
     def take(self) -> list[BlockEvent] | None:

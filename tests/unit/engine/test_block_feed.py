@@ -131,6 +131,17 @@ def test_more_than_is_kept_while_the_snapshot_is_made_means_another_snapshot() -
     assert reader.take() is None
 
 
+def test_a_step_that_changed_more_than_the_log_keeps_means_another_snapshot() -> None:
+    """Its first events are in no batch, and the snapshot before it does not hold them."""
+    reader = watcher(num_events_max=4)
+    reader.push(batch(9, 1, 2))
+    reader.skip_to(7)
+    assert reader.take() is None
+    reader.collect()
+    reader.skip_to(11)
+    assert reader.take() == []
+
+
 def test_a_reader_is_woken_once_until_it_takes() -> None:
     woken: list[bool] = []
     reader = BlockWatcher(10, wake=lambda: woken.append(True))
