@@ -51,8 +51,6 @@ _COMMON: Final = {
 }
 """What `%import common.NAME` means."""
 _SPELLED: Final = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
-
-
 _MEANING: Final = frozenset(r"\.+*?()|[]{}^$")
 """Letters that mean something else in a regular expression."""
 
@@ -273,16 +271,20 @@ class _Writer:
 
 def _literal(token: str) -> str:
     is_quoted = token.endswith('"')
-    try:
-        text = json.loads(token if is_quoted else token[:-1])
-    except ValueError as error:
-        raise NotRegular(f"{token[:40]} is not spelled as JSON spells texts") from error
+    text = _spelled(token if is_quoted else token[:-1])
     escaped = "".join(_SPELLED.get(letter, f"\\{letter}" if letter in _MEANING else letter) for letter in text)
     return escaped if is_quoted else f"(?i:{escaped})"
 
 
+def _spelled(token: str) -> str:
+    try:
+        return str(json.loads(token))
+    except ValueError as error:
+        raise NotRegular(f"{token[:40]} is not spelled as JSON spells texts") from error
+
+
 def _range(first: str, last: _Token) -> str:
-    ends = [json.loads(text) for text in (first, last.text) if text.startswith('"') and text.endswith('"')]
+    ends = [_spelled(text) for text in (first, last.text) if text.startswith('"') and text.endswith('"')]
     if len(ends) != 2 or not all(len(end) == 1 and end.isalnum() for end in ends):
         raise NotRegular(f"{first}..{last.text} is not a range of letters or digits")
     return f"[{ends[0]}-{ends[1]}]"

@@ -68,6 +68,7 @@ def test_what_is_recursive_is_none() -> None:
         ("%import python.INT\nstart: INT", "'common' is expected"),
         ("start: /a/x", "the flags 'x'"),
         (r'start: "\d"', "is not spelled as JSON"),
+        (r'start: "\d".."z"', "is not spelled as JSON"),
         ('start: "ab".."c"', "is not a range"),
         ('start: ("a"', r"'\)' is expected"),
         ('start: "a"~b', "a number is expected where 'b'"),
