@@ -16,7 +16,6 @@ from orchestrator.api.direct import head_of, put
 from orchestrator.api.outbox import Outbox
 from orchestrator.http.exchange import Exchange
 
-DONE = b"data: [DONE]\n\n"
 _HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 
