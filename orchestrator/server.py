@@ -195,9 +195,12 @@ class Server:
         something else has ended there."""
         self._is_held_back = True
 
+    def has_room(self, *, num_blocks: int, num_steps: int = STEPS_AHEAD) -> bool:
+        """num_steps: of prefill, that a context server may have before it; what waits here can go nowhere else."""
+        return self.is_ready and self.takes(num_blocks, num_steps)
+
     def takes(self, num_blocks: int, num_steps: int = STEPS_AHEAD) -> bool:
-        """Whether it has room, if it is ready. num_steps: of prefill, that a context server may have before it; what
-        waits here can go nowhere else."""
+        """As `has_room`, of a server that is ready."""
         if self._is_held_back:
             return False
         if not self.shares:

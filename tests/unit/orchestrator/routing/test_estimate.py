@@ -107,7 +107,7 @@ def test_the_quicker_the_cached_and_the_idle_server_is_taken() -> None:
 def test_a_busy_server_is_waited_for_when_it_holds_enough_of_the_prompt() -> None:
     busy, idle = context("c0", heartbeat=FAST), context("c1", heartbeat=FAST)
     busy.take(1, share(num_tokens=200, num_prefill_tokens=200))
-    assert not busy.takes(41)
+    assert not busy.has_room(num_blocks=41)
     assert where(placed([busy, idle], [generation()]))[0] == "c1"
     holds(busy, HASHES[:39])
     assert where(placed([busy, idle], [generation()]))[0] == "c0"

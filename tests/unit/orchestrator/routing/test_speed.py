@@ -132,7 +132,7 @@ def test_others_prompts_and_sequences_count_as_load() -> None:
 def test_a_context_server_that_others_keep_busy_takes_nothing_more() -> None:
     one = context()
     one.take(1, share())
-    assert one.takes(1)
+    assert one.has_room(num_blocks=1)
     for now_s in (1.0, 1.25):
         one.heard(beat(num_waiting_tokens=128, num_blocks_free=100), now_s=now_s)
-    assert not one.takes(1)
+    assert not one.has_room(num_blocks=1)
