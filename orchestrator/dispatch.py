@@ -15,18 +15,15 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from disaggregated import logs
-from disaggregated.block_hash import BlockHash, block_hashes
 from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import (
     AdmissionError,
-    DeadlineExceeded,
     DisaggregatedError,
     Draining,
-    NoServerAvailable,
     RequestCancelled,
     TransferError,
 )
@@ -36,12 +33,10 @@ from orchestrator.admission.ticket import Settle, settle_nothing
 from orchestrator.admission.waiting_room import WaitingRoom
 from orchestrator.attempt import TRANSFER_TIMEOUT_S, Attempt
 from orchestrator.overdue import Overdue
+from orchestrator.placing import RunPlacer
 from orchestrator.request_run import RequestOver, RequestRun, TokenRequest, TokenSink
-from orchestrator.retries import TRANSFER_FAILURES_MAX, RetryRule
-from orchestrator.routing.make import make_placer
-from orchestrator.routing.placement import Needs, NotYet, Placement
-from orchestrator.routing.prefix_hints import prefix_hint
-from orchestrator.server import Role
+from orchestrator.retries import RetryRule
+from orchestrator.routing.placement import Placement
 from orchestrator.server_pools import ServerPools
 from orchestrator.story import RequestStory, StoryShelf
 
@@ -78,8 +73,7 @@ class Dispatcher:
         self.queue = self.room.queue
         self.stories = StoryShelf(config.perf_metrics_max_requests)
         self._pools = pools
-        self._placer = make_placer(config)
-        pools.follows_blocks = pools.follows_blocks or self._placer.wants_blocks
+        self._placer = RunPlacer(config, pools)
         self._retry_rule = RetryRule(config.max_retries)
         self._observer = observer
         self.clock = clock
@@ -144,26 +138,18 @@ class Dispatcher:
         run.deadline = asyncio.get_running_loop().call_later(
             max(0.0, request.deadline_s - now_s), self._deadline_passed, run
         )
-        if not self._wants_hashes(request):
+        if not self._placer.wants_hashes(request):
             self._enter(run)
         elif len(request.token_ids) <= HASHED_AT_ONCE_MAX:
-            run.block_hashes = self._hashes(request)
+            run.block_hashes = self._placer.hashes(request)
             self._enter(run)
         else:
             run.hashing = asyncio.get_running_loop().create_task(self._hash_and_enter(run))
         return run
 
-    def _wants_hashes(self, request: TokenRequest) -> bool:
-        """Of a prompt whose logprobs are told, all is computed."""
-        is_known = self._placer.wants_blocks or self._pools.knows_blocks
-        return is_known and bool(self._pools.block_size) and request.sampling.prompt_logprobs is None
-
-    def _hashes(self, request: TokenRequest) -> Sequence[BlockHash]:
-        return list(block_hashes(request.token_ids, self._pools.block_size, salt=request.cache_salt))
-
     async def _hash_and_enter(self, run: RequestRun) -> None:
         """Long prompts take milliseconds, so they are hashed on a thread."""
-        run.block_hashes = await asyncio.to_thread(self._hashes, run.request)
+        run.block_hashes = await asyncio.to_thread(self._placer.hashes, run.request)
         run.hashing = None
         try:
             self._enter(run)
@@ -177,7 +163,7 @@ class Dispatcher:
         try:
             passes = not self._is_serving and self.room.may_pass(request, now_s=now_s, is_idle=is_idle)
             if passes:
-                placement = self._placement(run)
+                placement = self._placer.place(run, now_s=now_s)
             if placement is None:
                 run.waiting = self.room.enter(run, request, now_s=now_s, is_idle=is_idle)
         except DisaggregatedError as error:
@@ -301,7 +287,7 @@ class Dispatcher:
     def _place(self, first: Waiting[RequestRun]) -> bool:
         """Whether there was room for it."""
         run = first.item
-        placement = self._placement(run)
+        placement = self._placer.place(run, now_s=self.clock())
         if placement is None:
             return False
         self.room.take(first, now_s=self.clock())
@@ -309,18 +295,9 @@ class Dispatcher:
         self._begin(run, placement)
         return True
 
-    def _placement(self, run: RequestRun) -> Placement | None:
-        pools = self._pools
-        found = self._placer.place(self._needs(run), pools.of(Role.CONTEXT), pools.of(Role.GENERATION))
-        if isinstance(found, NotYet):
-            run.not_yet = found
-            return None
-        return found
-
     def _begin(self, run: RequestRun, placement: Placement) -> None:
         run.attempt = attempt = Attempt(run, placement, next(self._attempt_keys), self)
-        if run.block_hashes and placement.context is not None and placement.context.pulls_back:
-            attempt.hint = prefix_hint(run.block_hashes, placement.context, self._pools.ready(Role.GENERATION))
+        attempt.hint = self._placer.hint(run, placement)
         attempt.begin()
 
     def _begin_alone(self, run: RequestRun, placement: Placement) -> None:
@@ -333,31 +310,11 @@ class Dispatcher:
         if self.queue.length:
             self.serve_queue()
 
-    def _needs(self, run: RequestRun) -> Needs:
-        failures = run.num_transfer_failures
-        return Needs(
-            num_prompt_tokens=len(run.request.token_ids) + len(run.emitted),
-            num_tokens_left=run.num_tokens_left,
-            avoid=run.avoid,
-            must_be_local=f"{failures} transfers failed" if failures >= TRANSFER_FAILURES_MAX else "",
-            session=run.request.session,
-            context_session=run.request.context_session,
-            block_hashes=run.block_hashes,
-            now_s=self.clock(),
-        )
-
     def _too_late(self, run: RequestRun) -> DisaggregatedError:
-        if self.clock() < run.request.deadline_s and self._is_stopping:
+        now_s = self.clock()
+        if self._is_stopping and now_s < run.request.deadline_s:
             return _stopping()
-        waited_s = self.clock() - run.request.arrived_s
-        if run.life.phase is not Phase.QUEUED:
-            return DeadlineExceeded(f"not finished after {waited_s:.1f} s, {len(run.emitted)} tokens were generated")
-        not_yet = run.not_yet or NotYet("others stand before it")
-        if not self._pools.ready(Role.GENERATION):
-            return NoServerAvailable(f"no generation server is ready; waited {waited_s:.1f} s")
-        if not_yet.is_for_want_of_servers:
-            return NoServerAvailable(f"{not_yet.reason}; waited {waited_s:.1f} s")
-        return DeadlineExceeded(f"waited {waited_s:.1f} s in the queue: {not_yet.reason}")
+        return self._placer.too_late(run, now_s=now_s)
 
     def retry_after_s(self) -> int:
         return self.room.retry_after_s(now_s=self.clock())
