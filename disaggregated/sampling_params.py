@@ -11,12 +11,15 @@ import msgspec
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar
 from disaggregated.peer_input import checked_number
+from disaggregated.thinking_budget import ThinkingBudget
 from disaggregated.v1 import control_pb2
 
 STOP_TOKEN_IDS_MAX: Final = 4096
 """More than any model has, and a client may add."""
 LOGPROBS_MAX: Final = 20
 """Likeliest tokens told for each one: what OpenAI's API allows."""
+LOGPROB_TOKEN_IDS_MAX: Final = 128
+"""Tokens that are asked for by their ids: vLLM's limit."""
 BIASES_MAX: Final = 4096
 BAD_WORDS_MAX: Final = 1024
 BAD_WORD_TOKENS_MAX: Final = 64
@@ -59,12 +62,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Runs of tokens that are not generated: the last one is not sampled after the others."""
     logprobs: int | None = None
     """Tell how likely each token was, and so many of the likeliest; None: nothing of it."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """With `logprobs`: how likely these were in each place is told instead of the likeliest; each id once."""
     prompt_logprobs: int | None = None
     """The same for the prompt from its second token on. All of it is computed then, whatever the prefix cache has."""
     num_emitted: int = 0
     """The last so many of the token ids given with a request were generated before, by another server: they count as
     generated for penalties and the grammar, but not for `max_tokens` and `min_tokens`."""
     grammar: Grammar | None = None
+    thinking: ThinkingBudget | None = None
+    """How long the reply may reason; None: as long as it wants."""
 
     @property
     def is_greedy(self) -> bool:
@@ -77,7 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def needs_known_tokens(self) -> bool:
         """What is sampled next depends on which tokens came before by more than their logits."""
-        return self.has_penalties or bool(self.bad_words) or self.grammar is not None
+        return self.has_penalties or bool(self.bad_words) or self.grammar is not None or self.thinking is not None
 
     @property
     def edits_logits(self) -> bool:
@@ -115,6 +122,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 setattr(message, name, getattr(self, name))
         if self.logprobs is not None:
             message.logprobs = self.logprobs
+            message.logprob_token_ids.extend(self.logprob_token_ids)
         if self.prompt_logprobs is not None:
             message.prompt_logprobs = self.prompt_logprobs
         if self.edits_logits:
@@ -129,6 +137,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         message.bad_words.extend(control_pb2.TokenSequence(token_ids=word) for word in self.bad_words)
         if self.grammar is not None:
             message.grammar.CopyFrom(self.grammar.to_proto())
+        if self.thinking is not None:
+            message.thinking.CopyFrom(self.thinking.to_proto())
 
     @classmethod
     def from_proto(cls, message: control_pb2.SamplingParams) -> SamplingParams:
@@ -140,9 +150,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             repetition_penalty=message.repetition_penalty or 1.0,
             stop_token_ids=frozenset(message.stop_token_ids),
             logit_bias=tuple(zip(message.bias_token_ids, message.biases, strict=True)),
+            logprob_token_ids=tuple(message.logprob_token_ids),
             allowed_token_ids=frozenset(message.allowed_token_ids),
             bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
             grammar=Grammar.from_proto(message.grammar) if message.HasField("grammar") else None,
+            thinking=ThinkingBudget.from_proto(message.thinking) if message.HasField("thinking") else None,
         )
 
 
@@ -171,6 +183,7 @@ def _check(message: control_pb2.SamplingParams) -> None:
         ("bad_words", len(message.bad_words), BAD_WORDS_MAX),
         ("bad_words' tokens", longest_word, BAD_WORD_TOKENS_MAX),
         ("logprobs", message.logprobs, LOGPROBS_MAX),
+        ("logprob_token_ids", len(message.logprob_token_ids), LOGPROB_TOKEN_IDS_MAX),
         ("prompt_logprobs", message.prompt_logprobs, LOGPROBS_MAX),
     ):
         if count > limit:

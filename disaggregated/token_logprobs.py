@@ -22,7 +22,7 @@ class TokenLogprob:
     rank: int
     """How many tokens were at least as likely; 1: none was likelier."""
     top_token_ids: tuple[int, ...] = ()
-    """The likeliest ones, the likeliest first; equals by their id."""
+    """The likeliest ones, the likeliest first, equals by their id; or those that the client asked for, in its order."""
     top_logprobs: tuple[float, ...] = ()
 
 

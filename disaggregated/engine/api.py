@@ -113,6 +113,8 @@ class WantedLogprobs:
 
     num_top: int | None = None
     """Likeliest tokens for each one that is sampled; None: nothing is told of these."""
+    token_ids: Sequence[int] = ()
+    """Told of instead of the likeliest, in this order."""
     prompt_num_top: int = 0
     prompt_targets: Sequence[int] = ()
     """Tokens of the prompt, of which it is told how likely they were: the ones after the row's tokens, from

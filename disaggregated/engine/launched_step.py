@@ -109,6 +109,7 @@ def _wanted_logprobs(sequence: Sequence, num_tokens: int, *, samples: bool) -> W
         return None
     return WantedLogprobs(
         num_top=num_top,
+        token_ids=sampling.logprob_token_ids,
         prompt_num_top=sampling.prompt_logprobs or 0,
         prompt_targets=targets,
         first_target=first_untold - first,

@@ -1,4 +1,5 @@
-"""What a request asks of its logits before a token is chosen: grammar, allowed and forbidden tokens, biases, penalties.
+"""What a request asks of its logits before a token is chosen: grammar, allowed and forbidden tokens, biases, penalties,
+and the one token that has to come where a reply has reasoned for long enough.
 
 In this order, each number changed by itself: nothing here looks at another row, or at another token of the same row, so
 an edited row is bitwise the same whatever its batch mates and on whichever device. Repetition penalties are those of
@@ -41,6 +42,8 @@ class LogitEdits:
     repetition: Floats
     taken: Floats
     """From the logit, after `repetition` divided or multiplied it."""
+    forced: Places
+    """Of some rows, the token that comes whatever was said above."""
 
     def apply(self, logits_RV: torch.Tensor) -> None:
         """In place. Waits for nothing on the device."""
@@ -64,6 +67,10 @@ class LogitEdits:
             logits = logits_RV[rows, tokens]
             logits = torch.where(logits > 0, logits / repetition, logits * repetition)
             logits_RV.index_put_((rows, tokens), logits - to_device(self.taken, device))
+        if self.forced.size:
+            rows, tokens = to_device(self.forced, device).unbind(0)
+            logits_RV.index_fill_(0, rows, -torch.inf)
+            logits_RV.index_put_((rows, tokens), logits_RV.new_zeros(1))
 
 
 def edits_of(rows: Sequence[SampleRow], vocab_size: int) -> LogitEdits | None:
@@ -88,6 +95,7 @@ def edits_of(rows: Sequence[SampleRow], vocab_size: int) -> LogitEdits | None:
         penalised=_joined([each.places for each in penalties], np.empty((2, 0), dtype=np.int64)),
         repetition=_joined([each.repetition for each in penalties], np.empty(0, dtype=np.float32)),
         taken=_joined([each.taken for each in penalties], np.empty(0, dtype=np.float32)),
+        forced=_places([(i, token) for i, row in wanting if (token := _forced(row)) is not None]),
     )
 
 
@@ -118,6 +126,14 @@ def _never(row: SampleRow) -> Iterator[int]:
         for word in row.sampling.bad_words:
             if word[-1] not in row.forbidden_token_ids and _ends_with(before, word[:-1]):
                 yield word[-1]
+
+
+def _forced(row: SampleRow) -> int | None:
+    if row.sampling.thinking is None:
+        return None
+    thinking = None if row.history is None else row.history.thinking
+    assert thinking is not None, "a budget without a history"
+    return thinking.forced(row.drafts)
 
 
 def _ends_with(tokens: tuple[int, ...], end: tuple[int, ...]) -> bool:

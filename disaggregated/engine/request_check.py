@@ -30,3 +30,12 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
         )
     if not 0 <= min(request.token_ids) <= max(request.token_ids) < limits.vocab_size:
         raise InvalidRequest(f"a token id of the prompt is not between 0 and {limits.vocab_size - 1}", param="prompt")
+    if max(request.sampling.logprob_token_ids, default=0) >= limits.vocab_size:
+        raise InvalidRequest(
+            f"logprob_token_ids: the model's logits end with token {limits.vocab_size - 1}", param="logprob_token_ids"
+        )
+    if (thinking := request.sampling.thinking) is not None and max(thinking.end) >= limits.vocab_size:
+        raise InvalidRequest(
+            f"the tag that ends reasoning has tokens above {limits.vocab_size - 1}, the last of the model's logits",
+            param="thinking_token_budget",
+        )

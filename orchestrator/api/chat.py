@@ -13,6 +13,7 @@ from orchestrator.api.custom_tools import custom_names
 from orchestrator.api.fields import Fields, wrong_type
 from orchestrator.api.messages import assistant_text, checked_messages
 from orchestrator.api.prompts import INLINE_CHARACTERS_MAX
+from orchestrator.api.sampling_fields import read_thinking_budget
 from orchestrator.api.tools import ToolUse, read_tools
 from orchestrator.parsers.choose import ReplyPlan, Wanted, plan_reply
 from orchestrator.parsers.formats import TEXT_ONLY, ReplyFormats
@@ -177,7 +178,9 @@ def is_small(value: Any, num_characters: int) -> bool:
 
 async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
     """The ids alone, of a chat that is not generated. Raises InvalidRequest as `read_chat` does."""
-    return (await read_chat(fields, model, TEXT_ONLY, grammar=None, allows_template=False)).token_ids
+    form = await read_chat_form(fields, grammar=None, allows_template=False)
+    promptly = dataclasses.replace(form, wanted=Wanted())  # What a reply would be like makes no difference.
+    return (await read_messages(promptly, fields, model, TEXT_ONLY)).token_ids
 
 
 def _wanted(fields: Fields, tools: ToolUse | None, grammar: Grammar | None) -> Wanted:
@@ -190,6 +193,7 @@ def _wanted(fields: Fields, tools: ToolUse | None, grammar: Grammar | None) -> W
         is_parallel=tools is None or tools.is_parallel,
         separates_reasoning=fields.flag("separate_reasoning", default=True),
         shows_reasoning=fields.flag("include_reasoning", default=True),
+        thinking_tokens_max=read_thinking_budget(fields),
         grammar=grammar,
     )
 

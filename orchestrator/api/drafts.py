@@ -109,6 +109,7 @@ class Draft:
                 max_tokens=min(wanted, longest - len(prompt)),
                 seed=self.seed,
                 grammar=plan.grammar,
+                thinking=plan.thinking,
             ),
             arrived_s=self.arrived_s,
             deadline_s=self.arrived_s + self.visit.timeout_s(door.config.request_timeout_s),

@@ -44,6 +44,8 @@ def read_generation_fields(
         InvalidRequest: names the field that is wrong, or not supported yet.
     """
     refuse_unsupported(fields)
+    if not is_chat and fields.values.get("thinking_token_budget") not in (None, -1):
+        raise InvalidRequest("thinking_token_budget is for chats: texts do not reason", param="thinking_token_budget")
     stream = fields.flag("stream")
     reply = read_reply_fields(fields, is_chat=is_chat, stream=stream)
     options = _read_stream_options(fields, stream=stream)

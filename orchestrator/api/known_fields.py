@@ -40,8 +40,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "prompt_token_ids": (),
     "prompt_token_ids_b64": (),
     "moderation": (),
-    "thinking_token_budget": (-1,),
-    "logprob_token_ids": ([],),
     "repetition_detection": (),
     "watermarking": (),
     "vllm_xargs": ({},),
@@ -94,8 +92,9 @@ TAKEN: Final = SAMPLING_FIELDS | REPLY_FIELDS | frozenset(STRUCTURED) | frozense
     {
         "model", "prompt", "messages", "stream", "priority", "tools", "tool_choice", "parallel_tool_calls",
         "functions", "function_call", "separate_reasoning", "include_reasoning", "reasoning_effort", "thinking",
-        "enable_thinking", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
-        "add_special_tokens", "cache_salt", "truncate_prompt_tokens", "truncation_side", "documents",
+        "enable_thinking", "thinking_token_budget", "chat_template", "chat_template_kwargs", "add_generation_prompt",
+        "continue_final_message", "add_special_tokens", "cache_salt", "truncate_prompt_tokens", "truncation_side",
+        "documents",
     }
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from disaggregated.errors import InvalidRequest
 from disaggregated.sampling_params import (
     BIAS_MAX,
+    LOGPROB_TOKEN_IDS_MAX,
     PENALTY_MAX,
     SamplingParams,
     over_model_defaults,
@@ -29,7 +30,7 @@ SAMPLING_FIELDS: Final = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "stop",
         "stop_token_ids", "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
-        "bad_words", "allowed_token_ids",
+        "bad_words", "allowed_token_ids", "logprob_token_ids",
     }
 )  # fmt: skip
 
@@ -65,6 +66,7 @@ def read_sampling(fields: Fields, model: ServedModel, *, max_tokens: int) -> Sam
         logit_bias=_read_logit_bias(fields, vocab_size),
         allowed_token_ids=frozenset(_read_token_ids(fields, "allowed_token_ids", vocab_size, num_max=vocab_size)),
         bad_words=_read_bad_words(fields, model.tokenizer),
+        logprob_token_ids=_read_logprob_token_ids(fields, vocab_size),
     )
 
 
@@ -72,6 +74,12 @@ def read_max_tokens(fields: Fields, *, low: int = 1) -> int | None:
     newer = fields.integer("max_completion_tokens", low=low, high=TOKENS_MAX)
     older = fields.integer("max_tokens", low=low, high=TOKENS_MAX)
     return older if newer is None else newer
+
+
+def read_thinking_budget(fields: Fields) -> int | None:
+    """None, which may be said as -1: a reply may reason for as long as it wants."""
+    budget = fields.integer("thinking_token_budget", low=-1, high=TOKENS_MAX)
+    return None if budget == -1 else budget
 
 
 def read_stop(fields: Fields) -> tuple[str, ...]:
@@ -109,6 +117,15 @@ def _read_token_ids(fields: Fields, name: str, vocab_size: int, *, num_max: int)
     if (odd := next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)) is not None:
         raise InvalidRequest(f"{name}: {odd} is not between 0 and {vocab_size - 1}", param=name)
     return ids
+
+
+def _read_logprob_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    """In the client's order, each once."""
+    ids = _read_token_ids(fields, "logprob_token_ids", vocab_size, num_max=LOGPROB_TOKEN_IDS_MAX)
+    asked = fields.get("logprobs")
+    if ids and (asked is None or asked is False):
+        raise InvalidRequest("logprob_token_ids is only allowed when logprobs is asked for", param="logprob_token_ids")
+    return tuple(dict.fromkeys(ids))
 
 
 def _read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:

@@ -9,6 +9,7 @@ import orjson
 
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar, GrammarKind
+from disaggregated.thinking_budget import ThinkingBudget
 from orchestrator.parsers.call_ids import NewCallId
 from orchestrator.parsers.deltas import ReplyParser
 from orchestrator.parsers.forced_calls import NamedCall, answer_or_calls, arguments_schema, calls_schema
@@ -39,6 +40,8 @@ class Wanted:
     is_parallel: bool = True
     separates_reasoning: bool = True
     shows_reasoning: bool = True
+    thinking_tokens_max: int | None = None
+    """Of reasoning, after which it is ended; None: as many as the model wants."""
     grammar: Grammar | None = None
     """That the client asks for itself; a call may take its place, or must."""
 
@@ -57,6 +60,7 @@ class ReplyPlan:
     """A parser may have had enough after any token."""
     shown: frozenset[int] = frozenset()
     """Special tokens whose text the parser has to see."""
+    thinking: ThinkingBudget | None = None
 
 
 def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str, *, continued: str | None = None) -> ReplyPlan:
@@ -64,8 +68,9 @@ def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str, *, conti
     the text of the message that the reply goes on from.
 
     Raises:
-        InvalidRequest: names the tool whose input cannot be kept to its grammar.
+        InvalidRequest: names the tool whose input cannot be kept to its grammar, or why reasoning cannot be bounded.
     """
+    _check_bounded(wanted, formats)
     grammar = _grammar(wanted, formats)
     if formats.tools is not None and formats.tools.is_whole:
         # A message that goes on is in the channel that the grammar is for.
@@ -85,7 +90,26 @@ def plan_reply(wanted: Wanted, formats: ReplyFormats, prompt_tail: str, *, conti
         grammar=grammar,
         may_end_anywhere=make is not None and not wanted.is_parallel,
         shown=frozenset() if make is None else formats.shown,
+        thinking=_thinking(wanted, formats, grammar, begins_within=begins_within),
     )
+
+
+def _check_bounded(wanted: Wanted, formats: ReplyFormats) -> None:
+    has_tags = bool(formats.thinking_end) and not (formats.tools is not None and formats.tools.is_whole)
+    if wanted.thinking_tokens_max is not None and not has_tags:
+        raise InvalidRequest(
+            "thinking_token_budget: this model has no tag that ends its reasoning (reasoning_parser says which it has)",
+            param="thinking_token_budget",
+        )
+
+
+def _thinking(
+    wanted: Wanted, formats: ReplyFormats, grammar: Grammar | None, *, begins_within: bool
+) -> ThinkingBudget | None:
+    """None too for a reply that is kept to a grammar from its first token on: it does not reason."""
+    if wanted.thinking_tokens_max is None or (grammar is not None and not grammar.starts_after):
+        return None
+    return ThinkingBudget(wanted.thinking_tokens_max, formats.thinking_begin, formats.thinking_end, begins_within)
 
 
 def _harmony_plan(

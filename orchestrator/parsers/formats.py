@@ -135,6 +135,9 @@ class ReplyFormats:
     """Special tokens whose text the parsers have to see."""
     reasoning_end: tuple[int, ...] = ()
     """The tokens that end reasoning, where they are always the same: what a grammar may wait for."""
+    thinking_begin: tuple[int, ...] = ()
+    thinking_end: tuple[int, ...] = ()
+    """The two tags as tokens; none where reasoning is not between tags."""
     calls_are_text: bool = True
     """Not so where the markers of calls are special tokens: to a grammar these are no text."""
 
@@ -157,6 +160,8 @@ class ReplyFormats:
             reasoning=reasoning,
             shown=tokenizer.special_ids_of(markers),
             reasoning_end=_reasoning_end(tools, reasoning, tokenizer),
+            thinking_begin=_tag_ids(reasoning.begin, tokenizer) if reasoning else (),
+            thinking_end=_tag_ids(reasoning.end, tokenizer) if reasoning else (),
             calls_are_text=not tokenizer.special_ids_of(tools.markers if tools else ()),
         )
 
@@ -167,6 +172,10 @@ def _reasoning_end(tools: ToolFormat | None, reasoning: ReasoningTags | None, to
         return tuple(tokenizer.encode(harmony.FINAL_HEADER, add_special_tokens=False)) if is_marked else ()
     end_id = tokenizer.added_token_id(reasoning.end) if reasoning else None
     return () if end_id is None else (end_id,)
+
+
+def _tag_ids(tag: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(tag, add_special_tokens=False))
 
 
 TEXT_ONLY: Final = ReplyFormats(tools=None, reasoning=None)

@@ -35,6 +35,8 @@ def finish_reason_of(token: int, num_generated: int, sampling: SamplingParams) -
 
 def logprobs_of(tokens: Sequence[int], sampling: SamplingParams) -> control_pb2.Logprobs | None:
     """Numbers that say which token they are of."""
+    if sampling.logprobs is not None and sampling.logprob_token_ids:
+        return token_logprobs.to_proto([told_of_asked(token, sampling.logprob_token_ids) for token in tokens])
     return _told_of(tokens, sampling.logprobs)
 
 
@@ -54,6 +56,12 @@ def told_of(token: int, num_top: int) -> TokenLogprob:
     ids = tuple((first + index) % VOCAB_SIZE for index in range(num_top))
     rank = ids.index(token) + 1 if token in ids else num_top + 1
     return TokenLogprob(-token / 16 - rank, rank, ids, tuple(-token / 16 - 1.0 - index for index in range(num_top)))
+
+
+def told_of_asked(token: int, asked: Sequence[int]) -> TokenLogprob:
+    """`asked` by their ids, each as likely as its id says."""
+    one = told_of(token, 0)
+    return TokenLogprob(one.logprob, one.rank, tuple(asked), tuple(-other / 16 for other in asked))
 
 
 def oracle(prompt: Sequence[int], sampling: SamplingParams) -> tuple[list[int], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from disaggregated.sampling_params import LOGPROBS_MAX, PENALTY_MAX
+from disaggregated.sampling_params import LOGPROB_TOKEN_IDS_MAX, LOGPROBS_MAX, PENALTY_MAX
 from disaggregated.structured.readers import CHOICES_MAX, TEXT_BYTES_MAX
 from disaggregated.text.bad_words import BAD_WORDS_MAX
 from orchestrator.api.generation_fields import CACHE_SALT_CHARACTERS_MAX
@@ -71,6 +71,9 @@ SAMPLING: Final[dict[str, Schema]] = {
     ),
     "bad_words": one_of("Never in the reply.", _WORDS, {"type": "array", "items": _WORDS, "maxItems": BAD_WORDS_MAX}),
     "allowed_token_ids": token_ids("Nothing else in the reply."),
+    "logprob_token_ids": token_ids(
+        "With logprobs: how likely these were, in place of the likeliest.", maxItems=LOGPROB_TOKEN_IDS_MAX
+    ),
 }
 
 REPLY: Final[dict[str, Schema]] = {
@@ -193,6 +196,7 @@ TEMPLATE: Final[dict[str, Schema]] = {
     "reasoning_effort": text('For the chat template; "none": no reasoning.'),
     "thinking": {"description": '{"type": "enabled"} or {"type": "disabled"}.'},
     "enable_thinking": {"description": "Whether to reason."},
+    "thinking_token_budget": integer("Of reasoning, then it is ended; -1: no limit.", low=-1, high=TOKENS_MAX),
     "chat_template": text("Refused unless the deployment allows it."),
     "chat_template_kwargs": mapping("Variables for the chat template."),
     "documents": array("For templates that show them.", {"type": "object"}),

@@ -50,6 +50,19 @@ async def test_a_stream_says_the_same_as_an_answer(client: openai.AsyncOpenAI) -
     )
 
 
+async def test_labels_are_scored_by_their_ids(client: openai.AsyncOpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 6, "logprobs": True}
+    by_ids: dict[str, Any] = {"return_tokens_as_token_ids": True}
+    likeliest = await client.chat.completions.create(**fields, top_logprobs=3, extra_body=by_ids)
+    expected = {one.token: one.logprob for one in likeliest.choices[0].logprobs.content[0].top_logprobs}
+    asked = [int(token.removeprefix("token_id:")) for token in reversed(expected)]
+    labels = await client.chat.completions.create(**fields, extra_body={**by_ids, "logprob_token_ids": asked})
+    content = labels.choices[0].logprobs.content
+    assert {one.token: one.logprob for one in content[0].top_logprobs} == pytest.approx(expected)
+    told = [[one.token for one in entry.top_logprobs] for entry in content]
+    assert told == [[f"token_id:{token}" for token in asked]] * 6, "by both servers, and in this order"
+
+
 async def test_a_seed_gives_the_same_text_again_and_another_seed_another(client: openai.AsyncOpenAI) -> None:
     async def told(seed: int) -> str:
         answer = await client.completions.create(

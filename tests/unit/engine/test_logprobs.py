@@ -104,6 +104,25 @@ def test_each_row_of_a_step_is_told_what_it_wants_and_nothing_else() -> None:
     assert step_logprobs(batch[:1], OPS) is None
 
 
+def test_those_asked_for_by_their_ids_are_told_in_their_order_whatever_others_want() -> None:
+    asked = [[700, 2, 9], [], [5]]
+    wanted = [WantedLogprobs(num_top=num_top, token_ids=ids) for num_top, ids in zip((0, 4, 2), asked, strict=True)]
+    batch = [row(1, samples=True, wanted=one, num_drafts=drafts) for one, drafts in zip(wanted, (1, 0, 0), strict=True)]
+    logits, tokens = logits_of(4, 3), [11, 12, 13, 14]
+    step = StepLogprobs(batch, OPS, torch.Tensor.cpu)
+    step.keep(logits)
+    step.measure(torch.tensor(tokens))
+    step.tell()
+    expected = logits.double().log_softmax(-1)
+    assert [one.top_token_ids for one in wanted[0].sampled] == [(700, 2, 9)] * 2
+    for place, one in enumerate(wanted[0].sampled):
+        assert one.top_logprobs == pytest.approx(expected[place, asked[0]].tolist(), abs=1e-5)
+    assert wanted[1].sampled == all_told(logits[2:3], [13], 4)
+    assert (wanted[2].sampled[0].top_token_ids, wanted[2].sampled[0].logprob) == (
+        (5,), all_told(logits[3:], [14], 0)[0].logprob,
+    )  # fmt: skip
+
+
 def test_they_travel() -> None:
     tokens = all_told(logits_of(3), [5, 6, 7], 4)
     message = to_proto(tokens)

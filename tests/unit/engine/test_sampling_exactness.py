@@ -18,6 +18,7 @@ from disaggregated.engine.engine import LLMEngine
 from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.speculation import Speculation
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.thinking_budget import ThinkingBudget
 from disaggregated.token_logprobs import TokenLogprob
 from tests.unit.engine.runners import random_prompt
 from tests.unit.engine.test_exactness import Mode, Server, copy_blocks, environment, run
@@ -43,6 +44,8 @@ ASKED: Final[dict[str, dict[str, Any]]] = {
     },
     "few allowed": {"allowed_token_ids": frozenset(range(10, 22)), "temperature": 1.3},
     "nothing but logprobs": {},
+    "tokens told by their ids": {"logprob_token_ids": (9, 3, VOCAB_SIZE - 1)},
+    "reasoning that is cut": {"thinking": ThinkingBudget(6, begin=(3,), end=(17, 4, 9), is_open=True)},
 }
 
 
@@ -125,6 +128,10 @@ def test_what_was_asked_has_an_effect(servers: tuple[Server, Server], sampling: 
     assert len(expected.tokens) > sampling.min_tokens
     if sampling.allowed_token_ids:
         assert set(expected.tokens) <= sampling.allowed_token_ids
+    if sampling.thinking is not None:
+        assert expected.tokens[6:9] == [17, 4, 9]
+    if sampling.logprob_token_ids:
+        assert {one.top_token_ids for one in expected.logprobs} == {sampling.logprob_token_ids}
 
 
 def test_it_comes_out_alike_in_any_company(

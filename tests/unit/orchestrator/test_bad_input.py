@@ -214,6 +214,7 @@ CASES: list[Case] = [
     (CHAT, chat(response_format={"type": "xml"}), 400, "response_format", "response_format.type must be text"),
     (TEXT, text(guided_regex="("), 400, "guided_regex", "guided_regex cannot be compiled"),
     (CHAT, chat(guided_json={"type": "x"}), 400, "guided_json", "guided_json cannot be compiled: Invalid type: x"),
+    (CHAT, chat(thinking_token_budget=9), 400, "thinking_token_budget", "no tag that ends its reasoning"),
     (CHAT, chat(guided_whitespace_pattern=" "), 400, "guided_whitespace_pattern", "is not supported yet"),
     (CHAT, chat(guided_json={}, guided_choice=["x"]), 400, "guided_choice", "both say what the reply must match"),
     (CHAT, chat(priority="high"), 400, "priority", "priority must be an integer"),

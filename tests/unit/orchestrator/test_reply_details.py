@@ -116,6 +116,19 @@ async def test_chats_have_them_as_a_list_of_entries(door: Door) -> None:
     assert [entry["top_logprobs"] for entry in without["logprobs"]["content"]] == [[]] * len(tokens)
 
 
+async def test_tokens_asked_for_by_their_ids_stand_where_the_likeliest_would(door: Door) -> None:
+    asked = [101, 7, 101, 240]
+    _, tokens = generated(door)
+    lists = (await choice_of(door, logprobs=3, logprob_token_ids=asked))["logprobs"]
+    labels = {name(door, token): -token / 16 for token in asked}
+    assert lists["top_logprobs"] == [{**labels, name(door, token): told_of(token, 0).logprob} for token in tokens], (
+        "each once, and the token itself"
+    )
+    chat = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "logprob_token_ids": asked}
+    for entry in (await choice_of(door, CHAT, **chat))["logprobs"]["content"]:
+        assert [(other["token"], other["logprob"]) for other in entry["top_logprobs"]] == list(labels.items())
+
+
 async def test_nothing_is_told_unasked(door: Door) -> None:
     for fields in ({}, {"logprobs": False}, {"logprobs": None}):
         choice = await choice_of(door, **fields)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from disaggregated.errors import InvalidRequest
 from disaggregated.sampling_params import SamplingParams
 from orchestrator.api.fields import Fields
 from orchestrator.api.generation_fields import GenerationFields, read_generation_fields
@@ -56,6 +57,7 @@ def test_everything_that_is_asked_of_the_logits_is_read() -> None:
         (False, {"logprobs": 3, "echo": True, "prompt_logprobs": 5}, 3, 5),
         (False, {"echo": True}, None, None),
         (False, {"best_of": 3}, 0, None),
+        (True, {"logprobs": True, "logprob_token_ids": [3]}, 0, None),
         (False, {"best_of": 3, "logprobs": 2}, 2, None),
         (False, {"n": 3}, None, None),
     ],
@@ -86,3 +88,20 @@ def test_a_null_is_the_same_as_nothing() -> None:
     )  # fmt: skip
     nulls: dict[str, Any] = dict.fromkeys(names)
     assert read(seed=1, **nulls) == read(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("is_chat", "fields", "message"),
+    [
+        (True, {"logprob_token_ids": [1]}, "only allowed when logprobs is asked for"),
+        (True, {"logprob_token_ids": [1], "logprobs": False}, "only allowed when logprobs is asked for"),
+        (False, {"logprob_token_ids": [100_000], "logprobs": 1}, "100000 is not between 0 and"),
+        (False, {"logprob_token_ids": [0] * 129, "logprobs": 1}, "has 129 entries, the limit is 128"),
+        (False, {"thinking_token_budget": 5}, "is for chats"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_told_by_name(is_chat: bool, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        read(is_chat=is_chat, **fields)
+    assert caught.value.param == next(iter(fields))
+    assert read(is_chat=is_chat, thinking_token_budget=-1).unknown == ()

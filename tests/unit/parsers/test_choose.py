@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import llguidance
 import pytest
 
 from disaggregated.config.parser_names import REASONING_PARSER, REASONING_PARSERS, TOOL_PARSER, TOOL_PARSERS
+from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar, GrammarKind
+from disaggregated.thinking_budget import ThinkingBudget
 from orchestrator.parsers import CallArguments, CallStart, Content, Reasoning
 from orchestrator.parsers.choose import ReplyPlan, Wanted, plan_reply
 from orchestrator.parsers.forced_calls import calls_schema
@@ -19,7 +22,12 @@ from tests.unit.parsers.pieces import parsed
 SCHEMAS = {"weather": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}, "time": {}}
 HERMES = ReplyFormats(tools=TOOL_FORMATS["hermes"], reasoning=None, shown=frozenset({7}))
 THINKING = ReplyFormats(
-    tools=TOOL_FORMATS["hermes"], reasoning=REASONING["qwen3"], shown=frozenset({7, 8}), reasoning_end=(8,)
+    tools=TOOL_FORMATS["hermes"],
+    reasoning=REASONING["qwen3"],
+    shown=frozenset({7, 8}),
+    reasoning_end=(8,),
+    thinking_begin=(6,),
+    thinking_end=(8,),
 )
 OPEN = "<|im_start|>assistant\n<think>\n"
 
@@ -172,6 +180,29 @@ def test_without_a_token_that_ends_reasoning_a_grammar_holds_at_once() -> None:
     plan = plan_reply(Wanted(grammar=Grammar(GrammarKind.JSON_OBJECT)), formats, OPEN)
     assert plan.grammar == Grammar(GrammarKind.JSON_OBJECT)
     assert read(plan, "{}") == [Content("{}")]
+
+
+def test_a_budget_of_reasoning_knows_whether_the_prompt_opened_it() -> None:
+    for tail, is_open in ((OPEN, True), ("<|im_start|>assistant\n", False)):
+        plan = plan_reply(Wanted(thinking_tokens_max=5), THINKING, tail)
+        assert plan.thinking == ThinkingBudget(5, begin=(6,), end=(8,), is_open=is_open)
+    left_open = plan_reply(Wanted(thinking_tokens_max=5), THINKING, "", continued="<think>Well")
+    assert left_open.thinking is not None
+    assert left_open.thinking.is_open
+    assert plan_reply(Wanted(), THINKING, OPEN).thinking is None
+
+
+def test_a_reply_that_is_kept_to_a_grammar_from_its_first_token_has_no_reasoning_to_bound() -> None:
+    wanted = Wanted(thinking_tokens_max=5, grammar=Grammar(GrammarKind.JSON_OBJECT))
+    assert plan_reply(wanted, THINKING, "").thinking is None
+    assert plan_reply(wanted, THINKING, OPEN).thinking is not None, "here the grammar waits for its end"
+
+
+@pytest.mark.parametrize("formats", [HERMES, dataclasses.replace(THINKING, tools=TOOL_FORMATS["harmony"])])
+def test_reasoning_that_does_not_stand_between_tags_cannot_be_bounded(formats: ReplyFormats) -> None:
+    with pytest.raises(InvalidRequest, match="no tag that ends its reasoning") as caught:
+        plan_reply(Wanted(thinking_tokens_max=0), formats, OPEN)
+    assert caught.value.param == "thinking_token_budget"
 
 
 def test_a_forced_call_comes_behind_the_reasoning_even_where_that_is_not_wanted_apart() -> None:

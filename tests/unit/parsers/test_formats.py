@@ -59,3 +59,12 @@ def test_the_token_that_ends_reasoning_is_known_where_there_is_one() -> None:
     tokenizer = tokenizer_of("</think>", added=["</think>"])
     assert ReplyFormats.choose("auto", "auto", tokenizer).reasoning_end == (tokenizer.added_token_id("</think>"),)
     assert ReplyFormats.choose("auto", "auto", tokenizer_of("</think>")).reasoning_end == ()
+
+
+def test_both_tags_are_known_as_tokens_however_many_these_are() -> None:
+    tokenizer = tokenizer_of("</think>", added=["</think>"])
+    formats = ReplyFormats.choose("auto", "auto", tokenizer)
+    assert formats.thinking_end == formats.reasoning_end
+    assert formats.thinking_begin == tuple(tokenizer.encode("<think>"))
+    assert len(formats.thinking_begin) > 1
+    assert ReplyFormats.choose("auto", "none", tokenizer).thinking_end == ()

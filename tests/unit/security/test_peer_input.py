@@ -14,6 +14,7 @@ from disaggregated.grammar import Grammar, GrammarKind
 from disaggregated.kv_layout import KVLayout
 from disaggregated.peer_input import checked_name, checked_seconds
 from disaggregated.sampling_params import SamplingParams
+from disaggregated.thinking_budget import ThinkingBudget
 from disaggregated.v1 import control_pb2, kv_pb2
 from kvtransfer.destination.published import PublishedBlocks
 
@@ -75,6 +76,8 @@ def test_every_sampling_field_travels() -> None:
         prompt_logprobs=3,
         num_emitted=11,
         grammar=Grammar(GrammarKind.REGEX, "a+", starts_after=(1, 2)),
+        logprob_token_ids=(8, 3),
+        thinking=ThinkingBudget(0, begin=(), end=(1, 2), is_open=True),
     )
     drawn = {"temperature", "top_p", "top_k", "min_p", "seed"}
     names = {field.name for field in msgspec.structs.fields(sent)} - drawn
@@ -100,6 +103,9 @@ def test_what_is_left_after_some_tokens_counts_them_as_emitted() -> None:
         ({"bad_words": [control_pb2.TokenSequence(token_ids=range(65))]}, "bad_words"),
         ({"logprobs": 21}, "logprobs"),
         ({"prompt_logprobs": 2**31}, "prompt_logprobs"),
+        ({"logprob_token_ids": range(129)}, "logprob_token_ids"),
+        ({"thinking": control_pb2.ThinkingBudget(num_tokens=3)}, "thinking"),
+        ({"thinking": control_pb2.ThinkingBudget(end=[1], begin=range(65))}, "thinking"),
     ],
 )
 def test_what_would_upset_a_sampler_is_refused_by_name(change: dict[str, Any], param: str) -> None:
