@@ -26,7 +26,7 @@ from orchestrator.api.openapi.kinds import (
 )
 from orchestrator.api.prompts import PROMPTS_MAX
 from orchestrator.api.reply_fields import REPLIES_MAX
-from orchestrator.api.responses.body import INCLUDES, METADATA_MAX, OUTPUT_TOKENS_MAX, TOP_LOGPROBS_MAX
+from orchestrator.api.responses.body import INCLUDES, METADATA_MAX, OUTPUT_TOKENS_MAX, TOP_LOGPROBS_MAX, TRUNCATIONS
 from orchestrator.api.responses.body import NOT_HERE as NOT_OF_RESPONSES
 from orchestrator.api.sampling_fields import (
     LOGIT_BIASES_MAX,
@@ -247,6 +247,7 @@ _RESPONSES: Final[dict[str, Schema]] = {
     "tool_choice": one_of("Whether it must.", {"type": "string"}, {"type": "object"}),
     "parallel_tool_calls": TEMPLATE["parallel_tool_calls"],
     "top_logprobs": integer("With include.", low=0, high=TOP_LOGPROBS_MAX),
+    "truncation": text("auto: of a long conversation, what was said first is left out.", enum=[*TRUNCATIONS, None]),
     "stream_options": mapping("include_obfuscation has no effect.", properties={"include_obfuscation": flag("")}),
     "model": COMMON["model"],
     "stream": COMMON["stream"],

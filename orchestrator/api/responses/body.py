@@ -27,11 +27,12 @@ OF_CHATS: Final[Mapping[str, str]] = {
 }
 """Fields of chats that have another name here; they are refused with that name."""
 
+TRUNCATIONS: Final = ("disabled", "auto")
+
 NOT_HERE: Final[Mapping[str, tuple[Any, ...]]] = {
     "background": (False,),
     "conversation": (),
     "prompt": (),
-    "truncation": ("disabled",),
     "context_management": ([],),
     "moderation": (),
     "access_programs": (),
@@ -67,7 +68,7 @@ INCLUDES: Final = frozenset(
 OWN: Final = frozenset(
     {
         "input", "instructions", "previous_response_id", "max_output_tokens", "max_tool_calls", "text", "reasoning",
-        "include", "store", "metadata", "tools", "tool_choice", "top_logprobs", "stream_options",
+        "include", "store", "metadata", "tools", "tool_choice", "top_logprobs", "stream_options", "truncation",
     }
 )  # fmt: skip
 """Read here. Every other field is the chat's."""
@@ -83,6 +84,10 @@ class ResponsesBody:
     tools: OfferedTools
     echo: dict[str, Any]
     """What the answer repeats of the request."""
+
+    @property
+    def is_cut_to_fit(self) -> bool:
+        return bool(self.echo["truncation"] == "auto")
 
 
 def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
@@ -129,8 +134,16 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
             "tool_choice": fields.get("tool_choice", "auto"),
             "tools": fields.get("tools", []),
             "top_logprobs": fields.integer("top_logprobs", low=0, high=TOP_LOGPROBS_MAX),
+            "truncation": _read_truncation(fields),
         },
     )
+
+
+def _read_truncation(fields: Fields) -> str:
+    truncation = fields.text("truncation") or TRUNCATIONS[0]
+    if truncation not in TRUNCATIONS:
+        raise InvalidRequest(f"truncation must be disabled or auto, is {shown(truncation)}", param="truncation")
+    return truncation
 
 
 def _stream_options(fields: Fields) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from orchestrator.api.jobs import chat_job_of
 from orchestrator.api.responses.body import ResponsesBody, read_body
 from orchestrator.api.responses.input_items import Message, messages_of
 from orchestrator.api.responses.shape import ResponsesShape
+from orchestrator.api.responses.truncation import truncated
 from orchestrator.api.sampling_fields import TOKENS_MAX
 from orchestrator.front_door import FrontDoor
 from orchestrator.http.adapted import AdaptedRequest
@@ -55,6 +56,8 @@ async def create(door: FrontDoor, http: web.Request) -> web.StreamResponse:
     exchange = AdaptedRequest(http)
     try:
         draft = Draft(door, exchange, Fields(body.chat), arrived_s=arrived_s)
+        if body.is_cut_to_fit:
+            draft.body = Fields({**body.chat, "messages": await truncated(door, draft.model, body.chat)})
         shape = _shape(door, draft, body, owner=_owner(http))
         job = await chat_job_of(draft, shape, param="input")
     except InvalidRequest as error:
@@ -73,6 +76,8 @@ async def count(door: FrontDoor, http: web.Request) -> web.Response:
     chat = Fields(body.chat)
     try:
         read_generation_fields(chat, model, max_tokens_default=TOKENS_MAX)
+        if body.is_cut_to_fit:
+            chat = Fields({**body.chat, "messages": await truncated(door, model, body.chat)})
         ids = await chat_prompt(chat, model)
     except InvalidRequest as error:
         raise _in_our_names(error) from error
@@ -117,7 +122,6 @@ def _shape(door: FrontDoor, draft: Draft, body: ResponsesBody, *, owner: str) ->
         "service_tier": "default",
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "truncation": "disabled",
         "usage": None,
         "user": draft.body.text("user"),
         **body.echo,

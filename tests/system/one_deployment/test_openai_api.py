@@ -18,6 +18,14 @@ MODEL: Final = "smollm2-135m-instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 LONG: Final = "The quick brown fox jumps over the lazy dog. " * 12
 
+
+def turn(number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"Say it for the {number}th time. {LONG}"},
+        {"role": "assistant", "content": LONG},
+    ]
+
+
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
@@ -48,6 +56,21 @@ async def test_a_stream_says_the_same_as_an_answer(client: openai.AsyncOpenAI) -
     assert chunks[-1].usage == whole.usage.model_copy(
         update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
     )
+
+
+async def test_a_conversation_that_is_too_long_goes_on_without_its_beginning(
+    client: openai.AsyncOpenAI,
+) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "instructions": "Be brief.", "max_output_tokens": 8, "temperature": 0}
+    said: Any = [item for number in range(12) for item in turn(number)]
+    with pytest.raises(openai.BadRequestError, match="the limit is 1023"):
+        await client.responses.create(**fields, input=said)
+    first = await client.responses.create(**fields, input=said, truncation="auto")
+    told = [*said, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "Go on."}]
+    second = await client.responses.create(**fields, input=told, truncation="auto")
+    assert (first.truncation, second.truncation) == ("auto", "auto")
+    assert first.usage.input_tokens < second.usage.input_tokens < 1024, "the cut is where it was"
+    assert second.usage.input_tokens_details.cached_tokens > 0.8 * first.usage.input_tokens
 
 
 async def test_labels_are_scored_by_their_ids(client: openai.AsyncOpenAI) -> None:
