@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CODE := disaggregated kvtransfer context_server generation_server orchestrator tests benchmarks tools
 
 TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder

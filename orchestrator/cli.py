@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from disaggregated import __version__
-from disaggregated.config.one_line import one_line_errors
+from disaggregated.config.one_line import EXIT_USAGE, one_line_errors
 
 DEFAULT_URL: Final = "http://localhost:8000"
 _ROLE_FLAGS: Final = ("--server_role", "--server-role")
@@ -37,6 +37,9 @@ class _DefaultVerb(click.Group):
     """`disaggregated -c FILE` means `disaggregated run -c FILE`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            click.echo(ctx.get_help(), err=True)
+            sys.exit(EXIT_USAGE)
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"):
             args = ["run", *args]
         return super().parse_args(ctx, args)

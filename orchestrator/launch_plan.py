@@ -49,6 +49,8 @@ class LaunchLimits:
     backoff_first_s: float = 1.0
     """Before the second restart in a row; the first one is immediate. Doubles each time."""
     backoff_max_s: float = 30.0
+    hung_timeout_s: float = 60.0
+    """A server that was ready and then says nothing for so long is killed, and starts again; 0: never."""
     stable_s: float = 10.0
     """Ready for so long: the next crash counts as the first one again."""
 
@@ -181,6 +183,14 @@ class LaunchPlan:
             return []
         self._note(now_s, name, "drained" if num_left == 0 else f"drained, {num_left} requests left")
         return self._stop(instance, now_s)
+
+    def hung(self, name: str, reason: str, *, now_s: float) -> list[Decision]:
+        """Its exit is the next event. One that is on its way out has a deadline already."""
+        instance = self._instances.get(name)
+        if instance is None or instance.phase is not Phase.READY:
+            return []
+        self._note(now_s, name, f"killed: {reason}")
+        return [Kill(name)]
 
     def exited(self, name: str, code: int, *, now_s: float) -> list[Decision]:
         """The instance's process is gone; `code` is negative for a signal, as `subprocess` has it."""

@@ -24,6 +24,7 @@ from disaggregated.cores import available_cores
 from disaggregated.errors import DisaggregatedError, InvalidRequest, StartupError
 from disaggregated.security import membership
 from orchestrator.core_allocation import CoreAllocation
+from orchestrator.hung_server import until_hung
 from orchestrator.launch_plan import (
     Decision,
     Drain,
@@ -39,6 +40,7 @@ from orchestrator.launch_plan import (
 )
 from orchestrator.memory_room import why_no_room
 from orchestrator.server_child import MODULES, READY_LINE, ServerChild
+from orchestrator.server_client import Connect, WireServerClient
 
 log = logs.get(__name__)
 
@@ -72,14 +74,16 @@ class Launcher:
         limits: LaunchLimits | None = None,
         environ: Mapping[str, str] = os.environ,
         modules: Mapping[str, str] = MODULES,
+        connect: Connect = WireServerClient,
         show: Callable[[str], object] = lambda line: sys.stderr.write(f"{line}\n"),
     ) -> None:
         self._pools = pools
         self._configs = {"context": config.context, "generation": config.generation}
         self._environ = {**environ, **membership.of_this_process().secret.for_child()}
         self._modules = modules
+        self._connect = connect
         self._show = show
-        self.plan = LaunchPlan(limits or LaunchLimits(start_timeout_s=config.server_start_timeout_s))
+        self.plan = LaunchPlan(limits or limits_of(config))
         num_servers = sum(pool.num_instances for pool in self._local_pools().values())
         self._cores = CoreAllocation(available_cores(), num_servers=num_servers)
         self._events: asyncio.Queue[Event] = asyncio.Queue(_EVENTS_MAX)
@@ -220,7 +224,7 @@ class Launcher:
         for decision in decisions:
             match decision:
                 case Start(name, role):
-                    group.create_task(self._attend(name, role), name=name)
+                    group.create_task(self._attend(name, role, group), name=name)
                 case Join(role, address):
                     self._pools.add(role, address)
                 case Leave(role, address):
@@ -241,8 +245,9 @@ class Launcher:
             num_left = 0
         await self._events.put(lambda now_s: self.plan.drained(drain.name, num_left=num_left, now_s=now_s))
 
-    async def _attend(self, name: str, role: str) -> None:
+    async def _attend(self, name: str, role: str, group: asyncio.TaskGroup) -> None:
         """One process from start to exit."""
+        guard: asyncio.Task[None] | None = None
         child = await ServerChild.start(name, self._modules[role], self._server_config(name, role), self._environ)
         self._children[name] = child
         try:
@@ -253,8 +258,11 @@ class Launcher:
                 self._show(f"{name} | {line}")
                 if match := READY_LINE.match(line):
                     await self._events.put(partial(self._on_ready, name, match[1]))
+                    guard = guard or group.create_task(self._guard(name, match[1]), name=f"guard {name}")
             code = await child.wait()
         finally:
+            if guard is not None:
+                guard.cancel()
             child.kill()
             await child.wait()
             del self._children[name]
@@ -262,6 +270,14 @@ class Launcher:
         self._last_words[name] = child.last_words[-1] if child.last_words else "it said nothing"
         log.info("server_exited", name=name, code=code)
         await self._events.put(lambda now_s: self.plan.exited(name, code, now_s=now_s))
+
+    async def _guard(self, name: str, address: str) -> None:
+        """Ends with the process, or with its death sentence."""
+        if (limit_s := self.plan.limits.hung_timeout_s) == 0.0:
+            return
+        reason = await until_hung(self._connect, address, limit_s=limit_s)
+        log.warning("server_hung", name=name, reason=reason)
+        await self._events.put(lambda now_s: self.plan.hung(name, reason, now_s=now_s))
 
     def _on_scale(self, role: str, count: int, now_s: float) -> list[Decision]:
         return self.plan.scale(role, count, now_s=now_s)
@@ -275,6 +291,12 @@ class Launcher:
             return pool.server
         cores = self._cores.take(name)
         return dataclasses.replace(pool.server, num_threads=len(cores), cpu_affinity=cores)
+
+
+def limits_of(config: DeploymentConfig, **others: float) -> LaunchLimits:
+    return LaunchLimits(
+        start_timeout_s=config.server_start_timeout_s, hung_timeout_s=config.server_hung_timeout_s, **others
+    )
 
 
 def start_failure(last_exit: str, last_words: str) -> StartupError:

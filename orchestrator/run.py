@@ -27,8 +27,7 @@ from disaggregated.security.secret import ClusterSecret
 from orchestrator.admission.http_tls import front_door_tls
 from orchestrator.app import DOOR, make_app
 from orchestrator.http.port import PublicPort
-from orchestrator.launch_plan import LaunchLimits
-from orchestrator.launcher import Launcher
+from orchestrator.launcher import Launcher, limits_of
 from orchestrator.listening import address_of, listen
 from orchestrator.served_model import ServedModel
 from orchestrator.server_pools import ServerPools
@@ -90,8 +89,7 @@ def join_deployment(config: DeploymentConfig) -> None:
 
 async def _serve(config: DeploymentConfig, listener: socket.socket, on_listening: OnListening) -> None:
     pools = ServerPools(config)
-    limits = LaunchLimits(start_timeout_s=config.server_start_timeout_s, stop_timeout_s=SERVERS_TIMEOUT_S)
-    launcher = Launcher(config, pools, limits=limits)
+    launcher = Launcher(config, pools, limits=limits_of(config, stop_timeout_s=SERVERS_TIMEOUT_S))
     asked_to_stop, requests_gone = asyncio.Event(), asyncio.Event()
     with signals(asked_to_stop, launcher.kill_all):
         try:

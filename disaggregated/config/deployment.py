@@ -50,6 +50,8 @@ class DeploymentConfig:
     """From arrival to last token, queueing included."""
     server_start_timeout_s: float = 180.0
     """From starting a local server, or first calling a running one, to its being ready."""
+    server_hung_timeout_s: float = 60.0
+    """A local server that says nothing for so long is killed and starts again; 0: never."""
     progress_timeout_s: float = 1.0
     """A server with work that reports no step for so long is taken as lost."""
     queue_depth_max: int = 1024

@@ -45,6 +45,11 @@ TOP_KEYS: Final = KeyTable(
         honoured("node_id", integer(0, 255), "Part of the ids this orchestrator gives out."),
         honoured("request_timeout_s", number(0.001), "From a request's arrival to its last token, queueing included."),
         honoured("server_start_timeout_s", number(0.001), "How long a server may take to be ready."),
+        honoured(
+            "server_hung_timeout_s",
+            number(0),
+            "A server that was started here and says nothing for so long is killed and started again; 0: never.",
+        ),
         honoured("progress_timeout_s", number(0.001), "A server with work that reports no step for so long is lost."),
         honoured("queue_depth_max", integer(1), "Requests waiting for a dispatch; one more is refused with 429."),
         honoured("log_level", LOG_LEVEL, "Of the orchestrator and of the servers it starts."),

@@ -19,8 +19,7 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import StartupError
 from disaggregated.security import membership
 from orchestrator.api.error_body import json_response
-from orchestrator.launch_plan import LaunchLimits
-from orchestrator.launcher import Launcher
+from orchestrator.launcher import Launcher, limits_of
 from orchestrator.listening import address_of
 from orchestrator.run import SERVERS_TIMEOUT_S, OnListening, signals
 from orchestrator.workers.crew import Crew, orders_of
@@ -54,8 +53,7 @@ async def _supervise(first: Orders, address: str, on_listening: OnListening) -> 
     config = first.config
     environ = {**os.environ, **membership.of_this_process().secret.for_child()}
     crew = Crew(orders_of(first), environ)
-    limits = LaunchLimits(start_timeout_s=config.server_start_timeout_s, stop_timeout_s=SERVERS_TIMEOUT_S)
-    launcher = Launcher(config, crew, limits=limits)
+    launcher = Launcher(config, crew, limits=limits_of(config, stop_timeout_s=SERVERS_TIMEOUT_S))
     crew.describe = launcher.describe
     asked_to_stop, requests_gone = asyncio.Event(), asyncio.Event()
 

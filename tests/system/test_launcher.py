@@ -23,7 +23,10 @@ from orchestrator.launcher import Launcher
 from tests.support.processes import descendants
 
 FAKES: Final = {"context": "tests.support.fake_server", "generation": "tests.support.fake_server"}
-LIMITS: Final = LaunchLimits(start_timeout_s=60, drain_timeout_s=5, stop_timeout_s=1, backoff_first_s=0.05)
+LIMITS: Final = LaunchLimits(
+    start_timeout_s=60, drain_timeout_s=5, stop_timeout_s=1, backoff_first_s=0.05, hung_timeout_s=0
+)
+"""Servers without an engine answer no calls."""
 ROOT: Final = Path(__file__).parents[2]
 
 

@@ -76,6 +76,14 @@ def test_a_mistake_is_one_line_with_an_exit_code(
     assert lines[0].startswith(f"disaggregated: {line}")
 
 
+def test_who_says_nothing_is_told_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "\nCommands:\n" in told.err
+    assert len(told.err.splitlines()) > 20
+
+
 def test_a_metadata_server_is_refused_in_words(capsys: pytest.CaptureFixture[str], config_file: str) -> None:
     assert run("-c", config_file, "-m", "etcd.yml") == 2
     assert "servers do not register themselves" in capsys.readouterr().err

@@ -111,6 +111,16 @@ def test_a_server_too_slow_to_start_is_killed_and_starts_again() -> None:
     assert plan.wake(now_s=60.1) == [Start("context-0", "context")]
 
 
+def test_a_hung_server_is_killed_and_starts_again() -> None:
+    plan = plan_with(ready=1)
+    assert plan.hung("generation-0", "it was silent", now_s=100.0) == [Kill("generation-0")]
+    assert plan.events[-1] == (100.0, "generation-0", "killed: it was silent")
+    assert plan.exited("generation-0", -9, now_s=100.1) == [Leave("generation", "host:generation-0")]
+    assert plan.hung("generation-0", "told late", now_s=100.1) == []
+    assert plan.wake(now_s=100.1) == [Start("generation-0", "generation")]
+    assert plan.hung("generation-7", "it is long gone", now_s=100.1) == []
+
+
 def test_scaling_down_drains_the_newest_server_then_stops_it() -> None:
     plan = plan_with(ready=2)
     assert plan.scale("generation", 1, now_s=10.0) == [
@@ -202,6 +212,8 @@ class World:
             self.make_ready(self.random.choice(names))
         elif chance < 0.6 and names:
             self.end(self.random.choice(names), self.random.choice([0, 1, 4, -9, -15]))
+        elif chance < 0.63 and names:
+            self.carry_out(self.plan.hung(self.random.choice(names), "silent", now_s=self.now_s))
         elif chance < 0.7 and self.drains:
             name = self.random.choice(sorted(self.drains))
             self.drains.remove(name)
