@@ -6,7 +6,7 @@ than everything else that an orchestrator does with a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from disaggregated.errors import ServerLost
@@ -37,20 +37,20 @@ def _is_plain(delta: control_pb2.StreamDelta) -> bool:
     return all(field.name in _PLAIN_FIELDS for field, _ in delta.ListFields())
 
 
-def tokens_of(batch: control_pb2.StepBatch) -> Iterator[tuple[int, int, int]]:
-    """Stream key, position and token of each plain delta.
+def columns_of(batch: control_pb2.StepBatch) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Stream keys, positions and tokens of the plain deltas.
 
     Raises:
-        ServerLost: its columns differ in length; nothing that their sender says can be trusted any more.
+        ServerLost: they differ in length; nothing that their sender says can be trusted any more.
     """
-    columns = batch.stream_keys[:], batch.positions[:], batch.token_ids[:]
-    if not len(columns[0]) == len(columns[1]) == len(columns[2]):
+    stream_keys, positions, token_ids = batch.stream_keys[:], batch.positions[:], batch.token_ids[:]
+    if not len(stream_keys) == len(positions) == len(token_ids):
         raise ServerLost("the columns of a step's message differ in length")
-    return zip(*columns, strict=True)
+    return stream_keys, positions, token_ids
 
 
 def deltas_of(batch: control_pb2.StepBatch) -> Iterator[control_pb2.StreamDelta]:
     """All of them, for those whom it does not matter what they cost."""
-    for stream_key, position, token_id in tokens_of(batch):
+    for stream_key, position, token_id in zip(*columns_of(batch), strict=True):
         yield control_pb2.StreamDelta(stream_key=stream_key, first_position=position, token_ids=[token_id])
     yield from batch.deltas

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost
-from disaggregated.step_batches import tokens_of
+from disaggregated.step_batches import columns_of
 from disaggregated.v1 import control_pb2
 from orchestrator.overdue import Overdue
 from orchestrator.server_client import ServerClient
@@ -100,11 +100,14 @@ class GenerationLink:
         now_s = self._clock()
         self.num_messages += 1
         receivers = self._receivers
-        for stream_key, position, token_id in tokens_of(batch):
-            receiver = receivers.get(stream_key)
+        stream_keys, positions, token_ids = columns_of(batch)
+        self.num_tokens += len(token_ids)
+        # Looked up as they are called, and not before: a token may end the request that the next one is for.
+        for receiver, position, token_id in zip(map(receivers.get, stream_keys), positions, token_ids, strict=True):
             if receiver is not None:
-                self.num_tokens += 1
                 receiver.on_token(position, token_id, now_s)
+            else:
+                self.num_tokens -= 1
         for delta in batch.deltas:
             receiver = receivers.get(delta.stream_key)
             if receiver is not None:

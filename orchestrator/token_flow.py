@@ -23,8 +23,8 @@ from orchestrator.token_order import Arrival, TokenOrder
 _TRANSFERRING: Final = Phase.TRANSFERRING
 _DECODING: Final = Phase.DECODING
 
-SETTLED_MASK: Final = 31
-"""Of a position: when it has none of these bits, the books of a sequence in flow are brought up to date."""
+SETTLED_EVERY: Final = 32
+"""Tokens, after which the books of a sequence in flow are brought up to date."""
 
 
 class TokenFlow(ABC):
@@ -32,7 +32,8 @@ class TokenFlow(ABC):
 
     __slots__ = (
         "_emitted", "_flow_position", "_generation_share", "_has_landed", "_is_over", "_last_position", "_last_token_s",
-        "_longest_gap_s", "_num_prompt_tokens", "_order", "_push_token", "_settled_position", "run", "story",
+        "_longest_gap_s", "_num_prompt_tokens", "_order", "_pause_position", "_push_token", "_settled_position", "run",
+        "story",
     )  # fmt: skip
 
     def __init__(self, run: RequestRun, story: AttemptStory) -> None:
@@ -47,6 +48,8 @@ class TokenFlow(ABC):
         self._is_over = False
         self._flow_position = -1
         """Of the token that is due, while tokens come one by one and nothing else does; -1: they do not."""
+        self._pause_position = -1
+        """In flow, the next token that is not like all others: the books are due before it, or it is the last one."""
         self._settled_position = -1
         """Up to which the books are up to date."""
         self._last_position = len(run.request.token_ids) + run.request.sampling.max_tokens - 1
@@ -60,26 +63,34 @@ class TokenFlow(ABC):
         Memory costs more than counting: a server's streams take turns, and each finds its books out of the cache. So
         those of the run, of the stories and of the shares are brought up to date now and then.
         """
-        if position != self._flow_position or position == self._last_position:
-            if not self._has_landed:
-                self._landed()
-            self._came(position, (token_id,), "", now_s)
+        if position != self._flow_position or position == self._pause_position:
+            self._on_other_token(position, token_id, now_s)
             return
         self._flow_position = position + 1
         if (gap_s := now_s - self._last_token_s) > self._longest_gap_s:
             self._longest_gap_s = gap_s
         self._last_token_s = now_s
         self._emitted.append(token_id)
-        if not position & SETTLED_MASK:
-            self._settle()
         if not self._push_token(token_id):
             self.run.story.finish_reason = "stop"
             self._finish(now_s)
 
+    def _on_other_token(self, position: int, token_id: int, now_s: float) -> None:
+        """One before which the books are due, or the last one, or one that is not in flow."""
+        if position == self._flow_position != self._last_position:
+            self._settle()
+            self._pause_position = min(position + SETTLED_EVERY, self._last_position)
+            self.on_token(position, token_id, now_s)
+            return
+        if not self._has_landed:
+            self._landed()
+        self._came(position, (token_id,), "", now_s)
+
     def _enter_flow(self) -> None:
         """Its first tokens came, it decodes, and no server was lost since."""
         story = self.run.story
-        self._flow_position = self._settled_position = self._order.position
+        position = self._flow_position = self._settled_position = self._order.position
+        self._pause_position = min(position + SETTLED_EVERY, self._last_position)
         self._last_token_s, self._longest_gap_s = story.last_token_s, story.longest_gap_s
 
     def _settle(self) -> None:

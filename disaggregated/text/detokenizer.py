@@ -15,6 +15,8 @@ import orjson
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _UTF8_BYTES_MAX: Final = 4
+ESCAPED_MAX: Final = 512
+"""Bytes of one token's text in JSON, if it is told by itself. Tokens are short, but nobody has to make them so."""
 _Utf8Decoder: Final = codecs.getincrementaldecoder("utf-8")
 
 Piece = Callable[[int], str | None]
@@ -29,8 +31,9 @@ class Detokenizer(Protocol):
         """The reply is over: the replacement character for bytes that never became one."""
 
     def escaped(self, token_id: int) -> bytes | None:
-        """As `push` of one token, as JSON spells its text and without quotes. None, and nothing was taken: the token
-        begins or ends within a character, or depends on its neighbours; it has to be pushed."""
+        """As `push` of one token, as JSON spells its text and without quotes: ESCAPED_MAX bytes at most. None, and
+        nothing was taken: the token begins or ends within a character, is longer, or depends on its neighbours; it has
+        to be pushed."""
 
     def known(self) -> Mapping[int, bytes]:
         """What `escaped` would say of some tokens, and goes on saying until the next `push`: for who cannot afford to
@@ -85,7 +88,7 @@ class ByteLevelCache:
         self.escaped: dict[int, bytes] = {}
         """Text in JSON, of those that are text by themselves."""
         self.parts: set[int] = set()
-        """Those that are not."""
+        """Those that are not, or too long."""
 
 
 class ByteLevelDetokenizer:
@@ -130,9 +133,13 @@ class ByteLevelDetokenizer:
         if escaped is not None:
             return escaped
         try:
-            escaped = self._escaped[token_id] = orjson.dumps(self._bytes(token_id).decode())[1:-1]
+            escaped = orjson.dumps(self._bytes(token_id).decode())[1:-1]
         except UnicodeDecodeError:
+            escaped = None
+        if escaped is None or len(escaped) > ESCAPED_MAX:
             self._parts.add(token_id)
+            return None
+        self._escaped[token_id] = escaped
         return escaped
 
     def known(self) -> Mapping[int, bytes]:

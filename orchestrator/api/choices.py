@@ -1,4 +1,4 @@
-"""Where the tokens of one sequence end up: in an answer that is collected, or in events as they come.
+"""Where the tokens of one sequence end up in an answer that is collected; and what text becomes on its way there.
 
 token ids ──ChoiceText──▶ text ──ReplyParser──▶ deltas ──Shape──▶ JSON
 
@@ -7,18 +7,16 @@ Without a parser, all text is content, and nothing is built for it but the text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from disaggregated.text import ChoiceText
 from disaggregated.token_logprobs import Told
 from orchestrator.api.beside import Beside
-from orchestrator.api.shapes import Reply, Shape
-from orchestrator.api.sse import EventStream, TextFrame
+from orchestrator.api.shapes import Reply
 from orchestrator.parsers import CallStart, Content, Delta, Reasoning, ReplyParser, joined
 from orchestrator.request_run import TokenSink
 
-_NOTHING: Final[Mapping[int, bytes]] = {}
 KEPT_MAX: Final = 64
 """Bits of text kept apart before they are joined: a slow client costs a few bytes a token, and a long answer is not
 copied once a token."""
@@ -135,108 +133,6 @@ class CollectedChoice:
     @property
     def mean_logprob(self) -> float:
         return 0.0 if self._beside is None else self._beside.mean_logprob
-
-
-class StreamedChoice:
-    """One choice of a stream. What its client is too slow for is kept here, joined into one event."""
-
-    def __init__(
-        self,
-        index: int,
-        shape: Shape,
-        text: ChoiceText,
-        parser: ReplyParser | None = None,
-        beside: Beside | None = None,
-        *,
-        echoed: str = "",
-    ) -> None:
-        self._index = index
-        self._text = ParsedText(text, parser, echoed)
-        self._shape = shape
-        self._beside = beside
-        is_plain = parser is None and beside is None and not text.may_stop
-        self._around = shape.around_text(index) if is_plain else None
-        self._plain_text = text
-        self._frame: TextFrame
-        """Once the stream is open, where nothing but text is told; and what of it each token needs is here."""
-        self._has_frame = False
-        self._known: Mapping[int, bytes] = _NOTHING
-        """Text of tokens that may go into the frame at once: none while something is kept."""
-        self._is_opened = False
-        self._is_finished = False
-        self.stream: EventStream
-        """Set by whoever makes both, before the first token."""
-
-    def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
-        wants_more = self._text.push(token_ids, finish_reason)
-        if self._beside is not None:
-            self._beside.push(token_ids, told)
-        if self.stream.takes_more:
-            self.flush()
-        else:
-            self._fell_behind()
-        return wants_more
-
-    def push_token(self, token_id: int) -> bool:
-        """An event of one token, in the least time: there is no call between here and the outbox."""
-        text = self._known.get(token_id)
-        if not text or self._transport.get_write_buffer_size():
-            return self._push_other(token_id)
-        beginning = self._beginnings.get(len(text)) or self._frame.beginning_of(text)
-        waiting = self._waiting
-        if not waiting:
-            self.stream.outbox.flush_soon()
-        waiting.append((self._descriptor, self._transport, beginning + text + self._after, self.stream))
-        return True
-
-    def _push_other(self, token_id: int) -> bool:
-        """One that is not known yet, prints nothing, is a part of a character, or comes too fast for the client."""
-        if self._known is _NOTHING or self._transport.get_write_buffer_size():
-            return self.push((token_id,), "")
-        text = self._plain_text.escaped(token_id)
-        if text is None:
-            return self.push((token_id,), "")
-        return self.push_token(token_id) if text else True
-
-    @property
-    def num_reasoning_tokens(self) -> int:
-        return self._text.num_reasoning_tokens
-
-    def _fell_behind(self) -> None:
-        self._known = _NOTHING
-        self.stream.wake()
-
-    def flush(self) -> None:
-        """Send what is kept; also when there is nothing."""
-        event = b""
-        if not self._is_opened:
-            self._is_opened = True
-            event = self._shape.opening(self._index)
-        event += self._said()
-        if self._text.finish_reason and not self._is_finished:
-            self._is_finished = True
-            event += self._shape.finish(self._index, self._text.finish_reason)
-        if event:
-            self.stream.send(event)
-        if self._around is not None and self.stream.is_open:
-            if not self._has_frame and (frame := self.stream.frame(*self._around)) is not None:
-                self._use(frame)
-            self._known = self._plain_text.known() if self._has_frame else _NOTHING
-
-    def _use(self, frame: TextFrame) -> None:
-        """Everything that a token needs, a step away instead of three."""
-        self._has_frame = True
-        self._frame, self._beginnings, self._after = frame, frame.beginnings, frame.after
-        self._transport, self._descriptor = self.stream.transport, self.stream.descriptor
-        self._waiting = self.stream.outbox.waiting
-
-    def _said(self) -> bytes:
-        beside = None if self._beside is None else self._beside.take()
-        text = self._text.take_text()
-        if text is not None:
-            return self._shape.text(self._index, text, beside) if text or beside else b""
-        deltas = self._text.take_deltas()
-        return self._shape.deltas(self._index, deltas, beside) if deltas or beside else b""
 
 
 class PromptOnly:

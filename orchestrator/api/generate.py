@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
-from orchestrator.api.choices import CollectedChoice, PromptOnly, StreamedChoice
+from orchestrator.api.choices import CollectedChoice, PromptOnly
 from orchestrator.api.direct import answer
 from orchestrator.api.drafts import Draft
 from orchestrator.api.fields import Fields
@@ -22,6 +22,7 @@ from orchestrator.api.shapes import Usage
 from orchestrator.api.siblings import likeliest, run_many
 from orchestrator.api.single import answer_single, stream_single
 from orchestrator.api.sse import EventStream
+from orchestrator.api.streamed import Streamed
 from orchestrator.front_door import FrontDoor
 from orchestrator.http.exchange import Exchange, Rest
 from orchestrator.request_run import TokenSink
@@ -74,16 +75,9 @@ async def _collect(door: FrontDoor, exchange: Exchange, job: Job) -> None:
 
 async def _stream(door: FrontDoor, exchange: Exchange, job: Job) -> None:
     choices = [streamed_choice(job, index) for index in range(len(job.requests))]
-
-    def flush() -> None:
-        for choice in choices:
-            choice.flush()
-
     deadline_s = job.requests[0].deadline_s
     try:
-        stream = EventStream(exchange, job.headers, flush, door.outbox)
-        for choice in choices:
-            choice.stream = stream
+        stream = EventStream(exchange, job.headers, choices, door.outbox)
         async with asyncio.timeout(deadline_s - door.clock() + 1.0):
             last_events = await _last_events(door, job, stream, choices)
             await stream.end(*last_events, job.shape.closing)
@@ -94,9 +88,7 @@ async def _stream(door: FrontDoor, exchange: Exchange, job: Job) -> None:
     exchange.answered()
 
 
-async def _last_events(
-    door: FrontDoor, job: Job, stream: EventStream, choices: Sequence[StreamedChoice]
-) -> Sequence[bytes]:
+async def _last_events(door: FrontDoor, job: Job, stream: EventStream, choices: Sequence[Streamed]) -> Sequence[bytes]:
     """Run the job to its end; what its client is told after the last token.
 
     An error before the first token has a status of its own; afterwards it is the last event.
@@ -127,5 +119,5 @@ async def _run_all(door: FrontDoor, job: Job, sinks: Sequence[TokenSink]) -> Usa
     return total
 
 
-def _with_reasoning(usage: Usage, choices: Sequence[CollectedChoice | StreamedChoice]) -> Usage:
+def _with_reasoning(usage: Usage, choices: Sequence[CollectedChoice | Streamed]) -> Usage:
     return usage + Usage(0, 0, 0, sum(choice.num_reasoning_tokens for choice in choices))

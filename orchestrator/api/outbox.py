@@ -27,13 +27,17 @@ class Outlet(Protocol):
         """What the kernel did not take, or all of it when something is wrong with the connection."""
 
 
+Address = tuple[int, asyncio.Transport, Outlet]
+"""An outlet with its descriptor and its transport: who writes to it often makes this once."""
+
+
 class Outbox:
     """Of one event loop. Invariant: a flush is due whenever something waits."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[int, asyncio.Transport, bytes, Outlet]] = []
-        """The descriptor and the transport of each outlet stand beside it. Always the same list: whoever finds it empty
-        calls `flush_soon()`, and whoever writes to an outlet otherwise `flush()`."""
+        self.waiting: list[tuple[Address, bytes]] = []
+        """Always the same list: whoever finds it empty calls `flush_soon()`, and whoever writes to an outlet otherwise
+        `flush()`."""
 
     def put(self, outlet: Outlet, event: bytes) -> None:
         """For who can afford the call."""
@@ -41,7 +45,7 @@ class Outbox:
             return
         if not self.waiting:
             self.flush_soon()
-        self.waiting.append((outlet.descriptor, transport, event, outlet))
+        self.waiting.append(((outlet.descriptor, transport, outlet), event))
 
     def flush_soon(self) -> None:
         asyncio.get_running_loop().call_soon(self.flush)
@@ -53,7 +57,7 @@ class Outbox:
         self.waiting.clear()
         late: set[Outlet] = set()
         write = os.write
-        for descriptor, transport, event, outlet in waiting:
+        for (descriptor, transport, outlet), event in waiting:
             # Before each write: a descriptor that is closed may by now be somebody else's.
             if transport.is_closing():
                 continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.api.choices import CollectedChoice, StreamedChoice
-from orchestrator.api.counted import CountedChoice
+from orchestrator.api.choices import CollectedChoice, ParsedText
 from orchestrator.api.jobs import Job
+from orchestrator.api.streamed import Streamed, StreamedChoice, StreamedText
 
 
 def collected_choice(job: Job, index: int) -> CollectedChoice:
@@ -13,10 +13,11 @@ def collected_choice(job: Job, index: int) -> CollectedChoice:
     return CollectedChoice(job.text_of(request), job.parser(), job.beside_of(request), echoed=job.echoed_to(index))
 
 
-def streamed_choice(job: Job, index: int) -> StreamedChoice:
+def streamed_choice(job: Job, index: int) -> Streamed:
     """The same in a stream."""
-    request = job.requests[index]
-    made = (index, job.shape, job.text_of(request), job.parser(), job.beside_of(request))
-    if job.fields.counts_always:
-        return CountedChoice(*made, echoed=job.echoed_to(index), num_prompt_tokens=len(request.token_ids))
-    return StreamedChoice(*made, echoed=job.echoed_to(index))
+    request, text, echoed = job.requests[index], job.text_of(job.requests[index]), job.echoed_to(index)
+    parser, beside, counts = job.parser(), job.beside_of(request), job.fields.counts_always
+    if parser is None and beside is None and not text.may_stop and not counts:
+        return StreamedText(index, job.shape, text, echoed=echoed)
+    counted = len(request.token_ids) if counts else None
+    return StreamedChoice(index, job.shape, ParsedText(text, parser, echoed), beside, counted=counted)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
-from orchestrator.api.choices import CollectedChoice, StreamedChoice
+from orchestrator.api.choices import CollectedChoice
 from orchestrator.api.direct import answer
 from orchestrator.api.jobs import Job
 from orchestrator.api.replies import collected_choice, streamed_choice
 from orchestrator.api.shapes import Usage
 from orchestrator.api.sse import EventStream
+from orchestrator.api.streamed import Streamed
 from orchestrator.front_door import FrontDoor
 from orchestrator.http.exchange import Exchange
 from orchestrator.request_run import RequestRun, TokenSink
@@ -58,7 +59,7 @@ class _Single:
     def _end(self, story: RequestStory, error: DisaggregatedError | None) -> None:
         raise NotImplementedError
 
-    def _usage(self, story: RequestStory, choice: CollectedChoice | StreamedChoice) -> Usage:
+    def _usage(self, story: RequestStory, choice: CollectedChoice | Streamed) -> Usage:
         return Usage(story.num_prompt_tokens, story.num_cached_tokens, story.num_tokens, choice.num_reasoning_tokens)
 
 
@@ -85,10 +86,9 @@ class _Streamed(_Single):
         job = self._job
         self._choice = choice = streamed_choice(job, 0)
         try:
-            self._stream = EventStream(self._exchange, job.headers, choice.flush, self._door.outbox)
+            self._stream = EventStream(self._exchange, job.headers, (choice,), self._door.outbox)
         except ConnectionError as error:
             raise RequestCancelled("the client went away") from error
-        choice.stream = self._stream
         self._begin(choice)
 
     def _end(self, story: RequestStory, error: DisaggregatedError | None) -> None:

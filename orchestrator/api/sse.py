@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple, Protocol
 
+from disaggregated.text.detokenizer import ESCAPED_MAX
 from orchestrator.api.direct import head_of, put
 from orchestrator.api.outbox import Outbox
 from orchestrator.http.exchange import Exchange
@@ -20,34 +22,46 @@ _HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cac
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
-class TextFrame:
-    """One event with any text: what stands around the text is put together once for each length of it."""
+FRAME_MAX: Final = 4096
+"""Bytes of an event beside its text, if there is a frame for it."""
 
-    __slots__ = ("_before", "_is_chunked", "after", "beginnings")
 
-    def __init__(self, before: bytes, after: bytes, *, is_chunked: bool) -> None:
-        self._before = before
-        self._is_chunked = is_chunked
-        self.after = after + b"\r\n" if is_chunked else after
-        self.beginnings: dict[int, bytes] = {}
-        """By the length of the text. Tokens are short, so there are few."""
+class TextFrame(NamedTuple):
+    """What stands around the text of events that differ in nothing else, as it is written to the connection."""
 
-    def beginning_of(self, text: bytes) -> bytes:
-        """What stands before it, which is in `beginnings` from now on."""
-        length = len(self._before) + len(text) + len(self.after) - 2
-        beginning = b"%x\r\n%b" % (length, self._before) if self._is_chunked else self._before
-        self.beginnings[len(text)] = beginning
-        return beginning
+    lines: Sequence[bytes]
+    """What comes first, by the length of the text."""
+    before: bytes
+    after: bytes
+
+
+@functools.lru_cache(maxsize=256)
+def _chunk_sizes(num_around: int) -> Sequence[bytes]:
+    """The first lines of HTTP's chunks, by the length of the text in them. Streams differ little: they share them."""
+    return tuple(b"%x\r\n" % (num_around + num_bytes) for num_bytes in range(ESCAPED_MAX + 1))
+
+
+_NO_SIZES: Final = (b"",) * (ESCAPED_MAX + 1)
+
+
+class Kept(Protocol):
+    """Somebody who keeps what a client is too slow for."""
+
+    stream: EventStream
+    """Set by the stream."""
+
+    def flush(self) -> None:
+        """Send whatever has been kept, as the client has caught up."""
+
+    def fell_behind(self) -> None:
+        """The client did not take all that was written."""
 
 
 class EventStream:
     """One HTTP response. Nothing is sent, not even its status, before the first `send()`."""
 
-    def __init__(
-        self, exchange: Exchange, headers: Mapping[str, str], flush: Callable[[], None], outbox: Outbox
-    ) -> None:
-        """`flush` sends whatever has been kept; called when a client that was too slow has caught up.
-
+    def __init__(self, exchange: Exchange, headers: Mapping[str, str], choices: Sequence[Kept], outbox: Outbox) -> None:
+        """
         Raises:
             ConnectionResetError: the client has gone.
         """
@@ -59,7 +73,9 @@ class EventStream:
         self.descriptor = exchange.descriptor
         self._is_chunked = exchange.is_http_11
         self._headers = headers
-        self._flush = flush
+        self._choices = choices
+        for each in choices:
+            each.stream = self
         self._catching_up: asyncio.Task[None] | None = None
         """Waits for a slow client. Ends by itself, at the latest with the connection."""
         self.is_open = False
@@ -93,13 +109,22 @@ class EventStream:
 
     def frame(self, before: bytes, after: bytes) -> TextFrame | None:
         """For events that differ only in the text between the two, and may go into the outbox; None: none may, because
-        bytes are not written to this connection as they are."""
-        if self.descriptor < 0:
+        bytes are not written to this connection as they are, or they are very long."""
+        num_around = len(before) + len(after)
+        if self.descriptor < 0 or num_around > FRAME_MAX:
             return None
-        return TextFrame(before, after, is_chunked=self._is_chunked)
+        if self._is_chunked:
+            return TextFrame(_chunk_sizes(num_around), before, after + b"\r\n")
+        return TextFrame(_NO_SIZES, before, after)
 
     def write_rest(self, rest: bytes) -> None:
         self.transport.write(rest)
+        for each in self._choices:
+            each.fell_behind()
+
+    def _flush(self) -> None:
+        for each in self._choices:
+            each.flush()
 
     def try_end(self, *events: bytes) -> bool:
         """Whatever is kept, then `events`, then the end of the response. False, and nothing was sent: the client is too
@@ -125,6 +150,7 @@ class EventStream:
 
     def _send_last(self, events: Sequence[bytes]) -> None:
         self._flush()
+        self._choices = ()  # Each of them has this stream: no circle is left behind.
         last = b"".join(events)
         if self._is_chunked:
             last = b"%x\r\n%b\r\n%b" % (len(last), last, _LAST_CHUNK) if last else _LAST_CHUNK

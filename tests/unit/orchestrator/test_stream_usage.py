@@ -10,11 +10,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from disaggregated.text import ChoiceText
-from orchestrator.api.counted import CountedChoice
 from orchestrator.api.responses.shape import ResponsesShape
-from orchestrator.api.shapes import ChatShape, CompletionShape
-from tests.support.byte_model import byte_tokenizer
 from tests.support.fake_cluster import Temper
 from tests.support.front_door import Door, front_door
 from tests.support.script import says
@@ -120,14 +116,6 @@ async def test_responses_check_theirs_too(door: Door) -> None:
     body = {"model": "fake", "input": "x", "stream": True, "stream_options": {"include_obfuscation": 1}}
     status, answer = await door.post("/v1/responses", body)
     assert (status, answer["error"]["param"]) == (400, "stream_options.include_obfuscation")
-
-
-@pytest.mark.parametrize("make", [ChatShape, CompletionShape])
-async def test_only_who_counts_stays_out_of_the_fast_lane(make: type[ChatShape] | type[CompletionShape]) -> None:
-    shape = make("id", "fake", 0, include_usage=True)
-    assert shape.around_text(0)
-    choice = CountedChoice(0, shape, ChoiceText(byte_tokenizer(), (), ()), num_prompt_tokens=3)
-    assert choice._around is None
 
 
 async def test_a_response_is_counted_at_its_end() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggregated.errors import ServerLost
-from disaggregated.step_batches import deltas_of, packed, tokens_of
+from disaggregated.step_batches import columns_of, deltas_of, packed
 from disaggregated.v1 import control_pb2
 
 DELTAS = st.builds(
@@ -33,16 +33,16 @@ def test_one_token_and_nothing_else_stands_in_columns() -> None:
     plain = control_pb2.StreamDelta(stream_key=1, first_position=9, token_ids=[5])
     last = control_pb2.StreamDelta(stream_key=2, first_position=9, token_ids=[5], finish_reason="stop")
     batch = packed(1, [plain, last])
-    assert [*tokens_of(batch)] == [(1, 9, 5)]
+    assert columns_of(batch) == ([1], [9], [5])
     assert [delta.stream_key for delta in batch.deltas] == [2]
 
 
 def test_a_delta_with_a_field_that_is_not_known_here_is_kept_whole() -> None:
     told = control_pb2.StreamDelta(stream_key=1, first_position=9, token_ids=[5])
     told.logprobs.logprobs.append(-0.5)
-    assert [*tokens_of(packed(1, [told]))] == []
+    assert columns_of(packed(1, [told])) == ([], [], [])
 
 
 def test_columns_of_different_lengths_are_refused() -> None:
     with pytest.raises(ServerLost, match="differ in length"):
-        tokens_of(control_pb2.StepBatch(stream_keys=[1, 2], positions=[9], token_ids=[5, 6]))
+        columns_of(control_pb2.StepBatch(stream_keys=[1, 2], positions=[9], token_ids=[5, 6]))
