@@ -285,8 +285,13 @@ def error_of_status(status: grpc.aio.AioRpcError, address: str) -> Disaggregated
     if status.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceeded(f"{address} did not answer in time")
     if status.code() in _LOST:
-        return errors.ServerLost(f"lost {address}: {status.details() or status.code().name}")
+        return errors.ServerLost(f"lost {address}: {_in_short(status.details() or status.code().name)}")
     return DisaggregatedError(f"{address}: {status.code().name}: {status.details()}")
+
+
+def _in_short(details: str) -> str:
+    """Of all that gRPC tells of a connection that could not be made, what the system said of it."""
+    return details.rpartition("Failed to connect to remote host: ")[2]
 
 
 def rebuild(kind: str, message: str, param: str | None = None) -> DisaggregatedError:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from orchestrator.transfer_aborts import TransferAborts
 
 
+NOT_REACHED: Final = "not reached yet"
 STEPS_AHEAD: Final = 2
 """Of prefill, on a context server: one under way and one more ready. The rest waits where it can still go elsewhere."""
 
@@ -79,7 +80,7 @@ class Server:
         self.role = role
         self.address = address
         self.standing = Standing.CONNECTING
-        self.reason = "not reached yet"
+        self.reason = NOT_REACHED
         """Why it is not ready, in words."""
         self.description = control_pb2.ServerDescription()
         self.heartbeat = control_pb2.Heartbeat()

@@ -24,7 +24,7 @@ from orchestrator.agreement import ServedModelNames, disagreement
 from orchestrator.generation_link import GenerationLink
 from orchestrator.routing.block_follower import follow_blocks
 from orchestrator.routing.speed import PoolSpeed
-from orchestrator.server import Role, Server, Standing
+from orchestrator.server import NOT_REACHED, Role, Server, Standing
 from orchestrator.server_client import Connect, ServerClient, WireServerClient
 from orchestrator.silence import SilenceAlarm
 from orchestrator.task_owner import TaskOwner
@@ -205,6 +205,8 @@ class ServerPools:
         elif server.standing is not Standing.REFUSED:
             if isinstance(error, Unauthenticated) and server.reason != str(error):  # Said once; waiting mends nothing.
                 log.error("server_not_of_this_cluster", role=server.role, address=server.address, reason=str(error))
+            elif server.reason == NOT_REACHED:  # Said once; of one that was ready the log has that it was lost.
+                log.warning("server_not_reached", role=server.role, address=server.address, reason=str(error))
             server.unreachable(str(error))
 
     async def _join(self, server: Server, client: ServerClient) -> None:

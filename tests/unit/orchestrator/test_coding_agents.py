@@ -25,12 +25,6 @@ async def door() -> AsyncIterator[Door]:
         yield opened
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(door: Door) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 @pytest.mark.parametrize("agent", ACCEPTED)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_agent_is_answered(door: Door, agent: str, stream: bool) -> None:

@@ -34,12 +34,6 @@ async def door() -> AsyncIterator[Door]:
         yield opened
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(door: Door) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def of_chat(grammar: Any = LARK, name: str = "patch") -> dict[str, Any]:
     wanted = {"format": {"type": "grammar", "grammar": grammar}} if grammar else {}
     return {"type": "custom", "custom": {"name": name, "description": "Edits files.", **wanted}}

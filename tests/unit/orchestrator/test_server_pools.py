@@ -199,7 +199,7 @@ def test_a_server_of_another_cluster_is_named_in_the_log_once_and_joins_when_it_
     played(play)
 
 
-def test_a_server_that_is_not_there_yet_is_called_again_and_again() -> None:
+def test_a_server_that_is_not_there_yet_is_called_again_and_again(caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         cluster = FakeCluster(0, num_context=0, num_generation=1)
         cluster.servers["generation-0"].crash()
@@ -208,6 +208,7 @@ def test_a_server_that_is_not_there_yet_is_called_again_and_again() -> None:
             assert only(pools).standing is Standing.CONNECTING
             assert only(pools).num_times_lost == 0
             assert "refuses connections" in only(pools).reason
+            assert caplog.text.count("server_not_reached") == 1
             cluster.servers["generation-0"].restart()
             await asyncio.sleep(BACKOFF_S_MAX + 1.0)
             assert only(pools).is_ready

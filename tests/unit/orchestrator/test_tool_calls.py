@@ -38,12 +38,6 @@ async def door() -> AsyncIterator[Door]:
         yield opened
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(door: Door) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 async def told(client: openai.AsyncOpenAI, reply: str, *, stream: bool, **fields: Any) -> dict[str, Any]:
     """One choice: its message and finish reason, put together from a stream as clients do it."""
     messages: Any = [{"role": "user", "content": says(reply)}]

@@ -23,12 +23,6 @@ async def door() -> AsyncIterator[Door]:
         yield opened
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(door: Door) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def expected(door: Door, prompt: str) -> str:
     return door.expected(door.model.tokenizer.encode(prompt), max_tokens=12, seed=7)[0]
 

@@ -29,12 +29,6 @@ async def door() -> AsyncIterator[Door]:
         yield opened
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(door: Door) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 async def response_to(client: openai.AsyncOpenAI, reply: str, *, stream: bool = False, **fields: Any) -> Any:
     if not stream:
         return await client.responses.create(model="fake", input=says(reply), **fields)
