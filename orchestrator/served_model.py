@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from typing import Final
 
 from disaggregated.model_files import read_num_tokens_max, resolve
 from disaggregated.model_files.sampling_defaults import read_sampling_defaults
 from disaggregated.text import Tokenizer
 from orchestrator.freed_memory import give_back_freed_memory
+
+TOKENS_READ_MAX: Final = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,11 @@ class ServedModel:
         )
         give_back_freed_memory()
         return model
+
+    @property
+    def num_tokens_read_max(self) -> int:
+        """Of a text that is only counted, or cut afterwards: it may be longer than what the model takes."""
+        return max(self.num_tokens_max, TOKENS_READ_MAX)
 
     def is_meant_by(self, name: str) -> bool:
         return name == self.name or name in self.aliases

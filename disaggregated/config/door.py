@@ -9,7 +9,7 @@ import dataclasses
 class DoorConfig:
     num_workers: int = 1
     """Orchestrator processes that share the port."""
-    body_bytes_max: int = 32 << 20
+    body_bytes_max: int = 8 << 20
     """Of one request; a prompt of a million token ids takes seven million."""
     prompt_tokens_max: int = 0
     """Of one prompt; 0: as many as the model and its servers take."""

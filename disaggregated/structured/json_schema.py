@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
@@ -10,6 +11,8 @@ from disaggregated.errors import InvalidRequest
 from disaggregated.structured.json_type import wrong_type
 
 BYTES_MAX: Final = 128 << 10
+SOURCE_CHARACTERS_MAX: Final = 2 * BYTES_MAX
+"""Of one that is given as a text, blanks included."""
 DEPTH_MAX: Final = 48
 """Of objects and arrays within each other; libraries have theirs not much above it."""
 
@@ -31,23 +34,35 @@ def schema_text(value: Any, name: str, *, is_lenient: bool = False) -> str:
         InvalidRequest: no schema, or one that is too large or too deep.
     """
     if isinstance(value, str):
+        if len(value) > SOURCE_CHARACTERS_MAX:
+            raise InvalidRequest(
+                f"{name} has {len(value)} characters, the limit is {SOURCE_CHARACTERS_MAX}", param=name
+            )
         try:
             value = orjson.loads(value)
         except orjson.JSONDecodeError as error:
             raise InvalidRequest(f"{name} is not valid JSON: {error}", param=name) from error
     if not isinstance(value, dict):
         raise wrong_type(name, "a JSON schema, an object", value)
+    _check_size(value, name)
     if is_deeper(value, DEPTH_MAX):
         raise InvalidRequest(f"{name} is nested deeper than {DEPTH_MAX} levels", param=name)
     closed = _closed(value, is_part=False)
     if is_lenient:
         closed = {**closed, "x-guidance": {"lenient": True}}
+    return _check_size(closed, name).decode()
+
+
+def _check_size(schema: Mapping[str, Any], name: str) -> bytes:
+    """Before anything else is done with it, and afterwards: it may have grown. The same, as JSON."""
     try:
-        text = orjson.dumps(closed).decode()
-    except (orjson.JSONEncodeError, UnicodeDecodeError) as error:
+        text = orjson.dumps(schema)
+    except orjson.JSONEncodeError as error:
+        if is_deeper(schema, DEPTH_MAX):
+            raise InvalidRequest(f"{name} is nested deeper than {DEPTH_MAX} levels", param=name) from error
         raise InvalidRequest(f"{name} is not valid Unicode", param=name) from error
-    if len(text.encode()) > BYTES_MAX:
-        raise InvalidRequest(f"{name} has {len(text.encode())} bytes, the limit is {BYTES_MAX}", param=name)
+    if len(text) > BYTES_MAX:
+        raise InvalidRequest(f"{name} has {len(text)} bytes, the limit is {BYTES_MAX}", param=name)
     return text
 
 

@@ -37,10 +37,12 @@ def read_regex(value: Any, name: str) -> Grammar:
 
 
 def read_choice(value: Any, name: str) -> Grammar:
-    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+    if not isinstance(value, list):
         raise wrong_type(name, "an array of strings", value)
     if not 1 <= len(value) <= CHOICES_MAX:
         raise InvalidRequest(f"{name} has {len(value)} choices, it must have 1 to {CHOICES_MAX}", param=name)
+    if not all(isinstance(choice, str) for choice in value):
+        raise wrong_type(name, "an array of strings", value)
     if not all(value):
         raise InvalidRequest(f"{name}: a choice must not be empty", param=name)
     return Grammar(GrammarKind.CHOICE, _text(orjson.dumps(value).decode(), name))

@@ -20,6 +20,7 @@ from disaggregated.structured.json_type import wrong_type
 
 TAGS_MAX: Final = 256
 TEXT_BYTES_MAX: Final = 64 << 10
+SOURCE_CHARACTERS_MAX: Final = 4 * TEXT_BYTES_MAX
 _TEXT: Final = r"/(.|\n)*/"
 _JSON: Final = {"item_separator": SEPARATORS[0], "key_separator": SEPARATORS[1], "whitespace_flexible": False}
 
@@ -31,6 +32,10 @@ def read_structural_tag(value: Any, name: str) -> Grammar:
         InvalidRequest: names the part that is wrong, or of a kind that does not exist here.
     """
     if isinstance(value, str):
+        if len(value) > SOURCE_CHARACTERS_MAX:
+            raise InvalidRequest(
+                f"{name} has {len(value)} characters, the limit is {SOURCE_CHARACTERS_MAX}", param=name
+            )
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:

@@ -9,9 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import orjson
+
 from disaggregated.errors import InvalidRequest
 from disaggregated.structured.json_type import wrong_type
 
+LONG_CHARACTERS: Final = 1 << 16
 _TEXT_OF_PART: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -76,10 +79,15 @@ def _tool_call(call: Any) -> Any:
     if not isinstance(arguments, str):
         return call
     try:
-        parsed = json.loads(arguments or "{}")
+        parsed = _parsed(arguments or "{}")
     except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
+
+
+def _parsed(arguments: str) -> Any:
+    """Python's own parser keeps numbers as they are, however long, but takes a tenth of a second for a long text."""
+    return json.loads(arguments) if len(arguments) <= LONG_CHARACTERS else orjson.loads(arguments)
 
 
 def _function_call(call: Mapping[str, Any], custom: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import tokenizers
 
-from disaggregated.errors import InvalidRequest, ModelUnavailable
+from disaggregated.errors import InvalidRequest, ModelUnavailable, PromptTooLong
 from disaggregated.model_files import read_eos_token_ids
 from disaggregated.model_files.checkpoint import read_json
 from disaggregated.text.chat_template import ChatTemplate
@@ -23,6 +23,7 @@ from disaggregated.text.detokenizer import (
     byte_level_spelling,
     sentencepiece_spelling,
 )
+from disaggregated.text.long_texts import is_longer_for_certain
 from disaggregated.text.segments import SegmentedEncoder
 
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -76,12 +77,23 @@ class Tokenizer:
         template = None if source is None else ChatTemplate(source, _special_tokens(config))
         return cls(backend, chat_template=template, eos_token_ids=read_eos_token_ids(path))
 
-    def encode(self, text: str, add_special_tokens: bool = True, *, param: str | None = None) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, param: str | None = None, num_tokens_max: int | None = None
+    ) -> list[int]:
         """Token ids. A rendered chat already has its special tokens in the text: pass False for it.
 
-        Raises InvalidRequest(param) for text that is not Unicode (half of a surrogate pair, which JSON can spell).
+        `num_tokens_max` bounds the time and the memory that it takes: who gives it has no use for more, but may still
+        get somewhat more.
+
+        Raises:
+            InvalidRequest(param): it is not Unicode (half of a surrogate pair, which JSON can spell).
+            PromptTooLong(param): it has far more than `num_tokens_max`.
         """
         try:
+            if num_tokens_max is not None and is_longer_for_certain(text, num_tokens_max, self._num_tokens):
+                raise PromptTooLong(
+                    f"the prompt has more than {num_tokens_max} tokens, and that is the limit", param=param
+                )
             if add_special_tokens or self._by_segments is None:
                 return self._encoded(text, add_special_tokens=add_special_tokens)
             return self._by_segments.encode(text)
@@ -93,6 +105,9 @@ class Tokenizer:
     def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Of the library's ways this is the one that keeps no offsets: faster by half, and other threads run."""
         return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self._backend.encode_batch_fast([text], add_special_tokens=False)[0])
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence at once."""

@@ -51,6 +51,8 @@ class ChatForm:
     """Besides those that the template writes."""
     template: str | None
     """The client's own."""
+    may_be_longer: bool = False
+    """Than what the model takes: the prompt is cut, or only counted."""
 
     @classmethod
     def read(cls, fields: Fields, *, grammar: Grammar | None, allows_template: bool) -> ChatForm:
@@ -67,6 +69,7 @@ class ChatForm:
             continues=fields.flag("continue_final_message"),
             adds_special_tokens=fields.flag("add_special_tokens"),
             template=_read_template(fields, allows_template=allows_template),
+            may_be_longer=fields.get("truncate_prompt_tokens") is not None,
         )
 
     def reads_quickly(self, fields: Fields) -> bool:
@@ -110,7 +113,12 @@ class ChatForm:
             )
         else:
             text = self._rendered_by_client(self.template, messages, model)
-        ids = model.tokenizer.encode(text, add_special_tokens=self.adds_special_tokens, param="messages")
+        ids = model.tokenizer.encode(
+            text,
+            add_special_tokens=self.adds_special_tokens,
+            param="messages",
+            num_tokens_max=model.num_tokens_read_max if self.may_be_longer else model.num_tokens_max,
+        )
         if not ids:
             raise InvalidRequest("messages: the chat template made an empty prompt of them", param="messages")
         return ids, text
@@ -179,7 +187,8 @@ def is_small(value: Any, num_characters: int) -> bool:
 async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
     """The ids alone, of a chat that is not generated. Raises InvalidRequest as `read_chat` does."""
     form = await read_chat_form(fields, grammar=None, allows_template=False)
-    promptly = dataclasses.replace(form, wanted=Wanted())  # What a reply would be like makes no difference.
+    # What a reply would be like makes no difference.
+    promptly = dataclasses.replace(form, wanted=Wanted(), may_be_longer=True)
     return (await read_messages(promptly, fields, model, TEXT_ONLY)).token_ids
 
 

@@ -10,7 +10,7 @@ import msgspec
 from disaggregated.errors import InvalidRequest, PromptTooLong, UnknownModel
 from disaggregated.grammar import Grammar
 from orchestrator.admission.gate import Visit
-from orchestrator.api.fields import Fields
+from orchestrator.api.fields import Fields, shown
 from orchestrator.api.generation_fields import GenerationFields
 from orchestrator.api.sampling_fields import read_seed
 from orchestrator.api.sessions import sessions_of
@@ -155,7 +155,7 @@ def known_model(door: FrontDoor, body: Fields, *, is_optional: bool = False) -> 
     if not name:
         raise InvalidRequest("model is missing", param="model")
     if not model.is_meant_by(name):
-        raise UnknownModel(f"the model {name!r} does not exist; {model.name!r} is served here", param="model")
+        raise UnknownModel(f"the model {shown(name)} does not exist; {model.name!r} is served here", param="model")
     return model
 
 

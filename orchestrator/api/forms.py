@@ -11,7 +11,7 @@ from typing import Final
 import orjson
 
 from disaggregated.bounded_cache import BoundedCache
-from orchestrator.api.chat import ChatForm
+from orchestrator.api.chat import ChatForm, is_small
 from orchestrator.api.fields import Fields
 from orchestrator.api.generation_fields import GenerationFields, read_generation_fields
 from orchestrator.api.sampling_fields import TOKENS_MAX
@@ -60,8 +60,11 @@ class Forms:
         Raises:
             InvalidRequest: names the field that is wrong.
         """
+        read = {name: value for name, value in body.values.items() if name not in self._left_out}
+        if body.num_bytes > FORM_BYTES_MAX and not is_small(read, FORM_BYTES_MAX):
+            return Form(self._read(body))
         try:
-            key = orjson.dumps({name: value for name, value in body.values.items() if name not in self._left_out})
+            key = orjson.dumps(read)
         except orjson.JSONEncodeError:  # Text that is not Unicode: whoever reads the field says so.
             return Form(self._read(body))
         form = self._kept.get(key)

@@ -59,7 +59,7 @@ def read_generation_fields(
         include_usage=options.flag("include_usage"),
         counts_always=options.flag("continuous_usage_stats"),
         reply=reply,
-        priority=fields.integer("priority", low=-(2**31), high=2**31) or 0,
+        priority=fields.integer("priority", low=-(2**31), high=2**31 - 1) or 0,
         cache_salt=_read_cache_salt(fields),
         truncation=read_truncation(fields),
         unknown=unknown_fields(fields, is_chat=is_chat),

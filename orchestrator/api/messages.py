@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.structured.json_parts import check_num_parts
 from disaggregated.text.chat_messages import template_messages
-from orchestrator.api.fields import wrong_type
+from orchestrator.api.fields import shown, wrong_type
 
 ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MAY_SAY_NOTHING: Final = frozenset({"assistant", "tool", "function"})
 """Who calls a tool says nothing besides, and a tool may have nothing to tell."""
+ARGUMENTS_PARTS_MAX: Final = 1 << 18
+"""JSON values in the arguments of one call: they are parsed for the template, and written again by it."""
 
 
 def checked_messages(messages: object) -> list[Mapping[str, Any]]:
@@ -36,7 +39,7 @@ def _checked_message(message: object, name: str) -> Mapping[str, Any]:
         raise InvalidRequest(f"{name}.role is missing; it is one of {', '.join(sorted(ROLES))}", param=f"{name}.role")
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequest(
-            f"{name}.role must be one of {', '.join(sorted(ROLES))}; is {role!r}", param=f"{name}.role"
+            f"{name}.role must be one of {', '.join(sorted(ROLES))}; is {shown(role)}", param=f"{name}.role"
         )
     content = message.get("content")
     if content is None and role not in _MAY_SAY_NOTHING:
@@ -56,8 +59,8 @@ def assistant_text(message: Mapping[str, Any]) -> str:
     """What it says, as templates show it; "" where it is not the assistant's."""
     if message["role"] != "assistant":
         return ""
-    (shown,) = template_messages([message])
-    return shown["content"] or ""
+    (as_shown,) = template_messages([message])
+    return as_shown["content"] or ""
 
 
 def _check_calls(message: Mapping[str, Any], name: str) -> None:
@@ -89,5 +92,8 @@ def _check_function(function: object, where: str) -> None:
         raise wrong_type(where, "an object", function)
     if not isinstance(function.get("name"), str):
         raise wrong_type(f"{where}.name", "a string", function.get("name"))
-    if not isinstance(function.get("arguments"), str | dict | None):
-        raise wrong_type(f"{where}.arguments", "a string of JSON", function["arguments"])
+    arguments, where = function.get("arguments"), f"{where}.arguments"
+    if not isinstance(arguments, str | dict | None):
+        raise wrong_type(where, "a string of JSON", arguments)
+    if isinstance(arguments, str):
+        check_num_parts(arguments.encode(), where, param=where, num_max=ARGUMENTS_PARTS_MAX)

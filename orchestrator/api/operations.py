@@ -13,7 +13,7 @@ from disaggregated.v1 import control_pb2
 from orchestrator.admission.make import caller_of
 from orchestrator.api.bodies import received_body
 from orchestrator.api.error_body import error_response, json_response, plain_error_response
-from orchestrator.api.fields import Fields
+from orchestrator.api.fields import Fields, shown
 from orchestrator.front_door import FrontDoor
 from orchestrator.metrics import CONTENT_TYPE
 from orchestrator.server import Role, Server
@@ -128,7 +128,7 @@ async def scale(door: FrontDoor, http: web.Request) -> web.Response:
         raise InvalidRequest('name a role and a count, such as {"generation": 2}')
     for role in body.values:
         if role not in {known.value for known in Role}:
-            raise InvalidRequest(f"there is no role {role!r}; the roles are context and generation", param=role)
+            raise InvalidRequest(f"there is no role {shown(role)}; the roles are context and generation", param=role)
     counts = {role: body.integer(role, low=0, high=_INSTANCES_MAX) or 0 for role in body.values}
     for role, count in counts.items():
         await door.scaler.scale(role, count)

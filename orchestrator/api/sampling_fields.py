@@ -15,10 +15,13 @@ from disaggregated.sampling_params import (
     over_model_defaults,
 )
 from disaggregated.text import Tokenizer, bad_word_ids
+from disaggregated.text.bad_words import BAD_WORDS_MAX
 from orchestrator.api.fields import Fields, wrong_type
 from orchestrator.served_model import ServedModel
 
 STOP_STRINGS_MAX: Final = 16
+STOP_CHARACTERS_MAX: Final = 2048
+"""Of one: with each token, what may still become it is compared with it from every place."""
 STOP_TOKEN_IDS_MAX: Final = 64
 LOGIT_BIASES_MAX: Final = 1024
 TOKENS_MAX: Final = 2**31 - 1
@@ -85,12 +88,18 @@ def read_thinking_budget(fields: Fields) -> int | None:
 def read_stop(fields: Fields) -> tuple[str, ...]:
     value = fields.get("stop")
     stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+    if not isinstance(stops, list):
         raise wrong_type("stop", "a string or an array of strings", value)
     if len(stops) > STOP_STRINGS_MAX:
         raise InvalidRequest(f"stop has {len(stops)} strings, the limit is {STOP_STRINGS_MAX}", param="stop")
+    if not all(isinstance(stop, str) for stop in stops):
+        raise wrong_type("stop", "a string or an array of strings", value)
     if not all(stops):
         raise InvalidRequest("stop: a string in it must not be empty", param="stop")
+    if (longest := max(map(len, stops), default=0)) > STOP_CHARACTERS_MAX:
+        raise InvalidRequest(
+            f"stop: a string in it has {longest} characters, the limit is {STOP_CHARACTERS_MAX}", param="stop"
+        )
     return tuple(stops)
 
 
@@ -110,10 +119,12 @@ def _read_stop_token_ids(fields: Fields, model: ServedModel) -> frozenset[int]:
 def _read_token_ids(fields: Fields, name: str, vocab_size: int, *, num_max: int) -> Sequence[int]:
     value = fields.get(name)
     ids = [] if value is None else value
-    if not isinstance(ids, list) or any(type(token_id) is not int for token_id in ids):
+    if not isinstance(ids, list):
         raise wrong_type(name, "an array of integers", value)
     if len(ids) > num_max:
         raise InvalidRequest(f"{name} has {len(ids)} entries, the limit is {num_max}", param=name)
+    if any(type(token_id) is not int for token_id in ids):
+        raise wrong_type(name, "an array of integers", value)
     if (odd := next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)) is not None:
         raise InvalidRequest(f"{name}: {odd} is not between 0 and {vocab_size - 1}", param=name)
     return ids
@@ -160,6 +171,7 @@ def _checked_bias(key: str, value: Any) -> float:
 def _read_bad_words(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     value = fields.get("bad_words")
     words = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+    is_list = isinstance(words, list)
+    if not is_list or not all(isinstance(word, str) for word in words[:BAD_WORDS_MAX]):
         raise wrong_type("bad_words", "an array of strings", value)
     return bad_word_ids(words, tokenizer)

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 INLINE_TOKENS_MAX: Final = 1000
 """Up to here detokenizing takes half a millisecond; more goes to a thread."""
+STRINGS_MAX: Final = 1 << 18
+"""Tokens that are told as text: no thread is of help while their JSON is written."""
 
 
 async def tokenize(door: FrontDoor, http: web.Request) -> web.Response:
@@ -37,6 +39,10 @@ async def tokenize(door: FrontDoor, http: web.Request) -> web.Response:
     model = known_model(door, fields, is_optional=True)
     shows_strings = fields.flag("return_token_strs")
     ids = await _ids_of(fields, model)
+    if shows_strings and len(ids) > STRINGS_MAX:
+        raise InvalidRequest(
+            f"return_token_strs: the text has {len(ids)} tokens, the limit is {STRINGS_MAX}", param="return_token_strs"
+        )
     strings = await _on_thread_if_long(model.tokenizer.pieces, ids) if shows_strings else None
     return json_response(
         {"count": len(ids), "max_model_len": door.num_tokens_max(model), "tokens": ids, "token_strs": strings}

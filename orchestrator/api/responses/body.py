@@ -64,6 +64,7 @@ INCLUDES: Final = frozenset(
     }
 )
 """All but the last are about things that no answer has here."""
+INCLUDES_MAX: Final = 64
 
 OWN: Final = frozenset(
     {
@@ -204,6 +205,8 @@ def _read_logprobs(fields: Fields) -> dict[str, Any]:
     include = fields.get("include", [])
     if not isinstance(include, list):
         raise wrong_type("include", "an array of strings", include)
+    if len(include) > INCLUDES_MAX:
+        raise InvalidRequest(f"include has {len(include)} strings, the limit is {INCLUDES_MAX}", param="include")
     if (odd := next((name for name in include if not isinstance(name, str) or name not in INCLUDES), None)) is not None:
         raise InvalidRequest(f"include: there is no {shown(odd)}", param="include")
     if "message.output_text.logprobs" not in include:
@@ -216,5 +219,5 @@ def _read_metadata(fields: Fields) -> Mapping[str, Any]:
     if len(metadata) > METADATA_MAX:
         raise InvalidRequest(f"metadata has {len(metadata)} entries, the limit is {METADATA_MAX}", param="metadata")
     if odd := next((name for name, value in metadata.items() if not isinstance(value, str)), None):
-        raise wrong_type(f"metadata.{odd}", "a string", metadata[odd])
+        raise wrong_type(f"metadata.{odd[:80]}", "a string", metadata[odd])
     return metadata

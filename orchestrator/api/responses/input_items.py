@@ -43,6 +43,7 @@ def messages_of(items: object, name: str, *, before: Sequence[Message] = ()) -> 
 class _Conversation:
     def __init__(self, before: Sequence[Message]) -> None:
         self.messages: list[Message] = [*before[:-1], dict(before[-1])] if before else []
+        self._calls_before = before[-1].get("tool_calls") if before else None
         self._call_ids = {call["id"] for message in before for call in message.get("tool_calls", ())}
 
     def add(self, item: Mapping[str, Any], name: str) -> None:
@@ -85,8 +86,14 @@ class _Conversation:
             function = chat_name(function, _text_field(item, "namespace", name))
         self._call_ids.add(call_id)
         call = {"id": call_id, "type": "function", "function": {"name": function, "arguments": arguments}}
-        message = self._assistant()
-        message["tool_calls"] = [*message.get("tool_calls", ()), call]
+        self._own_calls(self._assistant()).append(call)
+
+    def _own_calls(self, message: Message) -> list[Any]:
+        """Those of `message`, to be added to; where it came with the conversation before, a copy, made once."""
+        calls = message.get("tool_calls")
+        if calls is None or calls is self._calls_before:
+            message["tool_calls"] = calls = list(calls or ())
+        return calls
 
     def _add_call_output(self, item: Mapping[str, Any], name: str) -> None:
         call_id = _text_field(item, "call_id", name)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from disaggregated.errors import InvalidRequest
 from orchestrator.api.custom_tools import read_custom_tool
 from orchestrator.api.fields import shown, wrong_type
+from orchestrator.api.tools import TOOLS_MAX
 
 SEPARATOR: Final = "."
 """Between a namespace and the name of its function."""
@@ -50,6 +51,8 @@ def offered_tools(tools: object) -> OfferedTools:
     """
     if not isinstance(tools, list):
         raise wrong_type("tools", "an array of tools", tools)
+    if len(tools) > TOOLS_MAX:
+        raise InvalidRequest(f"tools has {len(tools)} tools, the limit is {TOOLS_MAX}", param="tools")
     chat: list[Mapping[str, Any]] = []
     special: dict[str, ClientTool] = {}
     left_out = []

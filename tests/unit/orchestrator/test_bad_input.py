@@ -217,6 +217,7 @@ CASES: list[Case] = [
     (CHAT, chat(thinking_token_budget=9), 400, "thinking_token_budget", "no tag that ends its reasoning"),
     (CHAT, chat(guided_whitespace_pattern=" "), 400, "guided_whitespace_pattern", "is not supported yet"),
     (CHAT, chat(guided_json={}, guided_choice=["x"]), 400, "guided_choice", "both say what the reply must match"),
+    (CHAT, chat(priority=2**31), 400, "priority", "must be at most 2147483647"),
     (CHAT, chat(priority="high"), 400, "priority", "priority must be an integer"),
     ("/v1/embeddings", {}, 404, None, "there is no POST /v1/embeddings"),
     ("/v1/models", {}, 405, None, "/v1/models takes GET, not POST"),

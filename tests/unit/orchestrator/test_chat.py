@@ -125,7 +125,7 @@ async def test_tools_whose_grammar_is_too_large_are_refused_before_any_server_he
     ]
     body = Fields({"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required"})
     with pytest.raises(InvalidRequest, match="the limit is 262144") as refused:
-        await read_chat(body, byte_model(), TEXT_ONLY, grammar=None, allows_template=False)
+        await read_chat(body, byte_model(num_tokens_max=1 << 20), TEXT_ONLY, grammar=None, allows_template=False)
     assert refused.value.param == "tools"
 
 
@@ -142,7 +142,7 @@ async def test_a_chat_of_many_parts_does_not_hold_up_the_event_loop() -> None:
     body = Fields({"messages": [{"role": "user", "content": ["x"] * 60_000}]})
     began_s = time.process_time()
     with frozen_garbage(), LoopCpu() as loop_cpu:
-        chat = await read_chat(body, byte_model(), TEXT_ONLY, grammar=None, allows_template=False)
+        chat = await read_chat(body, byte_model(num_tokens_max=1 << 17), TEXT_ONLY, grammar=None, allows_template=False)
     took_s = time.process_time() - began_s
     assert len(chat.token_ids) > 60_000
     assert loop_cpu.longest_s < took_s / 4, f"{loop_cpu.longest_s:.3f} s of {took_s:.3f} s"

@@ -24,40 +24,40 @@ from tests.support.loop_wall import LoopWall, shortest_lag_s
 CONCURRENCY: Final = 8
 BATCH: Final = 500
 BLOCKED_MAX_S: Final = 0.05
+NUM_ATTEMPTS: Final = 4
 SUSPECTS_MAX: Final = 16
 """Bodies that are asked for again, alone."""
+ALONE_S: Final = 120.0
+"""For all of them."""
+ANSWER_S: Final = 10.0
+"""For one answer, whatever else is asked at the same time: no body costs more than that."""
+ERROR_BYTES_MAX: Final = 2000
+"""Of an answer that refuses: what a client wrote is quoted in part."""
+TOLD_EVERY: Final = 2000
 
 
-@pytest.mark.parametrize(("seed", "count"), [(1, 1000), pytest.param(2, 20_000, marks=pytest.mark.soak)])
-@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("seed", "count"), [(1, 1000), *(pytest.param(seed, 20_000, marks=pytest.mark.soak) for seed in (2, 3, 4))]
+)
+@pytest.mark.timeout(900)
 async def test_every_answer_is_good_or_names_the_field(seed: int, count: int) -> None:
-    answers: collections.Counter[int] = collections.Counter()
-    wrong: list[tuple[Probe, int, bytes]] = []
+    storm = Storm()
     drawn = probes(seed, count)
     longest_s = 0.0
-    wall = LoopWall[Probe](BLOCKED_MAX_S)
-
-    async def ask(door: Door, waiting: Iterator[Probe]) -> None:
-        for probe in waiting:
-            with wall.asking(probe):
-                status, kind, body = await answer_to(door, probe)
-            answers[status] += 1
-            if not is_sound(status, kind, body):
-                wrong.append((probe, status, body))
-
+    began_s = time.monotonic()
     async with front_door(num_tokens_max=96, num_generation=2) as door:
         while batch := list(itertools.islice(drawn, BATCH)):  # Drawn beforehand: that takes time too.
-            waiting = iter(batch)
-            with frozen_garbage(), LoopCpu() as loop_cpu, wall:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(CONCURRENCY):
-                        group.create_task(ask(door, waiting))
-            longest_s = max(longest_s, loop_cpu.longest_s)
-        blocking = await blocking_alone(door, wall.suspects[:SUSPECTS_MAX])
+            longest_s = max(longest_s, await storm.shortest_stretch_s(door, batch))
+            if storm.num_asked % TOLD_EVERY == 0:
+                took_s = time.monotonic() - began_s
+                tell(f"{storm.num_asked} bodies in {took_s:.0f} s, the slowest in {storm.slowest_s:.2f} s")
+        blocking = await blocking_alone(door, storm.wall.suspects[:SUSPECTS_MAX])
         await door.wait_idle()
-    sys.stdout.write(
-        f"\n{count} bodies: the loop computed for {1e3 * longest_s:.0f} ms at once, and was late by the clock for "
-        f"{1e3 * wall.longest_s:.0f} ms; beside {len(wall.suspects)} bodies it was for {1e3 * BLOCKED_MAX_S:.0f} ms\n"
+    wall, answers, wrong = storm.wall, storm.answers, storm.wrong
+    tell(
+        f"{count} bodies of seed {seed}: the loop computed for {1e3 * longest_s:.0f} ms at once "
+        f"({storm.num_again} batches of {BATCH} were asked again), and was late by the clock for "
+        f"{1e3 * wall.longest_s:.0f} ms; beside {len(wall.suspects)} bodies it was for {1e3 * BLOCKED_MAX_S:.0f} ms"
     )
     assert not blocking
     assert not wrong, f"{len(wrong)} of {count}: {[(p.path, p.body[:300], s, b[:300]) for p, s, b in wrong[:4]]}"
@@ -66,21 +66,76 @@ async def test_every_answer_is_good_or_names_the_field(seed: int, count: int) ->
     assert longest_s < BLOCKED_MAX_S
 
 
+class Storm:
+    """Asks for bodies, several at a time, and keeps what is to be told of the answers."""
+
+    def __init__(self) -> None:
+        self.answers: collections.Counter[int] = collections.Counter()
+        self.wrong: list[tuple[Probe, int, bytes]] = []
+        self.wall = LoopWall[Probe](BLOCKED_MAX_S)
+        self.num_asked = self.num_again = 0
+        self.slowest_s = 0.0
+
+    async def shortest_stretch_s(self, door: Door, batch: list[Probe]) -> float:
+        """The longest that the loop computed at once. A batch is asked again where that is too long: the kernel counts
+        what it does for others, too, but what a batch costs by itself it costs each time."""
+        self.num_asked += len(batch)
+        longest_s = await self._ask_all(door, batch)
+        for _ in range(NUM_ATTEMPTS - 1):
+            if longest_s < BLOCKED_MAX_S:
+                break
+            self.num_again += 1
+            longest_s = min(longest_s, await self._ask_all(door, batch))
+        return longest_s
+
+    async def _ask_all(self, door: Door, batch: list[Probe]) -> float:
+        waiting = iter(batch)
+        with frozen_garbage(), LoopCpu() as loop_cpu, self.wall:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(CONCURRENCY):
+                    group.create_task(self._ask(door, waiting))
+        return loop_cpu.longest_s
+
+    async def _ask(self, door: Door, waiting: Iterator[Probe]) -> None:
+        for probe in waiting:
+            asked_s = time.monotonic()
+            with self.wall.asking(probe):
+                status, kind, body = await answer_to(door, probe)
+            self.slowest_s = max(self.slowest_s, time.monotonic() - asked_s)
+            self.answers[status] += 1
+            if not is_sound(status, kind, body):
+                self.wrong.append((probe, status, body))
+
+
+def tell(line: str) -> None:
+    sys.stdout.write(f"\n{line}")
+    sys.stdout.flush()
+
+
 async def answer_to(door: Door, probe: Probe) -> tuple[int, str, bytes]:
-    async with door.http.post(door.url + probe.path, data=io.BytesIO(probe.body)) as answer:
-        return answer.status, answer.content_type, await answer.read()
+    try:
+        async with (
+            asyncio.timeout(ANSWER_S),
+            door.http.post(door.url + probe.path, data=io.BytesIO(probe.body)) as answer,
+        ):
+            return answer.status, answer.content_type, await answer.read()
+    except TimeoutError as error:
+        shown = f"{probe.path}: {len(probe.body)} bytes, {probe.body[:300]!r}"
+        raise AssertionError(f"no answer in {ANSWER_S:g} s to {shown}") from error
 
 
 async def blocking_alone(door: Door, suspects: list[Probe]) -> list[tuple[Probe, float]]:
     """Those that make the loop late each time that they are asked for, with nothing beside them, and by how much."""
     found = []
+    end_s = asyncio.get_running_loop().time() + ALONE_S
     for probe in suspects:
 
         async def ask(probe: Probe = probe) -> None:
             await answer_to(door, probe)
 
         with frozen_garbage():
-            lag_s = await shortest_lag_s(ask, BLOCKED_MAX_S)
+            async with asyncio.timeout_at(end_s):
+                lag_s = await shortest_lag_s(ask, BLOCKED_MAX_S)
         if lag_s >= BLOCKED_MAX_S:
             found.append((probe, lag_s))
     return found
@@ -90,6 +145,8 @@ def is_sound(status: int, content_type: str, body: bytes) -> bool:
     if status == 200:
         return b'"internal_error"' not in body
     if not 400 <= status < 500 or content_type != "application/json":
+        return False
+    if len(body) > ERROR_BYTES_MAX:
         return False
     error: dict[str, Any] = orjson.loads(body)["error"]
     names_nothing = error["message"].startswith("the body ")
