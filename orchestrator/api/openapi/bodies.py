@@ -31,6 +31,7 @@ from orchestrator.api.responses.body import NOT_HERE as NOT_OF_RESPONSES
 from orchestrator.api.sampling_fields import (
     LOGIT_BIASES_MAX,
     REPETITION_PENALTY_MIN,
+    STOP_CHARACTERS_MAX,
     STOP_STRINGS_MAX,
     STOP_TOKEN_IDS_MAX,
     TOKENS_MAX,
@@ -40,7 +41,8 @@ from orchestrator.api.tools import TOOLS_MAX
 from orchestrator.api.truncation import SIDES, TO_THE_MODEL
 
 _WORDS: Final = {"type": "string", "minLength": 1}
-_STOPS: Final = {"type": "array", "items": _WORDS, "maxItems": STOP_STRINGS_MAX}
+_STOP: Final = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS_MAX}
+_STOPS: Final = {"type": "array", "items": _STOP, "maxItems": STOP_STRINGS_MAX}
 _IDS: Final = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 MODEL_NAME: Final[Schema] = {"type": "string", "minLength": 1, "description": "Of the model that is served."}
@@ -54,9 +56,7 @@ SAMPLING: Final[dict[str, Schema]] = {
     "max_tokens": integer("Tokens at most; cut to what the prompt leaves. 0 with echo.", low=0, high=TOKENS_MAX),
     "max_completion_tokens": integer("The newer name of max_tokens.", low=0, high=TOKENS_MAX),
     "min_tokens": integer("No end before so many tokens.", low=0, high=TOKENS_MAX),
-    "stop": one_of(
-        "Texts that end the reply.", _WORDS, {"type": "array", "items": _WORDS, "maxItems": STOP_STRINGS_MAX}
-    ),
+    "stop": one_of("Texts that end the reply.", _STOP, _STOPS),
     "stop_token_ids": token_ids("Tokens that end the reply.", maxItems=STOP_TOKEN_IDS_MAX),
     "ignore_eos": flag("The model's own end of sequence does not end the reply."),
     "presence_penalty": number("Taken from the logits of tokens that the reply has.", low=-2.0, high=2.0),
@@ -163,7 +163,7 @@ COMMON: Final[dict[str, Schema]] = {
             "include_obfuscation": flag("Taken without an effect: nothing is padded."),
         },
     ),
-    "priority": integer("A lower one is served earlier.", low=-(2**31), high=2**31),
+    "priority": integer("A lower one is served earlier.", low=-(2**31), high=2**31 - 1),
     "cache_salt": text("Prompts are found in caches with the same one only.", maxLength=CACHE_SALT_CHARACTERS_MAX),
     "truncate_prompt_tokens": integer(
         "Of a longer prompt, only so many tokens; -1: as many as fit. Not 0.", low=TO_THE_MODEL, high=TOKENS_MAX
