@@ -11,6 +11,7 @@ import msgspec
 from disaggregated.errors import InvalidRequest
 from disaggregated.grammar import Grammar
 from disaggregated.peer_input import checked_number
+from disaggregated.repetition_rule import RepetitionRule
 from disaggregated.thinking_budget import ThinkingBudget
 from disaggregated.v1 import control_pb2
 
@@ -72,6 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
     thinking: ThinkingBudget | None = None
     """How long the reply may reason; None: as long as it wants."""
+    repetition: RepetitionRule | None = None
+    """The sequence ends when it goes round in circles so; None: it may."""
 
     @property
     def is_greedy(self) -> bool:
@@ -125,6 +128,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             message.logprob_token_ids.extend(self.logprob_token_ids)
         if self.prompt_logprobs is not None:
             message.prompt_logprobs = self.prompt_logprobs
+        if self.repetition is not None:
+            message.repetition.CopyFrom(self.repetition.to_proto())
         if self.edits_logits:
             self._add_edits(message)
         return message
@@ -155,6 +160,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
             grammar=Grammar.from_proto(message.grammar) if message.HasField("grammar") else None,
             thinking=ThinkingBudget.from_proto(message.thinking) if message.HasField("thinking") else None,
+            repetition=RepetitionRule.from_proto(message.repetition) if message.HasField("repetition") else None,
         )
 
 

@@ -31,6 +31,7 @@ class RequestKind(enum.Enum):
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,7 +203,15 @@ class Sequence:
             return FinishReason.STOP
         if position + 1 - self.num_prompt_tokens >= self.sampling.max_tokens or position + 1 >= self.num_tokens_max:
             return FinishReason.LENGTH
-        return None
+        return FinishReason.REPETITION if self._repeats_itself(position) else None
+
+    def _repeats_itself(self, position: int) -> bool:
+        """By the tokens up to this one, those generated elsewhere before among them."""
+        rule = self.sampling.repetition
+        if rule is None or position + 1 - self.num_prompt_tokens < self.sampling.min_tokens:
+            return False
+        first = max(self.num_prompt_tokens - self.sampling.num_emitted, position + 1 - rule.num_tokens)
+        return rule.is_met_by(self.token_ids[first : position + 1])
 
     @property
     def forbidden_token_ids(self) -> frozenset[int]:

@@ -45,6 +45,7 @@ class SamplingParams(_message.Message):
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     THINKING_FIELD_NUMBER: _builtins.int
+    REPETITION_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """tokens that may still be generated, at least 1"""
     temperature: _builtins.float
@@ -101,6 +102,10 @@ class SamplingParams(_message.Message):
     def thinking(self) -> Global___ThinkingBudget:
         """absent: reasoning may be of any length"""
 
+    @_builtins.property
+    def repetition(self) -> Global___RepetitionRule:
+        """absent: what is generated may repeat itself"""
+
     def __init__(
         self,
         *,
@@ -125,10 +130,11 @@ class SamplingParams(_message.Message):
         logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         grammar: Global___Grammar | None = ...,
         thinking: Global___ThinkingBudget | None = ...,
+        repetition: Global___RepetitionRule | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "grammar", b"grammar", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "thinking", b"thinking"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "grammar", b"grammar", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "repetition", b"repetition", "thinking", b"thinking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "bias_token_ids", b"bias_token_ids", "biases", b"biases", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_emitted", b"num_emitted", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "thinking", b"thinking", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "bias_token_ids", b"bias_token_ids", "biases", b"biases", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_emitted", b"num_emitted", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition", b"repetition", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "thinking", b"thinking", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -228,6 +234,35 @@ class ThinkingBudget(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ThinkingBudget: _TypeAlias = ThinkingBudget  # noqa: Y015
+
+@_typing.final
+class RepetitionRule(_message.Message):
+    """The sequence ends ("repetition") when what was generated ends in a pattern of such a size so often in a row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATTERN_SIZE_MIN_FIELD_NUMBER: _builtins.int
+    PATTERN_SIZE_MAX_FIELD_NUMBER: _builtins.int
+    COUNT_MIN_FIELD_NUMBER: _builtins.int
+    pattern_size_min: _builtins.int
+    """in tokens, at least 1"""
+    pattern_size_max: _builtins.int
+    count_min: _builtins.int
+    """at least 2"""
+    def __init__(
+        self,
+        *,
+        pattern_size_min: _builtins.int = ...,
+        pattern_size_max: _builtins.int = ...,
+        count_min: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count_min", b"count_min", "pattern_size_max", b"pattern_size_max", "pattern_size_min", b"pattern_size_min"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RepetitionRule: _TypeAlias = RepetitionRule  # noqa: Y015
 
 @_typing.final
 class Logprobs(_message.Message):

@@ -40,7 +40,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "prompt_token_ids": (),
     "prompt_token_ids_b64": (),
     "moderation": (),
-    "repetition_detection": (),
     "watermarking": (),
     "vllm_xargs": ({},),
     "media_io_kwargs": ({},),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.repetition_rule import PATTERN_SIZE_MAX, RepetitionRule
+from disaggregated.repetition_rule import TOKENS_MAX as REPETITION_TOKENS_MAX
 from disaggregated.sampling_params import (
     BIAS_MAX,
     LOGPROB_TOKEN_IDS_MAX,
@@ -26,6 +28,7 @@ STOP_TOKEN_IDS_MAX: Final = 64
 LOGIT_BIASES_MAX: Final = 1024
 TOKENS_MAX: Final = 2**31 - 1
 TOP_K_MAX: Final = 2**31 - 1
+REPETITIONS_MIN: Final = 2
 REPETITION_PENALTY_MIN: Final = 0.01
 """It divides."""
 
@@ -33,7 +36,7 @@ SAMPLING_FIELDS: Final = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "stop",
         "stop_token_ids", "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
-        "bad_words", "allowed_token_ids", "logprob_token_ids",
+        "bad_words", "allowed_token_ids", "logprob_token_ids", "repetition_detection",
     }
 )  # fmt: skip
 
@@ -70,6 +73,7 @@ def read_sampling(fields: Fields, model: ServedModel, *, max_tokens: int) -> Sam
         allowed_token_ids=frozenset(_read_token_ids(fields, "allowed_token_ids", vocab_size, num_max=vocab_size)),
         bad_words=_read_bad_words(fields, model.tokenizer),
         logprob_token_ids=_read_logprob_token_ids(fields, vocab_size),
+        repetition=_read_repetition(fields),
     )
 
 
@@ -137,6 +141,25 @@ def _read_logprob_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
     if ids and (asked is None or asked is False):
         raise InvalidRequest("logprob_token_ids is only allowed when logprobs is asked for", param="logprob_token_ids")
     return tuple(dict.fromkeys(ids))
+
+
+def _read_repetition(fields: Fields) -> RepetitionRule | None:
+    """vLLM's; a largest pattern of 0 tokens, which is the default, asks for nothing."""
+    members = fields.nested("repetition_detection")
+    largest = members.integer("max_pattern_size", low=0, high=PATTERN_SIZE_MAX) or 0
+    smallest = members.integer("min_pattern_size", low=0, high=largest) or 1
+    count = members.integer("min_count", low=0, high=REPETITION_TOKENS_MAX) or 0
+    if largest == 0:
+        return None
+    name = "repetition_detection.min_count"
+    if count < REPETITIONS_MIN:
+        raise InvalidRequest(f"{name} must be at least {REPETITIONS_MIN}, is {count}", param=name)
+    rule = RepetitionRule(smallest, largest, count)
+    if rule.num_tokens > REPETITION_TOKENS_MAX:
+        raise InvalidRequest(
+            f"{name} times max_pattern_size must be at most {REPETITION_TOKENS_MAX}, is {rule.num_tokens}", param=name
+        )
+    return rule
 
 
 def _read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:

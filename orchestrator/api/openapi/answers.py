@@ -8,7 +8,7 @@ from orchestrator.api.openapi.kinds import Schema, record, ref
 
 _TEXT: Final = {"type": "string"}
 _COUNT: Final = {"type": "integer", "minimum": 0}
-_REASON: Final = {"enum": ["stop", "length", "tool_calls", "function_call"]}
+_REASON: Final = {"enum": ["stop", "length", "tool_calls", "function_call", "repetition"]}
 
 _USAGE: Final = record({"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT}, "total_tokens")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from disaggregated.repetition_rule import PATTERN_SIZE_MAX
+from disaggregated.repetition_rule import TOKENS_MAX as REPETITION_TOKENS_MAX
 from disaggregated.sampling_params import LOGPROB_TOKEN_IDS_MAX, LOGPROBS_MAX, PENALTY_MAX
 from disaggregated.structured.readers import CHOICES_MAX, TEXT_BYTES_MAX
 from disaggregated.text.bad_words import BAD_WORDS_MAX
@@ -71,6 +73,14 @@ SAMPLING: Final[dict[str, Schema]] = {
     ),
     "bad_words": one_of("Never in the reply.", _WORDS, {"type": "array", "items": _WORDS, "maxItems": BAD_WORDS_MAX}),
     "allowed_token_ids": token_ids("Nothing else in the reply."),
+    "repetition_detection": mapping(
+        "The reply ends when it ends in a pattern of so many tokens so often.",
+        properties={
+            "max_pattern_size": integer("0: never.", low=0, high=PATTERN_SIZE_MAX),
+            "min_pattern_size": integer("At most max_pattern_size.", low=0, high=PATTERN_SIZE_MAX),
+            "min_count": integer("At least 2.", low=0, high=REPETITION_TOKENS_MAX),
+        },
+    ),
     "logprob_token_ids": token_ids(
         "With logprobs: how likely these were, in place of the likeliest.", maxItems=LOGPROB_TOKEN_IDS_MAX
     ),

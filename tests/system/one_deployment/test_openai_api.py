@@ -73,6 +73,18 @@ async def test_a_conversation_that_is_too_long_goes_on_without_its_beginning(
     assert second.usage.input_tokens_details.cached_tokens > 0.8 * first.usage.input_tokens
 
 
+async def test_a_reply_that_goes_round_in_circles_ends(client: openai.AsyncOpenAI) -> None:
+    rule = {"max_pattern_size": 4, "min_count": 3}
+    fields: dict[str, Any] = {"model": MODEL, "prompt": "1 2 1 2 1 2 1 2", "temperature": 0, "max_tokens": 60}
+    always: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
+    free = (await client.completions.create(**fields, extra_body=always)).choices[0]
+    ended = (await client.completions.create(**fields, extra_body={**always, "repetition_detection": rule})).choices[0]
+    assert (free.finish_reason, ended.finish_reason) == ("length", "repetition")
+    told: list[int] = ended.token_ids
+    assert told == free.token_ids[: len(told)]
+    assert any(told[-size:] * 3 == told[-3 * size :] for size in range(1, 5))
+
+
 async def test_labels_are_scored_by_their_ids(client: openai.AsyncOpenAI) -> None:
     fields: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 6, "logprobs": True}
     by_ids: dict[str, Any] = {"return_tokens_as_token_ids": True}

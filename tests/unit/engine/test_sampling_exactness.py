@@ -17,6 +17,7 @@ from disaggregated.engine.api import ChunkComputed, EngineEvent, EngineRequest, 
 from disaggregated.engine.engine import LLMEngine
 from disaggregated.engine.engine_limits import EngineLimits, EngineOptions
 from disaggregated.engine.speculation import Speculation
+from disaggregated.repetition_rule import RepetitionRule
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.thinking_budget import ThinkingBudget
 from disaggregated.token_logprobs import TokenLogprob
@@ -45,6 +46,7 @@ ASKED: Final[dict[str, dict[str, Any]]] = {
     "few allowed": {"allowed_token_ids": frozenset(range(10, 22)), "temperature": 1.3},
     "nothing but logprobs": {},
     "tokens told by their ids": {"logprob_token_ids": (9, 3, VOCAB_SIZE - 1)},
+    "circles": {"repetition": RepetitionRule(2, 8, 2), "allowed_token_ids": frozenset(range(4)), "temperature": 1.0},
     "reasoning that is cut": {"thinking": ThinkingBudget(6, begin=(3,), end=(17, 4, 9), is_open=True)},
 }
 
@@ -130,6 +132,9 @@ def test_what_was_asked_has_an_effect(servers: tuple[Server, Server], sampling: 
         assert set(expected.tokens) <= sampling.allowed_token_ids
     if sampling.thinking is not None:
         assert expected.tokens[6:9] == [17, 4, 9]
+    if sampling.repetition is not None:
+        assert expected.finish_reason == "repetition"
+        assert len(expected.tokens) < NUM_NEW
     if sampling.logprob_token_ids:
         assert {one.top_token_ids for one in expected.logprobs} == {sampling.logprob_token_ids}
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from disaggregated.errors import InvalidRequest
+from disaggregated.repetition_rule import RepetitionRule
 from disaggregated.sampling_params import SamplingParams
 from orchestrator.api.fields import Fields
 from orchestrator.api.generation_fields import GenerationFields, read_generation_fields
@@ -98,6 +99,7 @@ def test_a_null_is_the_same_as_nothing() -> None:
         (False, {"logprob_token_ids": [100_000], "logprobs": 1}, "100000 is not between 0 and"),
         (False, {"logprob_token_ids": [0] * 129, "logprobs": 1}, "has 129 entries, the limit is 128"),
         (False, {"thinking_token_budget": 5}, "is for chats"),
+        (True, {"repetition_detection": 5}, "must be an object"),
     ],
 )
 def test_fields_that_do_not_go_together_are_told_by_name(is_chat: bool, fields: dict[str, Any], message: str) -> None:
@@ -105,3 +107,28 @@ def test_fields_that_do_not_go_together_are_told_by_name(is_chat: bool, fields: 
         read(is_chat=is_chat, **fields)
     assert caught.value.param == next(iter(fields))
     assert read(is_chat=is_chat, thinking_token_budget=-1).unknown == ()
+
+
+def test_circles_are_read_as_vllm_spells_them() -> None:
+    wanted = {"max_pattern_size": 20, "min_pattern_size": 3, "min_count": 4}
+    assert read(repetition_detection=wanted).sampling.repetition == RepetitionRule(3, 20, 4)
+    assert read(repetition_detection={**wanted, "min_pattern_size": 0}).sampling.repetition == RepetitionRule(1, 20, 4)
+    for nothing in ({}, {"max_pattern_size": 0, "min_count": 0}, {"min_count": 3}):
+        assert read(repetition_detection=nothing).sampling.repetition is None
+
+
+@pytest.mark.parametrize(
+    ("change", "member"),
+    [
+        ({"max_pattern_size": 1025}, "max_pattern_size"),
+        ({"min_pattern_size": 21}, "min_pattern_size"),
+        ({"min_count": 1}, "min_count"),
+        ({"min_count": None}, "min_count"),
+        ({"min_count": 1000}, "min_count"),
+    ],
+)
+def test_what_is_wrong_with_circles_is_told_by_the_member(change: dict[str, Any], member: str) -> None:
+    wanted = {"max_pattern_size": 20, "min_pattern_size": 3, "min_count": 4, **change}
+    with pytest.raises(InvalidRequest, match=member) as caught:
+        read(repetition_detection=wanted)
+    assert caught.value.param == f"repetition_detection.{member}"

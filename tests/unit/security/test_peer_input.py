@@ -13,6 +13,7 @@ from disaggregated.errors import InvalidRequest, LayoutMismatch, TransferError
 from disaggregated.grammar import Grammar, GrammarKind
 from disaggregated.kv_layout import KVLayout
 from disaggregated.peer_input import checked_name, checked_seconds
+from disaggregated.repetition_rule import RepetitionRule
 from disaggregated.sampling_params import SamplingParams
 from disaggregated.thinking_budget import ThinkingBudget
 from disaggregated.v1 import control_pb2, kv_pb2
@@ -78,6 +79,7 @@ def test_every_sampling_field_travels() -> None:
         grammar=Grammar(GrammarKind.REGEX, "a+", starts_after=(1, 2)),
         logprob_token_ids=(8, 3),
         thinking=ThinkingBudget(0, begin=(), end=(1, 2), is_open=True),
+        repetition=RepetitionRule(2, 30, 4),
     )
     drawn = {"temperature", "top_p", "top_k", "min_p", "seed"}
     names = {field.name for field in msgspec.structs.fields(sent)} - drawn
@@ -105,6 +107,17 @@ def test_what_is_left_after_some_tokens_counts_them_as_emitted() -> None:
         ({"prompt_logprobs": 2**31}, "prompt_logprobs"),
         ({"logprob_token_ids": range(129)}, "logprob_token_ids"),
         ({"thinking": control_pb2.ThinkingBudget(num_tokens=3)}, "thinking"),
+        *(
+            (
+                {
+                    "repetition": control_pb2.RepetitionRule(
+                        pattern_size_min=low, pattern_size_max=high, count_min=count
+                    )
+                },
+                "repetition",
+            )
+            for low, high, count in ((0, 3, 2), (4, 3, 2), (1, 1025, 2), (1, 3, 1), (1, 1024, 17))
+        ),
         ({"thinking": control_pb2.ThinkingBudget(end=[1], begin=range(65))}, "thinking"),
     ],
 )
