@@ -78,6 +78,7 @@ class Dispatcher:
         self._observer = observer
         self.clock = clock
         self.landings: Overdue[Attempt] = Overdue(TRANSFER_TIMEOUT_S, Attempt.not_landed)
+        self._deadlines: Overdue[RequestRun] = Overdue(config.request_timeout_s, self._deadline_passed)
         self._attempt_keys = itertools.count(secrets.randbits(48) << 24)
         self._running: dict[RequestRun, None] = {}
         """Those that are not over, in the order in which they began."""
@@ -135,9 +136,7 @@ class Dispatcher:
         self.stories.began(run.story)
         self._running[run] = None
         self._nothing_runs.clear()
-        run.deadline = asyncio.get_running_loop().call_later(
-            max(0.0, request.deadline_s - now_s), self._deadline_passed, run
-        )
+        self._deadlines.expect(run, max(0.0, request.deadline_s - now_s))
         if not self._placer.wants_hashes(request):
             self._enter(run)
         elif len(request.token_ids) <= HASHED_AT_ONCE_MAX:
@@ -193,8 +192,7 @@ class Dispatcher:
         """Whatever it holds and wherever it stands is given back, and whoever waits for that is served."""
         now_s = self.clock()
         del self._running[run]
-        if run.deadline is not None:
-            run.deadline.cancel()
+        self._deadlines.came(run)
         if run.hashing is not None:
             run.hashing.cancel()
         attempt, run.attempt = run.attempt, None

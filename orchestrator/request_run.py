@@ -73,7 +73,7 @@ class RequestRun:
     """Invariant: `emitted` is exactly what `sink` was given, and position `len(prompt) + len(emitted)` is due next."""
 
     __slots__ = (
-        "attempt", "avoid", "block_hashes", "cost", "deadline", "emitted", "hashing", "life", "not_yet",
+        "attempt", "avoid", "block_hashes", "cost", "emitted", "hashing", "life", "not_yet",
         "num_losses_in_a_row", "num_transfer_failures", "over", "push_token", "request", "settle", "sink",
         "story", "waiting",
     )  # fmt: skip
@@ -105,7 +105,6 @@ class RequestRun:
         self.attempt: Attempt | None = None
         self.hashing: asyncio.Task[None] | None = None
         """Of a prompt so long that its blocks are hashed on a thread."""
-        self.deadline: asyncio.TimerHandle | None = None
         self.not_yet: NotYet | None = None
         """Why the queue could not place it when it last tried."""
         self.block_hashes: Sequence[BlockHash] = ()

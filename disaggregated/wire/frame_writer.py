@@ -11,11 +11,12 @@ class FrameWriter:
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._waiting: list[bytes] = []
+        self._loop = asyncio.get_running_loop()
 
     def send(self, frame: bytes) -> None:
         """To a connection that is closing: nothing."""
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self.flush)
+            self._loop.call_soon(self.flush)
         self._waiting.append(frame)
 
     def flush(self) -> None:

@@ -38,6 +38,8 @@ class Outbox:
         self.waiting: list[tuple[Address, bytes]] = []
         """Always the same list: whoever finds it empty calls `flush_soon()`, and whoever writes to an outlet otherwise
         `flush()`."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Kept: to ask for the running loop is a call of the kernel."""
 
     def put(self, outlet: Outlet, event: bytes) -> None:
         """For who can afford the call."""
@@ -48,7 +50,9 @@ class Outbox:
         self.waiting.append(((outlet.descriptor, transport, outlet), event))
 
     def flush_soon(self) -> None:
-        asyncio.get_running_loop().call_soon(self.flush)
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
         if not self.waiting:
