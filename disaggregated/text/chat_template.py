@@ -120,6 +120,15 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As the sandbox finds it, but at once where what it finds is safe for what it is: the entries of messages, and
+        where a loop stands. Nearly all that templates ask for is one of the two."""
+        if type(obj) is dict and attribute in obj and attribute not in _OF_DICTS:
+            return obj[attribute]
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _OF_LOOPS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" or not all(isinstance(side, int | float) for side in (left, right)):
             sizes = [len(side) if isinstance(side, Sized) else abs(side) for side in (left, right)]
@@ -128,6 +137,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+_OF_DICTS: Final = frozenset(dir(dict))
+"""Attributes of dictionaries: a template gets these, and not entries of the same name."""
+_OF_LOOPS: Final = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length", "depth", "depth0"})
 _REPEATED_MAX: Final = 100_000
 """Characters that one multiplication of a text may make."""
 

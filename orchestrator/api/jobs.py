@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
@@ -25,8 +24,7 @@ from orchestrator.served_model import ServedModel
 NO_PLAN: Final = ReplyPlan()
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(NamedTuple):
     """One HTTP request, checked and tokenized."""
 
     model: ServedModel
@@ -130,13 +128,14 @@ def _chat_job(draft: Draft, shape: Shape, chat: Chat, param: str) -> Job:
     job = _job(draft, shape, [chat.token_ids], param, chat.plan)
     if told := draft.fields.reply.told_of_prompt(job.requests[0].token_ids, chat.text):
         shape.tell(told)
-    return dataclasses.replace(job, echoed=[chat.said]) if draft.fields.reply.echo else job
+    return job._replace(echoed=[chat.said]) if draft.fields.reply.echo else job
 
 
 def _chat_shape(draft: Draft) -> ChatShape:
     of_answer = (f"chatcmpl-{draft.request_id}", draft.model.name, int(time.time()))
     include_usage = draft.fields.include_usage
-    if custom := custom_names(draft.body.get("tools")):
+    tools = draft.body.get("tools")
+    if tools and (custom := custom_names(tools)):
         return CustomCallsShape(*of_answer, include_usage=include_usage, custom=custom)
     return ChatShape(*of_answer, include_usage=include_usage, calls_functions=bool(draft.body.get("functions")))
 
@@ -164,7 +163,7 @@ def _completion_job(draft: Draft, prompts: Sequence[Sequence[int]]) -> Job:
     job = _job(draft, shape, prompts, "prompt", ReplyPlan(grammar=draft.fields.sampling.grammar))
     if not draft.fields.reply.echo:
         return job
-    return dataclasses.replace(job, echoed=prompt_texts(draft.body, draft.model, prompts))
+    return job._replace(echoed=prompt_texts(draft.body, draft.model, prompts))
 
 
 def _job(draft: Draft, shape: Shape, prompts: Sequence[Sequence[int]], param: str, plan: ReplyPlan) -> Job:
