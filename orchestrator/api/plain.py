@@ -15,11 +15,12 @@ import orjson
 from disaggregated.errors import DisaggregatedError
 from disaggregated.text import Detokenizer
 from disaggregated.token_logprobs import Told
+from orchestrator.api.answering import Answering
 from orchestrator.api.direct import answer
 from orchestrator.api.drafts import Draft
 from orchestrator.front_door import FrontDoor
 from orchestrator.http.exchange import Exchange
-from orchestrator.request_run import RequestRun, TokenRequest
+from orchestrator.request_run import TokenRequest
 from orchestrator.story import RequestStory
 
 WAITING_MAX: Final = 1024
@@ -37,29 +38,22 @@ _COMPLETION: Final = (
 )
 
 
-class PlainAnswer:
+class PlainAnswer(Answering):
     """Implements `TokenSink`, and is told when it is over; it is over when the exchange is."""
 
     __slots__ = (
         "_created",
         "_detokenizer",
-        "_door",
         "_draft",
-        "_exchange",
         "_reason",
-        "_request",
-        "_run",
         "_text",
         "_waiting",
     )
 
     def __init__(self, door: FrontDoor, exchange: Exchange, draft: Draft, request: TokenRequest) -> None:
-        self._door = door
-        self._exchange = exchange
+        super().__init__(door, exchange, request)
         self._draft = draft
-        self._request = request
         self._created = int(time.time())
-        self._run: RequestRun | None = None
         self._detokenizer: Detokenizer | None = None
         self._text = ""
         self._waiting: list[int] = []
@@ -68,12 +62,7 @@ class PlainAnswer:
 
     def begin(self) -> None:
         """Raises as `Dispatcher.begin`."""
-        self._exchange.on_gone = self._gone
-        self._run = self._door.dispatcher.begin(self._request, self, self._over)
-
-    def _gone(self) -> None:
-        if self._run is not None:
-            self._door.dispatcher.cancel(self._run)
+        self._begin(self)
 
     def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         self._waiting += token_ids
@@ -96,15 +85,11 @@ class PlainAnswer:
         self._text += detokenizer.push(token_ids)
         return detokenizer
 
-    def _over(self, story: RequestStory, error: DisaggregatedError | None) -> None:
-        """Somebody else's tokens may be on their way through the same call: nothing that is wrong here stops them."""
-        try:
-            if error is not None:
-                self._exchange.refuse(error)
-            else:
-                answer(self._exchange, self._body(story), self._draft.headers(), self._door.outbox)
-        except Exception as crash:  # noqa: BLE001 - one request's bug is one 500 and a traceback
-            self._exchange.refuse(crash)
+    def _end(self, story: RequestStory, error: DisaggregatedError | None) -> None:
+        if error is not None:
+            self._exchange.refuse(error)
+        else:
+            answer(self._exchange, self._body(story), self._draft.headers(), self._door.outbox)
 
     def _body(self, story: RequestStory) -> bytes:
         draft = self._draft

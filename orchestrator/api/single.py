@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from disaggregated.errors import DisaggregatedError, RequestCancelled
+from orchestrator.api.answering import Answering
 from orchestrator.api.choices import CollectedChoice
 from orchestrator.api.direct import answer
 from orchestrator.api.jobs import Job
@@ -18,7 +19,6 @@ from orchestrator.api.sse import EventStream
 from orchestrator.api.streamed import Streamed
 from orchestrator.front_door import FrontDoor
 from orchestrator.http.exchange import Exchange
-from orchestrator.request_run import RequestRun, TokenSink
 from orchestrator.story import RequestStory
 
 
@@ -30,34 +30,14 @@ def stream_single(door: FrontDoor, exchange: Exchange, job: Job) -> None:
     _Streamed(door, exchange, job).begin()
 
 
-class _Single:
-    """What both have in common. It is over when the exchange is."""
+class _Single(Answering):
+    """What both have in common."""
 
-    __slots__ = ("_door", "_exchange", "_job", "_run")
+    __slots__ = ("_job",)
 
     def __init__(self, door: FrontDoor, exchange: Exchange, job: Job) -> None:
-        self._door = door
-        self._exchange = exchange
+        super().__init__(door, exchange, job.requests[0])
         self._job = job
-        self._run: RequestRun | None = None
-
-    def _begin(self, sink: TokenSink) -> None:
-        self._exchange.on_gone = self._gone
-        self._run = self._door.dispatcher.begin(self._job.requests[0], sink, self._over)
-
-    def _gone(self) -> None:
-        if self._run is not None:
-            self._door.dispatcher.cancel(self._run)
-
-    def _over(self, story: RequestStory, error: DisaggregatedError | None) -> None:
-        """Somebody else's tokens may be on their way through the same call: nothing that is wrong here stops them."""
-        try:
-            self._end(story, error)
-        except Exception as crash:  # noqa: BLE001 - one request's bug is one 500 and a traceback
-            self._exchange.refuse(crash)
-
-    def _end(self, story: RequestStory, error: DisaggregatedError | None) -> None:
-        raise NotImplementedError
 
     def _usage(self, story: RequestStory, choice: CollectedChoice | Streamed) -> Usage:
         return Usage(story.num_prompt_tokens, story.num_cached_tokens, story.num_tokens, choice.num_reasoning_tokens)
@@ -111,7 +91,7 @@ class _Streamed(_Single):
     async def _end_late(self, last: bytes) -> None:
         """The request had an earlier deadline of its own: now it is the client who is late."""
         try:
-            async with asyncio.timeout(self._job.requests[0].deadline_s - self._door.clock() + 1.0):
+            async with asyncio.timeout(self._request.deadline_s - self._door.clock() + 1.0):
                 await self._stream.end(last)
         except (TimeoutError, ConnectionError) as error:
             refused = RequestCancelled("the client did not read its stream in time")

@@ -10,7 +10,6 @@ the answers waits, in a bounded number of bytes.
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import Final, Protocol, cast
 
 from orchestrator.api.direct import plain_descriptor
@@ -133,8 +132,6 @@ class Connection(asyncio.Protocol):
         self.descriptor = plain_descriptor(transport)
         # "Writing is paused" then means that anything at all is left over. At 0, TLS would count nothing as something.
         transport.set_write_buffer_limits(high=0 if self.descriptor >= 0 else 1, low=0)
-        connected = transport.get_extra_info("socket")
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.served.came(self)
 
     def data_received(self, data: bytes) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import orjson
+import pytest
 
 from orchestrator.story import RequestStory
 from tests.support.fake_cluster import Temper
@@ -146,3 +149,31 @@ async def test_a_client_that_leaves_while_it_is_too_slow_ends_its_request() -> N
             await until(lambda: any(story.num_tokens > 1000 for story in stories_of(door)))
             client.writer.transport.abort()
         await door.wait_idle()
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stop": "zz"}, {"stop": "zz", "stream": True}])
+async def test_an_answered_request_leaves_nothing_to_the_garbage_collector(fields: dict[str, Any]) -> None:
+    async with front_door() as door, connected(door) as client:
+        for is_warm in (False, True):
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(5):
+                    client.ask(ignore_eos=True, **fields)
+                    head = await client.head()
+                    await (client.chunked_body() if "stream" in fields else client.body(head["content-length"]))
+                await door.wait_idle()
+                left = garbage_of("orchestrator.")
+            finally:
+                gc.enable()
+            assert not (is_warm and left)
+
+
+def garbage_of(package: str) -> list[str]:
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+        return [type(left).__name__ for left in gc.garbage if type(left).__module__.startswith(package)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()

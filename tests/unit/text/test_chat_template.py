@@ -6,12 +6,13 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2.sandbox
 import pytest
 import transformers
 
 from disaggregated.errors import InvalidRequest, ModelUnavailable
 from disaggregated.model_files import resolve
-from disaggregated.text import ChatTemplate, Tokenizer
+from disaggregated.text import ChatTemplate, Tokenizer, chat_template
 from disaggregated.text.chat_messages import template_messages
 
 CHATS: list[list[dict[str, Any]]] = [
@@ -178,3 +179,21 @@ def test_a_message_of_a_role_and_a_text_is_shown_as_one_with_more_fields_is(role
     (shown,), (expected,) = template_messages([plain]), template_messages([longer])
     assert shown == expected
     assert shown is not plain, "a template's messages are its own"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (
+            "{% for m in messages %}{{ loop.first }}{{ loop.index }}{{ loop.last }}{{ m.role }}{% endfor %}",
+            "True1Trueuser",
+        ),
+        ("{{ messages[0].items is mapping }}{{ messages[0].items() | length }}", "False3"),
+        ("{{ messages[0].missing is defined }}{{ messages[0].get('missing', 1) }}", "False1"),
+        ("{% for m in messages %}{{ loop.previtem is defined }}{{ loop.cycle('a', 'b') }}{% endfor %}", "Falsea"),
+    ],
+)
+def test_entries_and_attributes_are_found_as_jinja_finds_them(source: str, text: str) -> None:
+    message = {"role": "user", "content": "hello", "items": "an entry"}
+    for environment in (chat_template._environment(), jinja2.sandbox.ImmutableSandboxedEnvironment()):
+        assert environment.from_string(source).render(messages=[message]) == text

@@ -46,3 +46,11 @@ def test_once_a_worker_listens_no_other_deployment_can() -> None:
         for take in (listen, reserve):
             with pytest.raises(PortTaken, match="choose another one"):
                 take("127.0.0.1", port)
+
+
+def test_a_connection_is_kept_alive_from_the_moment_it_is_accepted() -> None:
+    with contextlib.closing(listen("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
