@@ -53,6 +53,13 @@ GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     (
         "/v1/chat/completions",
         {
+            "model": "fake", "messages": [_USER], "max_tokens": 2, "logprobs": True, "logprob_token_ids": [3, 99],
+            "repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 3},
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
             "model": "fake", "max_tokens": 2, "tools": [_TOOL], "tool_choice": "auto", "parallel_tool_calls": True,
             "messages": [
                 {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]}, _USER,
@@ -120,6 +127,7 @@ GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
         "/v1/responses",
         {
             "model": "fake", "max_output_tokens": 2, "store": False, "client_metadata": {"a": "b"},
+            "truncation": "auto",
             "tools": [
                 {"type": "namespace", "name": "agents", "tools": [{"type": "function", **_FUNCTION}]},
                 {
@@ -150,7 +158,7 @@ GOOD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
             },
         },
     ),
-    ("/v1/responses/input_tokens", {"model": "fake", "input": "Hi"}),
+    ("/v1/responses/input_tokens", {"model": "fake", "input": "Hi", "truncation": "auto"}),
     ("/tokenize", {"model": "fake", "prompt": "Hi", "add_special_tokens": True, "return_token_strs": True}),
     ("/tokenize", {"messages": [_USER], "add_generation_prompt": False, "tools": [_TOOL]}),
     ("/tokenize", {"messages": [{"role": "assistant", "content": "So"}], "continue_final_message": True}),

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from disaggregated.text import Tokenizer
+from disaggregated.errors import PromptTooLong
 from orchestrator.api.chat import chat_prompt
 from orchestrator.api.fields import Fields
 from orchestrator.api.responses.input_items import Message
@@ -29,8 +29,13 @@ STRIDES: Final = 8
 TRIES_MAX: Final = 8
 """Of rendering what is left: how long it is shows only then."""
 
+BYTES_A_TOKEN: Final = 4
+"""Of what people write, roughly. Where a cut may be is said in bytes that are left out: these cost nothing to count."""
+
 NumTokens = Callable[[Sequence[Message]], Awaitable[int]]
 """Of the prompt that these messages make."""
+SizeOf = Callable[[Message], int]
+"""Tokens of a message, roughly. Called on a thread."""
 
 
 class Cut(NamedTuple):
@@ -67,7 +72,7 @@ def _cuts(messages: Sequence[Message]) -> Iterator[Cut]:
 
 async def fitted(
     messages: Sequence[Message],
-    sizes: Callable[[], Awaitable[Sequence[int]]],
+    size_of: SizeOf,
     num_tokens_of: NumTokens,
     *,
     num_tokens_max: int,
@@ -75,50 +80,74 @@ async def fitted(
 ) -> Sequence[Message]:
     """The messages that are left, all of them where they fit; too many still where even the last turn does not.
 
-    sizes: tokens of each message, roughly. num_tokens_max: of a prompt. num_tokens_wanted: at most, for the answer.
+    num_tokens_max: of a prompt. num_tokens_wanted: at most, for the answer.
     """
-    num_tokens = await num_tokens_of(messages)
-    if num_tokens <= num_tokens_max:
+    if await num_tokens_of(messages) <= num_tokens_max:
         return messages
     stride = max(1, num_tokens_max // STRIDES)
     target = num_tokens_max - min(num_tokens_wanted, stride)
-    before = [0, *itertools.accumulate(await sizes())]
-    wanted, kept, num_tries = _strides(num_tokens - target, stride), messages, 0
-    possible = cuts(messages)
-    for cut in possible:
-        pinned = 0 if cut.pinned is None else before[cut.pinned + 1] - before[cut.pinned]
-        left_out = before[cut.resumes_at] - before[cut.num_leading] - pinned
-        if left_out < wanted and cut is not possible[-1]:
+    possible = await asyncio.to_thread(_likely, messages, size_of, target)
+    kept, num_tries = messages, 0
+    due_bytes = _strides(possible[0][1], stride * BYTES_A_TOKEN) if possible else 0
+    for number, (cut, left_out_bytes) in enumerate(possible, start=1):
+        if left_out_bytes < due_bytes and number < len(possible):
             continue
         kept, num_tries = cut.kept(messages), num_tries + 1
-        num_tokens = await num_tokens_of(kept)
-        if num_tokens <= target or num_tries == TRIES_MAX:
+        excess = await num_tokens_of(kept) - target
+        if excess <= 0 or num_tries == TRIES_MAX:
             break
-        wanted = left_out + _strides(num_tokens - target, stride)
+        due_bytes = left_out_bytes + excess * BYTES_A_TOKEN
     return kept
 
 
-def _strides(num_tokens: int, stride: int) -> int:
-    return -(-num_tokens // stride) * stride
+def _likely(messages: Sequence[Message], size_of: SizeOf, num_tokens_max: int) -> list[tuple[Cut, int]]:
+    """The cuts that leave few enough tokens, roughly, and the last one whatever it leaves; and how many bytes each
+    leaves out. Sizes are asked for from the end, until they are too many."""
+    possible = cuts(messages)
+    if not possible:
+        return []
+    num_bytes = [0, *itertools.accumulate(len(orjson.dumps(message)) for message in messages)]
+    num_leading, last = possible[0].num_leading, possible[-1]
+    question = None if last.pinned is None else size_of(messages[last.pinned])
+    num_left = sum(map(size_of, messages[:num_leading]))
+    found, resumes_at = list[tuple[Cut, int]](), len(messages)
+    for cut in reversed(possible):
+        num_left += sum(map(size_of, messages[cut.resumes_at : resumes_at]))
+        resumes_at = cut.resumes_at
+        pinned = 0 if cut.pinned is None or question is None else question
+        if num_left + pinned > num_tokens_max and cut is not last:
+            break
+        pinned_bytes = 0 if cut.pinned is None else num_bytes[cut.pinned + 1] - num_bytes[cut.pinned]
+        found.append((cut, num_bytes[cut.resumes_at] - num_bytes[num_leading] - pinned_bytes))
+    return found[::-1]
+
+
+def _strides(num_bytes: int, stride: int) -> int:
+    return -(-num_bytes // stride) * stride
 
 
 async def truncated(door: FrontDoor, model: ServedModel, chat: Mapping[str, Any]) -> Sequence[Message]:
     """Of a chat that was made of a response. Raises InvalidRequest as `chat_prompt` does."""
+    longest, limit = door.num_tokens_max(model) - 1, door.config.door.prompt_tokens_max
+    num_tokens_max = min(longest, limit or longest)
 
     async def num_tokens_of(messages: Sequence[Message]) -> int:
-        return len(await chat_prompt(Fields({**chat, "messages": messages}), model))
+        try:
+            return len(await chat_prompt(Fields({**chat, "messages": messages}), model))
+        except PromptTooLong:  # By so much that it was not counted.
+            return model.num_tokens_read_max + 1
 
-    messages: Sequence[Message] = chat["messages"]
-    longest, limit = door.num_tokens_max(model) - 1, door.config.door.prompt_tokens_max
+    def size_of(message: Message) -> int:
+        text = orjson.dumps(message).decode()
+        try:
+            return len(model.tokenizer.encode(text, add_special_tokens=False, num_tokens_max=num_tokens_max))
+        except PromptTooLong:
+            return num_tokens_max + 1
+
     return await fitted(
-        messages,
-        lambda: asyncio.to_thread(_sizes, messages, model.tokenizer),
+        chat["messages"],
+        size_of,
         num_tokens_of,
-        num_tokens_max=min(longest, limit or longest),
+        num_tokens_max=num_tokens_max,
         num_tokens_wanted=chat["max_completion_tokens"] or longest,
     )
-
-
-def _sizes(messages: Sequence[Message], tokenizer: Tokenizer) -> Sequence[int]:
-    """A message's does not depend on the others: so the same ones are left out next time."""
-    return [len(tokenizer.encode(orjson.dumps(message).decode(), add_special_tokens=False)) for message in messages]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.api.responses.input_items import Message
-from orchestrator.api.responses.truncation import STRIDES, cuts, fitted
+from orchestrator.api.responses.truncation import BYTES_A_TOKEN, STRIDES, cuts, fitted
 from tests.support.front_door import Door, front_door
 
 PATH = "/v1/responses"
@@ -82,10 +82,9 @@ async def cut_to(messages: Sequence[Message], num_tokens_max: int, *, wanted: in
     async def num_tokens_of(kept: Sequence[Message]) -> int:
         return units(kept)
 
-    async def sizes() -> Sequence[int]:
-        return [guess] * len(messages)
-
-    return await fitted(messages, sizes, num_tokens_of, num_tokens_max=num_tokens_max, num_tokens_wanted=wanted)
+    return await fitted(
+        messages, lambda _: guess, num_tokens_of, num_tokens_max=num_tokens_max, num_tokens_wanted=wanted
+    )
 
 
 async def test_what_fits_is_left_alone_and_what_does_not_is_cut_until_it_does() -> None:
@@ -135,13 +134,25 @@ async def test_a_long_conversation_is_answered_and_counted_as_far_as_the_model_r
     status, response = await door.post(PATH, {**body, "truncation": "auto"})
     assert (status, response["truncation"]) == (200, "auto")
     num_left = response["usage"]["input_tokens"]
-    assert 511 - 20 - 511 // STRIDES - TURN <= num_left <= 511 - 20
+    stride = BYTES_A_TOKEN * (511 // STRIDES)  # A token is a byte here.
+    assert 511 - 20 - stride - TURN <= num_left <= 511 - 20
     short = turns(12)[-2 * (num_left // TURN) - 1 :]
     same, expected = await door.post(PATH, {**fields, "input": short})
     assert same == 200
     assert response["output"][0]["content"] == expected["output"][0]["content"]
     status, counted = await door.post(f"{PATH}/input_tokens", {**body, "truncation": "auto"})
     assert (status, counted["input_tokens"]) == (200, num_left)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_is_a_thousand_times_too_long_is_cut_as_well(door: Door) -> None:
+    endless = {"role": "user", "content": "x" * 900_000}
+    body = {"model": "fake", "max_output_tokens": 4, "truncation": "auto", "input": [endless, *turns(1)]}
+    status, response = await door.post(PATH, body)
+    assert status == 200
+    assert response["usage"]["input_tokens"] <= TURN + len("[user]and now?[assistant]")
+    status, refused = await door.post(PATH, {**body, "input": [endless]})
+    assert (status, refused["error"]["code"]) == (400, "context_length_exceeded")
 
 
 @pytest.mark.asyncio(loop_scope="module")
