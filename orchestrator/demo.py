@@ -137,7 +137,7 @@ async def _chat(session: aiohttp.ClientSession, prompt: str, max_tokens: int, co
     """Streams the answer onto the console, token by token, and returns the request's id."""
     async with session.get("/v1/models") as answer:
         model = (await answer.json())["data"][0]["id"]
-    console.print(f"[bold]{model}[/]  ", end="")
+    console.print(f"[bold]{model.rpartition('/')[2]}[/]  ", end="")
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],

@@ -48,7 +48,6 @@ class GenerationLink:
 
     def __init__(self, client: ServerClient, link_id: str, *, clock: Callable[[], float]) -> None:
         self.link_id = link_id
-        self.num_messages = 0
         self.num_tokens = 0
         self._client = client
         self._clock = clock
@@ -98,7 +97,6 @@ class GenerationLink:
 
     def _take_apart(self, batch: control_pb2.StepBatch) -> None:
         now_s = self._clock()
-        self.num_messages += 1
         receivers = self._receivers
         stream_keys, positions, token_ids = columns_of(batch)
         self.num_tokens += len(token_ids)

@@ -101,15 +101,14 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
     if fields.get("input") is None:
         raise InvalidRequest("input is missing", param="input")
     conversation = messages_of(fields.get("input"), "input", before=before)
-    instructions = fields.text("instructions")
+    echo = _read_echo(fields)
     tools = offered_tools(fields.get("tools", []))
     choice, left = chat_tool_choice(fields.get("tool_choice", "auto"), tools)
-    max_output_tokens = fields.integer("max_output_tokens", low=1, high=OUTPUT_TOKENS_MAX)
     text, reasoning = _read_text(fields), _read_reasoning(fields)
     chat = {
         **{name: value for name, value in fields.values.items() if name not in OWN},
-        "messages": _with_instructions(instructions, conversation),
-        "max_completion_tokens": max_output_tokens,
+        "messages": _with_instructions(echo["instructions"], conversation),
+        "max_completion_tokens": echo["max_output_tokens"],
         "response_format": _response_format(text["format"]),
         "reasoning_effort": reasoning["effort"],
         **({"tools": left, "tool_choice": choice} if tools.chat or choice not in ("auto", "none") else {}),
@@ -120,24 +119,27 @@ def read_body(fields: Fields, before: Sequence[Message]) -> ResponsesBody:
         chat=chat,
         conversation=conversation,
         input_items=fields.get("input"),
-        stores=fields.flag("store", default=True),
+        stores=echo["store"],
         tools=tools,
-        echo={
-            "instructions": instructions,
-            "max_output_tokens": max_output_tokens,
-            "max_tool_calls": fields.integer("max_tool_calls", low=0, high=OUTPUT_TOKENS_MAX),
-            "metadata": _read_metadata(fields),
-            "parallel_tool_calls": fields.flag("parallel_tool_calls", default=True),
-            "previous_response_id": fields.text("previous_response_id"),
-            "reasoning": reasoning,
-            "store": fields.flag("store", default=True),
-            "text": text,
-            "tool_choice": fields.get("tool_choice", "auto"),
-            "tools": fields.get("tools", []),
-            "top_logprobs": fields.integer("top_logprobs", low=0, high=TOP_LOGPROBS_MAX),
-            "truncation": _read_truncation(fields),
-        },
+        echo={**echo, "reasoning": reasoning, "text": text},
     )
+
+
+def _read_echo(fields: Fields) -> dict[str, Any]:
+    """What an answer repeats as it was said, or as it is where nothing was said."""
+    return {
+        "instructions": fields.text("instructions"),
+        "max_output_tokens": fields.integer("max_output_tokens", low=1, high=OUTPUT_TOKENS_MAX),
+        "max_tool_calls": fields.integer("max_tool_calls", low=0, high=OUTPUT_TOKENS_MAX),
+        "metadata": _read_metadata(fields),
+        "parallel_tool_calls": fields.flag("parallel_tool_calls", default=True),
+        "previous_response_id": fields.text("previous_response_id"),
+        "store": fields.flag("store", default=True),
+        "tool_choice": fields.get("tool_choice", "auto"),
+        "tools": fields.get("tools", []),
+        "top_logprobs": fields.integer("top_logprobs", low=0, high=TOP_LOGPROBS_MAX),
+        "truncation": _read_truncation(fields),
+    }
 
 
 def _read_truncation(fields: Fields) -> str:
