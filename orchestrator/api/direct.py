@@ -35,10 +35,10 @@ class _Clock:
 _date = _Clock().date
 
 
-def head_of(exchange: Exchange, headers: Mapping[str, object], *, status: int = 200) -> bytes:
-    """Status line and headers of an answer, with the empty line after them."""
+def head_of(exchange: Exchange, lines: str, headers: Mapping[str, str], *, status: int = 200) -> bytes:
+    """Status line and headers of an answer, with the empty line after them. `lines`: the first headers, as they are."""
     reason = "OK" if status == 200 else _reason(status)
-    head = f"HTTP/1.{1 if exchange.is_http_11 else 0} {status} {reason}\r\nDate: {_date()}\r\n"
+    head = f"HTTP/1.{1 if exchange.is_http_11 else 0} {status} {reason}\r\nDate: {_date()}\r\n{lines}"
     for name, value in headers.items():
         head += f"{name}: {value}\r\n"
     if not exchange.keep_alive:
@@ -62,8 +62,8 @@ def answer(
     transport = exchange.transport
     if transport is not None:
         exchange.has_begun = True
-        whole = {"Content-Type": kind, "Content-Length": len(body), **headers}
-        put(exchange, transport, head_of(exchange, whole, status=status) + body, outbox)
+        lines = f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        put(exchange, transport, head_of(exchange, lines, headers, status=status) + body, outbox)
     exchange.answered()
 
 

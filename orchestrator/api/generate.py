@@ -95,6 +95,7 @@ async def _last_events(door: FrontDoor, job: Job, stream: EventStream, choices: 
     """
     try:
         usage = _with_reasoning(await _run_all(door, job, choices), choices)
+        stream.gather()
         return [job.shape.usage(usage)] if job.fields.include_usage else []
     except DisaggregatedError as error:
         if not stream.is_open:

@@ -75,6 +75,7 @@ class _Streamed(_Single):
         """An error before the first token has a status of its own; afterwards it is the last event."""
         shape = self._job.shape
         if error is None:
+            self._stream.gather()
             last = shape.usage(self._usage(story, self._choice)) if self._job.fields.include_usage else b""
         elif self._stream.is_open:
             self._door.metrics.error_answered(error)

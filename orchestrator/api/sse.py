@@ -18,7 +18,8 @@ from orchestrator.api.direct import head_of, put
 from orchestrator.api.outbox import Outbox
 from orchestrator.http.exchange import Exchange
 
-_HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+_LINES: Final = "Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
+_CHUNKED_LINES: Final = _LINES + "Transfer-Encoding: chunked\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
@@ -53,6 +54,9 @@ class Kept(Protocol):
     def flush(self) -> None:
         """Send whatever has been kept, as the client has caught up."""
 
+    def taken(self) -> bytes:
+        """As events, whatever has been kept; it is not any more."""
+
     def fell_behind(self) -> None:
         """The client did not take all that was written."""
 
@@ -74,8 +78,12 @@ class EventStream:
         self._is_chunked = exchange.is_http_11
         self._headers = headers
         self._choices = choices
+        self.is_of_one = len(choices) == 1
+        """Where its only choice ends, it ends, and takes along what that has kept."""
         for each in choices:
             each.stream = self
+        self._gathered: list[bytes] = []
+        """Events that leave with the end."""
         self._catching_up: asyncio.Task[None] | None = None
         """Waits for a slow client. Ends by itself, at the latest with the connection."""
         self.is_open = False
@@ -97,14 +105,16 @@ class EventStream:
 
     def send(self, event: bytes) -> None:
         """Whole events, in HTTP's chunked framing. A client that has gone is noticed by whoever works for it."""
-        framed = b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event
-        self._put(framed)
+        self._put(self._framed(event))
+
+    def _framed(self, event: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event
 
     def _put(self, framed: bytes) -> None:
         if not self.is_open:
             self.is_open = self._exchange.has_begun = True
-            framing = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
-            framed = head_of(self._exchange, {**_HEADERS, **framing, **self._headers}) + framed
+            lines = _CHUNKED_LINES if self._is_chunked else _LINES
+            framed = head_of(self._exchange, lines, self._headers) + framed
         put(self, self.transport, framed, self.outbox)
 
     def frame(self, before: bytes, after: bytes) -> TextFrame | None:
@@ -148,13 +158,18 @@ class EventStream:
         self.outbox.flush()
         await self._exchange.drain()
 
+    def gather(self) -> None:
+        """Take what is kept, for the end: whoever tells how it ended asks what was said before."""
+        self._gathered += [event for each in self._choices if (event := each.taken())]
+
     def _send_last(self, events: Sequence[bytes]) -> None:
-        self._flush()
+        """In one write."""
+        self.gather()
         self._choices = ()  # Each of them has this stream: no circle is left behind.
-        last = b"".join(events)
-        if self._is_chunked:
-            last = b"%x\r\n%b\r\n%b" % (len(last), last, _LAST_CHUNK) if last else _LAST_CHUNK
-        self._put(last)
+        if last := b"".join(events):
+            self._gathered.append(last)
+        framed = b"".join(map(self._framed, self._gathered))
+        self._put(framed + _LAST_CHUNK if self._is_chunked else framed)
 
     def abort(self) -> None:
         """The client does not read and its time is up."""

@@ -53,8 +53,7 @@ class Streamed(ABC):
     def _said(self) -> bytes:
         """An event with all that is kept; empty when nothing is."""
 
-    def flush(self) -> None:
-        """Send what is kept; also when there is nothing."""
+    def taken(self) -> bytes:
         event = b""
         if not self._is_opened:
             self._is_opened = True
@@ -63,8 +62,23 @@ class Streamed(ABC):
         if self._reason and not self._is_finished:
             self._is_finished = True
             event += self._shape.finish(self._index, self._reason)
-        if event:
+        return event
+
+    def flush(self) -> None:
+        """Send what is kept; also when there is nothing."""
+        if event := self.taken():
             self.stream.send(event)
+
+    def _tell(self) -> None:
+        """Now, if the client takes it; but the end of its only reply leaves with the end of the stream."""
+        stream = self.stream
+        if self._reason and stream.is_of_one:
+            return
+        if stream.takes_more:
+            self.flush()
+        else:
+            self.fell_behind()
+            stream.wake()
 
 
 class StreamedText(Streamed):
@@ -92,14 +106,10 @@ class StreamedText(Streamed):
     def push(self, token_ids: Sequence[int], finish_reason: str, told: Told | None = None) -> bool:
         if text := self._text.push(token_ids, finish_reason):
             self._kept.append(text)
-        self._reason = finish_reason
-        if self.stream.takes_more:
-            self.flush()
-        else:
             if len(self._kept) > KEPT_MAX:
                 self._kept = ["".join(self._kept)]
-            self._known = _NOTHING
-            self.stream.wake()
+        self._reason = finish_reason
+        self._tell()
         return not finish_reason
 
     def push_token(self, token_id: int) -> bool:
@@ -127,7 +137,7 @@ class StreamedText(Streamed):
 
     def flush(self) -> None:
         super().flush()
-        if not self._has_frame and not self._reason:
+        if not self._has_frame:
             self._find_frame()
         self._known = self._text.known() if self._has_frame and self.stream.takes_more else _NOTHING
 
@@ -169,20 +179,17 @@ class StreamedChoice(Streamed):
         self._reason = self._text.finish_reason
         if self._beside is not None:
             self._beside.push(token_ids, told)
-        if self.stream.takes_more:
-            self.flush()
-        else:
-            self.stream.wake()
+        self._tell()
         return wants_more
 
     @property
     def num_reasoning_tokens(self) -> int:
         return self._text.num_reasoning_tokens
 
-    def flush(self) -> None:
+    def taken(self) -> bytes:
         if self._counted is not None:
             self._shape.count(self._counted, self._num_tokens)
-        super().flush()
+        return super().taken()
 
     def _said(self) -> bytes:
         beside = None if self._beside is None else self._beside.take()

@@ -205,6 +205,25 @@ def test_a_token_of_very_much_text_has_to_be_pushed(length: int, is_known: bool)
     assert detokenizer.push([1]) == "a" * length
 
 
+@pytest.mark.parametrize("is_short", [True, False])
+async def test_the_end_of_a_stream_of_one_leaves_in_one_write_with_its_last_token(is_short: bool) -> None:
+    async with wire() as exchange:
+        shape = shape_of("chat")
+        choice = choice_of(shape, is_short=is_short)
+        stream = EventStream(exchange, {}, (choice,), Outbox())
+        first, last = TOKENIZER.encode("ab")
+        choice.push([first], "")
+        stream.outbox.flush()
+        choice.push([last], "length")
+        assert not stream.outbox.waiting
+        stream.gather()
+        assert stream.try_end(shape.closing)
+        assert len(stream.outbox.waiting) == 1
+        answer = await exchange.read_all()
+    assert answer.count(b'"content":"b"') == answer.count(b'"finish_reason":"length"') == 1
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 class Remembered(StreamedChoice):
     """One that can be asked about when it is gone."""
 
