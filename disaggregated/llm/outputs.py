@@ -11,8 +11,8 @@ class Logprob:
 
     logprob: float
     """Natural logarithm."""
-    rank: int
-    """1: no token was likelier."""
+    rank: int | None
+    """1: no token was likelier. None: it was asked for by its id, and its rank is not known."""
     decoded_token: str
 
 

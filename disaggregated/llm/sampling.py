@@ -57,6 +57,8 @@ class SamplingParams:
     """Not generated."""
     logprobs: int | None = None
     """Tell how likely each token was, and so many of the likeliest; None: nothing of it."""
+    logprob_token_ids: Sequence[int] | None = None
+    """With `logprobs`: tell how likely these were, at most 128, instead of the likeliest."""
     prompt_logprobs: int | None = None
     """The same for the prompt."""
     include_stop_str_in_output: bool = False
@@ -88,6 +90,13 @@ class SamplingParams:
         _check_strings("bad_words", self.bad_words)
         _check_token_ids("stop_token_ids", self.stop_token_ids)
         _check_token_ids("allowed_token_ids", self.allowed_token_ids)
+        _check_token_ids("logprob_token_ids", self.logprob_token_ids)
+        if self.logprob_token_ids and self.logprobs is None:
+            raise InvalidRequest("logprob_token_ids needs logprobs, which is None", param="logprob_token_ids")
+        if (num_ids := len(self.logprob_token_ids or ())) > (limit := engine_sampling.LOGPROB_TOKEN_IDS_MAX):
+            raise InvalidRequest(
+                f"logprob_token_ids has {num_ids} entries, the limit is {limit}", param="logprob_token_ids"
+            )
         _check_token_ids("logit_bias", None if self.logit_bias is None else list(self.logit_bias))
         for bias in (self.logit_bias or {}).values():
             _check_number("logit_bias", bias, -engine_sampling.BIAS_MAX, engine_sampling.BIAS_MAX)
@@ -107,7 +116,7 @@ class SamplingParams:
             InvalidRequest: a token id that the model does not have, or a bad word that is too long.
         """
         own = tuple(self.stop_token_ids or ())
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             ids = getattr(self, name) or ()
             if (odd := next((token for token in ids if token >= vocab_size), None)) is not None:
                 raise InvalidRequest(f"{name}: {odd} is not between 0 and {vocab_size - 1}", param=name)
@@ -132,6 +141,7 @@ class SamplingParams:
                 allowed_token_ids=frozenset(self.allowed_token_ids or ()),
                 bad_words=bad_words,
                 logprobs=self.logprobs,
+                logprob_token_ids=tuple(dict.fromkeys(self.logprob_token_ids or ())),
                 prompt_logprobs=self.prompt_logprobs,
                 grammar=None if self.guided_decoding is None else self.guided_decoding.as_grammar(),
             )

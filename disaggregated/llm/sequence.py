@@ -56,12 +56,16 @@ class Sequence:
     def _take_logprob(self, token_id: int, told: TokenLogprob) -> None:
         assert self.output.logprobs is not None, "told unasked"
         assert self.output.cumulative_logprob is not None, "told unasked"
-        self.output.logprobs.append(self._by_id(token_id, told))
+        is_ranked = not self.request.sampling.logprob_token_ids
+        self.output.logprobs.append(self._by_id(token_id, told, is_ranked=is_ranked))
         self.output.cumulative_logprob += told.logprob
 
-    def _by_id(self, token_id: int, told: TokenLogprob) -> Logprobs:
-        ranked = enumerate(zip(told.top_token_ids, told.top_logprobs, strict=True), start=1)
-        found = {other: Logprob(logprob, rank, self._spelled(other)) for rank, (other, logprob) in ranked}
+    def _by_id(self, token_id: int, told: TokenLogprob, *, is_ranked: bool = True) -> Logprobs:
+        beside = enumerate(zip(told.top_token_ids, told.top_logprobs, strict=True), start=1)
+        found = {
+            other: Logprob(logprob, rank if is_ranked else None, self._spelled(other))
+            for rank, (other, logprob) in beside
+        }
         return {**found, token_id: Logprob(told.logprob, told.rank, self._spelled(token_id))}
 
     def _spelled(self, token_id: int) -> str:

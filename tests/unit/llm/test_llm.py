@@ -76,6 +76,20 @@ def test_penalties_and_bad_words_are_those_of_transformers(llm: LLM, reference: 
     assert "Paris" not in output.outputs[0].text
 
 
+def test_labels_are_scored_by_their_ids(llm: LLM) -> None:
+    likeliest = llm.generate(PROMPTS[0], dataclasses.replace(GREEDY, logprobs=4))[0].outputs[0].logprobs
+    assert likeliest is not None
+    asked = [*reversed(likeliest[0])]
+    sampling = dataclasses.replace(GREEDY, logprobs=0, logprob_token_ids=asked)
+    labels = llm.generate(PROMPTS[0], sampling)[0].outputs[0].logprobs
+    assert labels is not None
+    assert {token: told.logprob for token, told in labels[0].items()} == pytest.approx(
+        {token: told.logprob for token, told in likeliest[0].items()}
+    )
+    assert all(set(told) >= set(asked) for told in labels)
+    assert [told.rank for token, told in labels[0].items() if likeliest[0][token].rank != 1] == [None] * 3
+
+
 def test_logprobs_are_those_of_transformers(llm: LLM, reference: transformers.LlamaForCausalLM) -> None:
     sampling = dataclasses.replace(SEEDED, logprobs=3, prompt_logprobs=0)
     [output] = llm.generate(PROMPTS[3], sampling)

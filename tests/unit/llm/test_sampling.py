@@ -51,6 +51,8 @@ def for_engine(params: SamplingParams, **changes: Any) -> Any:
         ("prompt_logprobs", True, "prompt_logprobs must be an integer, is True"),
         ("bad_words", ["a", ""], "bad_words must be without an empty string"),
         ("allowed_token_ids", [-1], "allowed_token_ids must be a list of token ids"),
+        ("logprob_token_ids", [5], "logprob_token_ids needs logprobs, which is None"),
+        ("logprob_token_ids", ["5"], "logprob_token_ids must be a list of token ids"),
         ("logit_bias", {"5": 1.0}, "logit_bias must be a list of token ids"),
         ("logit_bias", {5: 101.0}, "logit_bias must be between -100 and 100, is 101.0"),
     ],
@@ -133,13 +135,14 @@ def test_everything_that_is_asked_of_the_logits_reaches_the_engine() -> None:
             allowed_token_ids=[3, 9],
             bad_words=["ab", " c"],
             logprobs=0,
+            logprob_token_ids=[9, 3, 9],
             prompt_logprobs=4,
         )
     )
     assert (said.presence_penalty, said.frequency_penalty, said.repetition_penalty) == (0.5, -1.0, 1.25)
     assert said.logit_bias == ((3, 100), (9, -2.0))
     assert said.allowed_token_ids == {3, 9}
-    assert (said.logprobs, said.prompt_logprobs) == (0, 4)
+    assert (said.logprobs, said.logprob_token_ids, said.prompt_logprobs) == (0, (9, 3), 4)
     encode = byte_tokenizer().encode
     assert said.bad_words == tuple(tuple(encode(word)) for word in ("ab", " ab", " c"))
 
