@@ -15,7 +15,7 @@ from orchestrator.admission.quotas import Levels
 from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.bodies import received_body
 from orchestrator.api.error_body import json_response
-from orchestrator.api.openapi.document import openapi
+from orchestrator.api.openapi.document import index, openapi
 from orchestrator.api.refusals import refusal_of
 from orchestrator.api.request_ids import request_id_for
 from orchestrator.api.responses import endpoints as responses
@@ -50,6 +50,7 @@ def make_app(
     app = web.Application(client_max_size=config.door.body_bytes_max, middlewares=[_edge(door)])
     app[DOOR] = door
     for method, path, handler in (
+        ("GET", "/", index),
         ("POST", "/v1/chat/completions", _chat_completions),
         ("POST", "/v1/completions", _completions),
         ("POST", "/v1/responses", responses.create),

@@ -17,7 +17,7 @@ from orchestrator.admission.key_file import KeyFile
 from orchestrator.admission.quotas import Quotas
 from orchestrator.admission.ticket import ANONYMOUS, NO_OBJECTIVES, Objectives, Settle, Ticket
 
-OPEN_PATHS: Final = frozenset({"/health", "/version", "/metrics", "/prometheus/metrics", "/openapi.json"})
+OPEN_PATHS: Final = frozenset({"/", "/health", "/version", "/metrics", "/prometheus/metrics", "/openapi.json"})
 """Probes, scrapers and readers of the API's description have no key."""
 OPERATORS_PATHS: Final = ("/cluster", "/ledger", "/requests")
 """These and all below them tell of other people's requests, or change the deployment."""

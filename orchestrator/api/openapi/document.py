@@ -15,6 +15,7 @@ from orchestrator.api.openapi.kinds import Schema, ref
 from orchestrator.front_door import FrontDoor
 
 _JSON: Final = "application/json"
+_TEXT: Final[Schema] = {"text/plain": {"schema": {"type": "string"}}}
 _ERRORS: Final[Mapping[str, str]] = {
     "400": "A field is wrong; the message names it and its limit.",
     "401": "No API key, or one that is not known.",
@@ -33,6 +34,14 @@ _PATH_IDS: Final[Mapping[str, str]] = {
 
 async def openapi(door: FrontDoor, http: web.Request) -> web.Response:
     return web.Response(body=_encoded(door.model_names), content_type=_JSON)
+
+
+async def index(door: FrontDoor, http: web.Request) -> web.Response:
+    """For whoever opens the address in a browser: what there is, in a line each."""
+    lines = [f"disaggregated {__version__}", ""]
+    for path, methods in _paths().items():
+        lines += [f"{method.upper():7}{path:42}{does['summary']}" for method, does in methods.items()]
+    return web.Response(text="\n".join([*lines, ""]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -64,8 +73,9 @@ def document(model_names: Sequence[str] = ()) -> dict[str, Any]:
 def _paths() -> dict[str, Any]:
     tokenize = _post("Token ids of a text or a chat, without running it.", "TokenizeRequest", "Tokenized")
     detokenize = _post("The text of token ids.", "DetokenizeRequest", "Detokenized")
-    metrics = _get("Prometheus metrics.", {"text/plain": {"schema": {"type": "string"}}})
+    metrics = _get("Prometheus metrics.", _TEXT)
     return {
+        "/": _get("This list, as text.", _TEXT),
         "/v1/chat/completions": _post("A chat.", "ChatCompletionRequest", "ChatCompletion", streams=True),
         "/v1/completions": _post("A text goes on.", "CompletionRequest", "Completion", streams=True),
         "/v1/responses": _with_links(

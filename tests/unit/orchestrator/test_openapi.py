@@ -85,6 +85,15 @@ async def test_every_path_is_described_and_every_description_is_a_path() -> None
     assert described == {(path, method) for path, method in routes if method != "head"}
 
 
+async def test_who_opens_the_address_in_a_browser_sees_what_there_is() -> None:
+    async with front_door(is_awaited=False) as door, door.http.get(door.url) as answer:
+        assert (answer.status, answer.content_type) == (200, "text/plain")
+        lines = (await answer.text()).splitlines()
+    for path, methods in document()["paths"].items():
+        for method in methods:
+            assert any(line.split()[:2] == [method.upper(), path] for line in lines)
+
+
 async def test_the_document_is_served() -> None:
     async with front_door() as door:
         status, told = await door.get("/openapi.json")
