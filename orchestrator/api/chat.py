@@ -157,18 +157,6 @@ async def read_messages(form: ChatForm, fields: Fields, model: ServedModel, form
     return await asyncio.to_thread(form.with_messages, messages, model, formats)
 
 
-async def read_chat(
-    fields: Fields, model: ServedModel, formats: ReplyFormats, *, grammar: Grammar | None, allows_template: bool
-) -> Chat:
-    """`grammar`: that the client asks for, besides its tools.
-
-    Raises:
-        InvalidRequest: names the message or the tool that is wrong, or says what the model's template has against it.
-    """
-    form = await read_chat_form(fields, grammar=grammar, allows_template=allows_template)
-    return await read_messages(form, fields, model, formats)
-
-
 def is_small(value: Any, num_characters: int) -> bool:
     """Whether JSON has no more text than this, found out in a time that is bounded by it."""
     waiting = [value]
@@ -185,11 +173,13 @@ def is_small(value: Any, num_characters: int) -> bool:
 
 
 async def chat_prompt(fields: Fields, model: ServedModel) -> list[int]:
-    """The ids alone, of a chat that is not generated. Raises InvalidRequest as `read_chat` does."""
+    """The ids alone, of a chat that is not generated.
+
+    Raises:
+        InvalidRequest: names the message or the tool that is wrong, or says what the model's template has against it.
+    """
     form = await read_chat_form(fields, grammar=None, allows_template=False)
-    # What a reply would be like makes no difference.
-    promptly = dataclasses.replace(form, wanted=Wanted(), may_be_longer=True)
-    return (await read_messages(promptly, fields, model, TEXT_ONLY)).token_ids
+    return (await read_messages(form, fields, model, TEXT_ONLY)).token_ids
 
 
 def _wanted(fields: Fields, tools: ToolUse | None, grammar: Grammar | None) -> Wanted:

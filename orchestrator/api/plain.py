@@ -10,14 +10,13 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-import orjson
-
 from disaggregated.errors import DisaggregatedError
 from disaggregated.text import Detokenizer
 from disaggregated.token_logprobs import Told
 from orchestrator.api.answering import Answering
 from orchestrator.api.direct import answer
 from orchestrator.api.drafts import Draft
+from orchestrator.api.shapes import plain_answer
 from orchestrator.front_door import FrontDoor
 from orchestrator.http.exchange import Exchange
 from orchestrator.request_run import TokenRequest
@@ -25,17 +24,6 @@ from orchestrator.story import RequestStory
 
 WAITING_MAX: Final = 1024
 """Tokens that are made into text at once: a tenth of a millisecond."""
-
-_CHAT: Final = (
-    b'{"id":"chatcmpl-%b","object":"chat.completion","created":%d,"model":%b,"choices":[{"index":0,"message":'
-    b'{"role":"assistant","content":%b,"refusal":null},"logprobs":null,"finish_reason":"%b"}],"usage":'
-    b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
-)
-_COMPLETION: Final = (
-    b'{"id":"cmpl-%b","object":"text_completion","created":%d,"model":%b,"choices":[{"index":0,"text":%b,'
-    b'"logprobs":null,"finish_reason":"%b"}],"usage":'
-    b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
-)
 
 
 class PlainAnswer(Answering):
@@ -93,17 +81,14 @@ class PlainAnswer(Answering):
 
     def _body(self, story: RequestStory) -> bytes:
         draft = self._draft
-        num_prompt, num_tokens = story.num_prompt_tokens, story.num_tokens
-        return (_CHAT if draft.is_chat else _COMPLETION) % (
-            draft.request_id.encode(),
-            self._created,
-            orjson.dumps(draft.model.name),
-            orjson.dumps(self._whole_text()),
-            self._reason.encode(),
-            num_prompt,
-            num_tokens,
-            num_prompt + num_tokens,
-            story.num_cached_tokens,
+        return plain_answer(
+            is_chat=draft.is_chat,
+            request_id=draft.request_id,
+            model=draft.model.name,
+            created=self._created,
+            text=self._whole_text(),
+            finish_reason=self._reason,
+            counts=story,
         )
 
     def _whole_text(self) -> str:

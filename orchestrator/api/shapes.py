@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -59,6 +59,19 @@ class Reply:
     @property
     def content(self) -> str:
         return content_of(self.deltas)
+
+
+class Counts(Protocol):
+    """What a request took."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_cached_tokens(self) -> int: ...
 
 
 class Shape(Protocol):
@@ -266,3 +279,34 @@ class CompletionShape(_Shape):
                 "usage": usage.as_json(),
             }
         )
+
+
+# What `whole` says of one reply that is nothing but text, in one formatting.
+
+_PLAIN_CHAT: Final = (
+    b'{"id":"chatcmpl-%b","object":"chat.completion","created":%d,"model":%b,"choices":[{"index":0,"message":'
+    b'{"role":"assistant","content":%b,"refusal":null},"logprobs":null,"finish_reason":"%b"}],"usage":'
+    b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
+)
+_PLAIN_COMPLETION: Final = (
+    b'{"id":"cmpl-%b","object":"text_completion","created":%d,"model":%b,"choices":[{"index":0,"text":%b,'
+    b'"logprobs":null,"finish_reason":"%b"}],"usage":'
+    b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
+)
+
+
+def plain_answer(
+    *, is_chat: bool, request_id: str, model: str, created: int, text: str, finish_reason: str, counts: Counts
+) -> bytes:
+    num_prompt, num_tokens, num_cached = counts.num_prompt_tokens, counts.num_tokens, counts.num_cached_tokens
+    return (_PLAIN_CHAT if is_chat else _PLAIN_COMPLETION) % (
+        request_id.encode(),
+        created,
+        orjson.dumps(model),
+        orjson.dumps(text),
+        finish_reason.encode(),
+        num_prompt,
+        num_tokens,
+        num_prompt + num_tokens,
+        num_cached,
+    )

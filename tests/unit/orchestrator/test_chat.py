@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from disaggregated.errors import InvalidRequest
-from orchestrator.api.chat import is_small, read_chat
+from orchestrator.api.chat import is_small
 from orchestrator.api.fields import Fields
 from orchestrator.api.tools import read_tools
 from orchestrator.parsers import Content, Delta, Reasoning
@@ -16,6 +16,7 @@ from orchestrator.parsers.formats import TEXT_ONLY, ReplyFormats
 from orchestrator.parsers.reasoning import REASONING
 from tests.support.byte_model import byte_model
 from tests.support.loop_cpu import LoopCpu, frozen_garbage
+from tests.support.read_chat import read_chat
 from tests.unit.parsers.pieces import parsed
 
 VARIABLES = "{{ enable_thinking }}|{{ thinking }}|{{ reasoning_effort }}"

@@ -11,7 +11,6 @@ import pytest
 import pytest_asyncio
 
 from disaggregated.grammar import Grammar, GrammarKind
-from orchestrator.api.chat import read_chat
 from orchestrator.api.fields import Fields
 from orchestrator.parsers import Content, Reasoning
 from orchestrator.parsers.choose import Wanted, plan_reply
@@ -19,6 +18,7 @@ from orchestrator.parsers.formats import TOOL_FORMATS, ReplyFormats
 from orchestrator.parsers.reasoning import REASONING
 from tests.support.byte_model import byte_model
 from tests.support.front_door import Door, front_door
+from tests.support.read_chat import read_chat
 from tests.support.script import says
 from tests.unit.parsers.pieces import parsed
 

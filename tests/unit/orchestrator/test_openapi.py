@@ -8,7 +8,6 @@ import pytest
 
 from disaggregated.config.deployment import DeploymentConfig, PoolConfig
 from disaggregated.config.server import ServerConfig
-from orchestrator.api.chat import read_chat
 from orchestrator.api.generation_fields import read_generation_fields
 from orchestrator.api.known_fields import IGNORED, NEUTRAL, TAKEN
 from orchestrator.api.openapi import bodies
@@ -19,6 +18,7 @@ from orchestrator.parsers.formats import TEXT_ONLY
 from orchestrator.server_pools import ServerPools
 from tests.support.byte_model import byte_model
 from tests.support.front_door import front_door
+from tests.support.read_chat import read_chat
 from tests.support.recorded_fields import RecordedFields
 
 SCHEMAS: Final[dict[str, Any]] = document()["components"]["schemas"]

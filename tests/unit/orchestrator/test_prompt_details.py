@@ -12,13 +12,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from disaggregated.text import ChatTemplate, Tokenizer
-from orchestrator.api.chat import read_chat
 from orchestrator.api.fields import Fields
 from orchestrator.api.truncation import Truncation
 from orchestrator.parsers.formats import TEXT_ONLY
 from orchestrator.served_model import ServedModel
 from tests.support.byte_model import TEMPLATE, byte_model, byte_tokenizer
 from tests.support.front_door import Door, front_door
+from tests.support.read_chat import read_chat
 
 CHAT: Final = "/v1/chat/completions"
 TEXT: Final = "/v1/completions"
