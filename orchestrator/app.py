@@ -6,7 +6,8 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
-from aiohttp import web
+import orjson
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from disaggregated.config.deployment import DeploymentConfig
@@ -14,7 +15,7 @@ from orchestrator.admission.make import CALLER_KEY
 from orchestrator.admission.quotas import Levels
 from orchestrator.api import generate, operations, tokenization
 from orchestrator.api.bodies import received_body
-from orchestrator.api.error_body import json_response
+from orchestrator.api.error_body import json_response, plain_fields
 from orchestrator.api.openapi.document import index, openapi
 from orchestrator.api.refusals import refusal_of
 from orchestrator.api.request_ids import request_id_for
@@ -73,7 +74,7 @@ def make_app(
         ("GET", "/requests/{request_id:.+}", operations.request_story),
         ("GET", "/ledger", operations.ledger),
     ):
-        app.router.add_route(method, path, functools.partial(_call, door, handler))
+        app.router.add_route(method, path, functools.partial(_call, door, handler), expect_handler=_expect)
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         door.start()
@@ -86,6 +87,18 @@ def make_app(
 
 async def _call(door: FrontDoor, handler: DoorHandler, http: web.Request) -> web.StreamResponse:
     return await handler(door, http)
+
+
+async def _expect(http: web.Request) -> None:
+    """Of whoever asks first whether to send the body."""
+    if http.version < HttpVersion11:
+        return
+    if http.headers["Expect"].lower() != "100-continue":
+        message = "nothing but 100-continue may be expected here"
+        told = orjson.dumps(plain_fields(message)).decode()
+        raise web.HTTPExpectationFailed(text=told, content_type="application/json")
+    await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    http.writer.output_size = 0  # The answer has not begun.
 
 
 async def _chat_completions(door: FrontDoor, http: web.Request) -> web.StreamResponse:

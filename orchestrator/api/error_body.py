@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from aiohttp import web
 
 from disaggregated.errors import DisaggregatedError
+
+MESSAGE_CHARACTERS_MAX: Final = 200
+"""Of one that is not ours."""
 
 
 def error_fields(error: DisaggregatedError) -> dict[str, Any]:
@@ -35,6 +38,12 @@ def error_headers(error: DisaggregatedError, *, retry_after_s: int) -> dict[str,
 def plain_fields(message: str, *, kind: str = "invalid_request_error") -> dict[str, Any]:
     """What HTTP itself refuses: no such path, a body that is too large."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def first_words(message: str) -> str:
+    """What a parser of HTTP says, without the picture of the bytes that it draws below."""
+    said, _, _ = message.partition("\n\n")
+    return " ".join(said.split()).rstrip(":")[:MESSAGE_CHARACTERS_MAX]
 
 
 def error_response(error: DisaggregatedError, *, retry_after_s: int) -> web.Response:

@@ -48,6 +48,9 @@ def _refused_by_http(door: FrontDoor, error: web.HTTPException, *, method: str, 
         case web.HTTPRequestTimeout():
             message = f"the body did not come in {bodies.BODY_TIMEOUT_S:g} s"
             headers["Connection"] = "close"
+        case web.HTTPBadRequest():
+            message = error.reason
+            headers["Connection"] = "close"
         case web.HTTPNotFound():
             message = f"there is no {method} {_shown(path)}"
         case web.HTTPMethodNotAllowed():

@@ -19,6 +19,7 @@ from orchestrator.front_door import FrontDoor
 from orchestrator.http.connection import Connection, WholeRequest
 from orchestrator.http.edge import refuse, serve
 from orchestrator.http.exchange import Rest
+from orchestrator.http.other_reader import OtherReader
 from orchestrator.listening import BACKLOG
 
 SHUTDOWN_TIMEOUT_S: Final = 60.0
@@ -43,9 +44,7 @@ class PublicPort:
         self._runner = web.AppRunner(
             app,
             handler_cancellation=True,
-            access_log=None,
             shutdown_timeout=shutdown_timeout_s,
-            keepalive_timeout=KEEPALIVE_S,
         )
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -106,7 +105,7 @@ class PublicPort:
 
     def make_other(self) -> asyncio.Protocol:
         assert self._runner.server is not None, "it is not open"
-        return self._runner.server()
+        return OtherReader(self._runner.server, keepalive_s=KEEPALIVE_S)
 
     def serve(self, exchange: WholeRequest) -> None:
         rest = serve(self._door, exchange)

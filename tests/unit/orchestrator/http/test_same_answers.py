@@ -27,6 +27,7 @@ CHAT: Final = "/v1/chat/completions"
 MALFORMED: Final = "it is no HTTP"
 CLOSED: Final = "it was the last"
 HELLO: Final = [{"role": "user", "content": "Hello"}]
+NO_HTTP: Final = re.compile(rb'"message":"(this is no valid HTTP|the body is not framed as HTTP wants it):')
 CREATED: Final = re.compile(rb'"created":[0-9]+')
 BODIES: Final[Sequence[tuple[str, dict[str, Any]]]] = [
     ("/v1/completions", {}),
@@ -157,7 +158,7 @@ def gists_of(said: bytes) -> list[Any]:
     """What is no HTTP is told in words that quote whatever came in the same piece. Nothing comes after a close."""
     gists: list[Any] = []
     for answer in answers_in(said):
-        gists.append(MALFORMED if answer.headers["content-type"].startswith("text/plain") else answer.gist)
+        gists.append(MALFORMED if NO_HTTP.search(answer.body) else answer.gist)
         if answer.headers.get("connection") == "close":
             gists.append(CLOSED)
     return gists
