@@ -15,6 +15,7 @@ from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost,
 from disaggregated.request_life import Phase
 from disaggregated.v1 import control_pb2
 from orchestrator.attempt_calls import AttemptCalls
+from orchestrator.fan_out import Lane, Terminal
 from orchestrator.generation_link import GenerationLink
 from orchestrator.load import Share
 from orchestrator.overdue import Overdue
@@ -267,6 +268,9 @@ class Attempt(TokenFlow):
             self._arrived(arrival_of(delta), now_s)
         else:
             self._came(delta.first_position, token_ids, finish_reason, now_s)
+
+    def _open_lane(self, terminal: Terminal) -> Lane | None:
+        return None if self._link is None else self._link.open_lane(self._stream_key, terminal)
 
     def _landed(self) -> None:
         self._has_landed = True

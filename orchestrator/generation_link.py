@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 from disaggregated.errors import AdmissionError, DisaggregatedError, ServerLost
 from disaggregated.step_batches import columns_of
 from disaggregated.v1 import control_pb2
+from orchestrator.fan_out import FanOut, Lane, Terminal
 from orchestrator.overdue import Overdue
 from orchestrator.server_client import ServerClient
 
@@ -46,11 +47,15 @@ class GenerationLink:
     or the link is broken before its cancellation is sent, so that a cancellation can never overtake it.
     """
 
-    def __init__(self, client: ServerClient, link_id: str, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, client: ServerClient, link_id: str, *, clock: Callable[[], float], fan_out: FanOut | None = None
+    ) -> None:
+        """`fan_out`: delivers what it can of each step; the receivers get the rest. None: they get all."""
         self.link_id = link_id
         self.num_tokens = 0
         self._client = client
         self._clock = clock
+        self._fan_out = fan_out
         self._receivers: dict[int, DeltaReceiver] = {}
         self._admitting: Overdue[int] = Overdue(ADMIT_TIMEOUT_S, self._not_answered)
         """Admissions that are not answered."""
@@ -100,6 +105,12 @@ class GenerationLink:
         receivers = self._receivers
         stream_keys, positions, token_ids = columns_of(batch)
         self.num_tokens += len(token_ids)
+        if self._fan_out is not None:
+            left = self._fan_out.deliver(stream_keys, positions, token_ids, now_s)
+            if len(left) < len(token_ids):
+                stream_keys, positions, token_ids = (
+                    [column[index] for index in left] for column in (stream_keys, positions, token_ids)
+                )
         # Looked up as they are called, and not before: a token may end the request that the next one is for.
         for receiver, position, token_id in zip(map(receivers.get, stream_keys), positions, token_ids, strict=True):
             if receiver is not None:
@@ -123,6 +134,10 @@ class GenerationLink:
         stream_key = next(_stream_keys)
         self._receivers[stream_key] = receiver
         return stream_key
+
+    def open_lane(self, stream_key: int, terminal: Terminal) -> Lane | None:
+        """For the tokens that come under this key; closed before the key is given back. None: there are no lanes."""
+        return None if self._fan_out is None else self._fan_out.open(stream_key, terminal)
 
     def admit(self, request: control_pb2.AdmitRequest) -> None:
         """Its receiver is told when it is refused (AdmissionError: nothing to undo) or not answered (ServerLost).

@@ -21,6 +21,7 @@ from disaggregated.sampling_params import SamplingParams
 from disaggregated.token_logprobs import Told
 from orchestrator.admission.tenant_turns import Waiting
 from orchestrator.admission.ticket import Settle, Ticket
+from orchestrator.fan_out import Terminal
 from orchestrator.routing.placement import NotYet
 from orchestrator.story import RequestStory
 
@@ -75,7 +76,7 @@ class RequestRun:
     __slots__ = (
         "attempt", "avoid", "block_hashes", "cost", "emitted", "hashing", "life", "not_yet",
         "num_losses_in_a_row", "num_transfer_failures", "over", "push_token", "request", "settle", "sink",
-        "story", "waiting",
+        "story", "terminal", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +91,8 @@ class RequestRun:
         """Four bytes a token, which a client that does not read may make many of."""
         self.push_token: Callable[[int], bool] = getattr(sink, "push_token", None) or functools.partial(_push_one, sink)
         """Gives `sink` one token of `emitted` that is not the last, and of which nothing else is told."""
+        self.terminal: Callable[[], Terminal | None] = _no_terminal
+        """Where such tokens may go without the sink, if they may now."""
         self.life = RequestLife(request.request_id, now_s=now_s)
         self.story = RequestStory(
             life=self.life,
@@ -156,6 +159,10 @@ class RequestRun:
         if not self.life.is_over:
             self.life.advance(phase, now_s=now_s)
         self.story.error = "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def _no_terminal() -> None:
+    """Nobody has set another one."""
 
 
 def _push_one(sink: TokenSink, token_id: int) -> bool:

@@ -37,10 +37,12 @@ class ServedModel:
             ModelUnavailable: names the file that is missing or wrong.
         """
         files = resolve(name, weights=False)
+        tokenizer = Tokenizer.load(files.path)
+        tokenizer.learn_texts()
         model = cls(
             name=files.name,
             aliases=files.aliases,
-            tokenizer=Tokenizer.load(files.path),
+            tokenizer=tokenizer,
             num_tokens_max=read_num_tokens_max(files.path),
             sampling_defaults=read_sampling_defaults(files.path),
             created=int(time.time()),

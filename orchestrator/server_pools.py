@@ -21,6 +21,7 @@ from disaggregated.config.deployment import DeploymentConfig
 from disaggregated.errors import DisaggregatedError, InvalidRequest, ServerLost, Unauthenticated
 from disaggregated.v1 import control_pb2
 from orchestrator.agreement import ServedModelNames, disagreement
+from orchestrator.fan_out import FanOut
 from orchestrator.generation_link import GenerationLink
 from orchestrator.routing.block_follower import follow_blocks
 from orchestrator.routing.speed import PoolSpeed
@@ -67,6 +68,8 @@ class ServerPools:
         self._progress_timeout_s = config.progress_timeout_s
         self._connect = connect
         self._clock = clock
+        self._fan_out = FanOut.make()
+        """One for all links: they share what it knows of tokens."""
         self._servers: dict[tuple[Role, str], Server] = {}
         self._of: dict[Role, list[Server]] = {role: [] for role in Role}
         """The same, by role. What follows is kept, too, since each request asks for it."""
@@ -236,7 +239,7 @@ class ServerPools:
                 )
                 if server.role is Role.GENERATION:
                     link_id = f"{self._orchestrator_id}-{next(self._link_numbers)}"
-                    link = GenerationLink(client, link_id, clock=self._clock)
+                    link = GenerationLink(client, link_id, clock=self._clock, fan_out=self._fan_out)
                     group.create_task(link.run(lambda: self._opened(server, link)))
                 else:
                     server.aborts = TransferAborts(client)

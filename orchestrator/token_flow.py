@@ -3,6 +3,7 @@
 once, and whatever is told beside them    Arrival ──TokenOrder──▶ RequestRun.deliver
 tokens that are due, and nothing else     ──────────────────────▶ RequestRun.deliver
 one by one, while it decodes (in flow)    ──────────────────────▶ push_token
+the same, where the sink has a terminal   a lane takes them before they come here (`orchestrator.fan_out`)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final
 from disaggregated.errors import ServerLost
 from disaggregated.request_life import Phase
 from disaggregated.token_logprobs import Told
+from orchestrator.fan_out import Lane, Terminal
 from orchestrator.load import Share
 from orchestrator.request_run import RequestRun
 from orchestrator.story import AttemptStory
@@ -28,12 +30,15 @@ SETTLED_EVERY: Final = 32
 
 
 class TokenFlow(ABC):
-    """Of one attempt. Invariant: out of flow the books are up to date; in flow, up to `_settled_position`."""
+    """Of one attempt. Invariant: out of flow the books are up to date; in flow, up to `_settled_position`.
+
+    With a lane, the first token that comes here again finds the position where the lane began.
+    """
 
     __slots__ = (
-        "_emitted", "_flow_position", "_generation_share", "_has_landed", "_is_over", "_last_position", "_last_token_s",
-        "_longest_gap_s", "_num_prompt_tokens", "_order", "_pause_position", "_push_token", "_settled_position", "run",
-        "story",
+        "_emitted", "_flow_position", "_generation_share", "_has_landed", "_is_over", "_lane", "_last_position",
+        "_last_token_s", "_longest_gap_s", "_num_prompt_tokens", "_order", "_pause_position", "_push_token",
+        "_settled_position", "run", "story",
     )  # fmt: skip
 
     def __init__(self, run: RequestRun, story: AttemptStory) -> None:
@@ -49,7 +54,10 @@ class TokenFlow(ABC):
         self._flow_position = -1
         """Of the token that is due, while tokens come one by one and nothing else does; -1: they do not."""
         self._pause_position = -1
-        """In flow, the next token that is not like all others: the books are due before it, or it is the last one."""
+        """In flow, the next token that is not like all others: the books are due before it, or it is the last one, or
+        those after it may go by a lane."""
+        self._lane: Lane | None = None
+        """Once one was had, for as long as it is in flow; it may be shut."""
         self._settled_position = -1
         """Up to which the books are up to date."""
         self._last_position = len(run.request.token_ids) + run.request.sampling.max_tokens - 1
@@ -77,10 +85,14 @@ class TokenFlow(ABC):
 
     def _on_other_token(self, position: int, token_id: int, now_s: float) -> None:
         """One before which the books are due, or the last one, or one that is not in flow."""
+        if self._lane is not None:
+            self._catch_up(self._lane)
         if position == self._flow_position != self._last_position:
             self._settle()
             self._pause_position = min(position + SETTLED_EVERY, self._last_position)
             self.on_token(position, token_id, now_s)
+            if self._flow_position >= 0:
+                self._use_lane(token_id)
             return
         if not self._has_landed:
             self._landed()
@@ -92,6 +104,30 @@ class TokenFlow(ABC):
         position = self._flow_position = self._settled_position = self._order.position
         self._pause_position = min(position + SETTLED_EVERY, self._last_position)
         self._last_token_s, self._longest_gap_s = story.last_token_s, story.longest_gap_s
+        self._use_lane()
+
+    def _use_lane(self, token_id: int | None = None) -> None:
+        """The next tokens go by a lane, if the sink has a terminal now. `token_id`: one that did not."""
+        terminal = self.run.terminal()
+        if terminal is None:
+            return
+        lane = self._lane
+        if lane is None:
+            lane = self._lane = self._open_lane(terminal)
+            if lane is None:
+                return
+        if token_id is not None:
+            lane.learn(token_id)
+        self._pause_position = self._flow_position
+        lane.go_on(self._flow_position, self._last_position, self._last_token_s, self._longest_gap_s)
+
+    def _catch_up(self, lane: Lane) -> None:
+        """With what it has delivered."""
+        token_ids, last_token_s, longest_gap_s = lane.take()
+        if token_ids:
+            self._emitted.extend(token_ids)
+            self._flow_position += len(token_ids)
+            self._last_token_s, self._longest_gap_s = last_token_s, longest_gap_s
 
     def _settle(self) -> None:
         """Bring the books up to date."""
@@ -107,6 +143,10 @@ class TokenFlow(ABC):
         story.last_token_s, story.longest_gap_s = self._last_token_s, self._longest_gap_s
 
     def _leave_flow(self) -> None:
+        if self._lane is not None:
+            self._catch_up(self._lane)
+            self._lane.close()
+            self._lane = None
         self._settle()
         self._flow_position = -1
 
@@ -146,6 +186,10 @@ class TokenFlow(ABC):
         if self._generation_share is not None:
             self._generation_share.grew(len(token_ids))
         self._delivered(now_s)
+
+    @abstractmethod
+    def _open_lane(self, terminal: Terminal) -> Lane | None:
+        """On the link that its tokens come by; None: there is none to be had."""
 
     @abstractmethod
     def _landed(self) -> None:

@@ -8,6 +8,7 @@ each token costs one look-up, and nothing is ever decoded twice.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -48,14 +49,19 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTES: Final = _byte_of_character()
-_LATIN: Final = str.maketrans({character: chr(byte) for character, byte in _BYTES.items()})
+_OUTSIDE: Final = chr(0x100)
+"""Of Latin-1: stands for Latin-1's characters that are not in the alphabet."""
+_LATIN: Final = dict.fromkeys(range(256), _OUTSIDE) | {ord(letter): chr(byte) for letter, byte in _BYTES.items()}
 _NONE: Final[Mapping[int, bytes]] = {}
+_ESCAPED: Final = re.compile(rb'["\\\x00-\x1f]')
+"""What JSON spells otherwise in its strings."""
 
 
 def byte_level_spelling(piece: str) -> bytes:
-    if _BYTES.keys() >= set(piece):
+    try:
         return piece.translate(_LATIN).encode("latin-1")
-    return piece.encode()  # Added tokens are spelled as they are.
+    except UnicodeEncodeError:
+        return piece.encode()  # Added tokens are spelled as they are.
 
 
 def sentencepiece_spelling(piece: str) -> bytes:
@@ -84,17 +90,39 @@ class ByteLevelCache:
     vocabulary."""
 
     def __init__(self, piece: Piece) -> None:
-        self.bytes_of: Callable[[int], bytes] = _Spellings(piece).__getitem__
+        self._spellings = _Spellings(piece)
+        self.bytes_of: Callable[[int], bytes] = self._spellings.__getitem__
         self.escaped: dict[int, bytes] = {}
         """Text in JSON, of those that are text by themselves."""
         self.parts: set[int] = set()
         """Those that are not, or too long."""
+
+    def escape(self, token_id: int) -> bytes | None:
+        """Text in JSON; None: it is not text by itself, or too long."""
+        spelled = self._spellings[token_id]
+        try:
+            text = spelled.decode()
+        except UnicodeDecodeError:
+            escaped = None
+        else:
+            escaped = orjson.dumps(text)[1:-1] if _ESCAPED.search(spelled) else spelled
+        if escaped is None or len(escaped) > ESCAPED_MAX:
+            self.parts.add(token_id)
+            return None
+        self.escaped[token_id] = escaped
+        return escaped
+
+    def escape_all(self, num_tokens: int) -> None:
+        """Of the whole vocabulary, a microsecond or two for each token: no stream waits for it any more."""
+        for token_id in range(num_tokens):
+            self.escape(token_id)
 
 
 class ByteLevelDetokenizer:
     """Tokens are bytes in GPT-2's alphabet (Llama 3, Qwen, SmolLM)."""
 
     def __init__(self, cache: ByteLevelCache, prompt_ids: Sequence[int] = ()) -> None:
+        self._cache = cache
         self._bytes = cache.bytes_of
         self._escaped = cache.escaped
         self._parts = cache.parts
@@ -130,17 +158,7 @@ class ByteLevelDetokenizer:
         if self._is_within or token_id in self._parts:
             return None
         escaped = self._escaped.get(token_id)
-        if escaped is not None:
-            return escaped
-        try:
-            escaped = orjson.dumps(self._bytes(token_id).decode())[1:-1]
-        except UnicodeDecodeError:
-            escaped = None
-        if escaped is None or len(escaped) > ESCAPED_MAX:
-            self._parts.add(token_id)
-            return None
-        self._escaped[token_id] = escaped
-        return escaped
+        return self._cache.escape(token_id) if escaped is None else escaped
 
     def known(self) -> Mapping[int, bytes]:
         return _NONE if self._is_within else self._escaped

@@ -70,6 +70,8 @@ class _Streamed(_Single):
         except ConnectionError as error:
             raise RequestCancelled("the client went away") from error
         self._begin(choice)
+        if self._exchange.is_told_at_once and self._run is not None:
+            self._run.terminal = choice.terminal
 
     def _end(self, story: RequestStory, error: DisaggregatedError | None) -> None:
         """An error before the first token has a status of its own; afterwards it is the last event."""

@@ -18,6 +18,7 @@ from orchestrator.api.choices import KEPT_MAX, ParsedText
 from orchestrator.api.outbox import Address
 from orchestrator.api.shapes import Shape
 from orchestrator.api.sse import EventStream
+from orchestrator.fan_out import Lane, Terminal
 
 _NOTHING: Final[Mapping[int, bytes]] = {}
 _joined: Final = b"".join
@@ -48,6 +49,10 @@ class Streamed(ABC):
 
     def fell_behind(self) -> None:  # noqa: B027 - most have nothing to do then
         """The client did not take all that was written."""
+
+    def terminal(self) -> Terminal | None:
+        """Where the next tokens may go without this choice, as long as it does not say otherwise; None: nowhere."""
+        return None
 
     @abstractmethod
     def _said(self) -> bytes:
@@ -85,7 +90,7 @@ class StreamedText(Streamed):
     """A reply that is nothing but text, which nothing in it can end."""
 
     __slots__ = (
-        "_after", "_before", "_has_frame", "_kept", "_known", "_lines", "_text", "_to", "_waiting"
+        "_after", "_before", "_has_frame", "_kept", "_known", "_lane", "_lines", "_text", "_to", "_waiting"
     )  # fmt: skip
 
     def __init__(self, index: int, shape: Shape, text: ChoiceText, *, echoed: str = "") -> None:
@@ -95,6 +100,7 @@ class StreamedText(Streamed):
         self._kept = [echoed] if echoed else []
         self._known: Mapping[int, bytes] = _NOTHING
         """Text of tokens that may go into the outbox at once: none while something is kept, or left unread."""
+        self._lane: Lane | None = None
         # The rest is set once the stream is open, where it takes events as they are; each token needs all of it.
         self._has_frame = False
         self._lines: Sequence[bytes]
@@ -134,6 +140,27 @@ class StreamedText(Streamed):
 
     def fell_behind(self) -> None:
         self._known = _NOTHING
+        if self._lane is not None:
+            self._lane.shut()
+
+    def terminal(self) -> Terminal | None:
+        if not self._known:
+            return None
+        descriptor, _, stream = self._to
+        has_lines = bool(self._lines[0])
+        return Terminal(
+            descriptor,
+            self._before,
+            self._after,
+            has_lines,
+            self._known,
+            stream,
+            self._has_lane,
+            self.stream.outbox.flush,
+        )
+
+    def _has_lane(self, lane: Lane) -> None:
+        self._lane = lane
 
     def flush(self) -> None:
         super().flush()

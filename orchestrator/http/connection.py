@@ -45,6 +45,8 @@ class Served(Protocol):
 class WholeRequest(Exchange):
     """A request of which everything is here."""
 
+    is_told_at_once = True
+
     __slots__ = ("_connection", "body")
 
     def __init__(self, connection: Connection, head: Head, body: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from orchestrator.admission.gate import ANYBODY, Caller
 
@@ -19,6 +19,9 @@ Rest = Callable[[], Coroutine[Any, Any, None]]
 
 class Exchange(ABC):
     """Also an `Outlet`: what is put into an outbox for it goes to its client."""
+
+    is_told_at_once: ClassVar[bool] = False
+    """`on_gone` is called before the descriptor can become that of another connection."""
 
     __slots__ = (
         "caller",
