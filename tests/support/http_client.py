@@ -24,6 +24,8 @@ class Client:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.was_reset = False
+        """Whatever had come and was not read yet is lost then."""
 
     def send(self, message: bytes) -> None:
         self.writer.write(message)
@@ -51,7 +53,9 @@ class Client:
         async with asyncio.timeout(READ_TIMEOUT_S):
             try:
                 return await self.reader.read()
-            except ConnectionError:  # A reader keeps to itself what came before that.
+            except ConnectionError:
+                self.was_reset = True
+                # A reader keeps to itself what came before that.
                 return bytes(self.reader._buffer)  # type: ignore[attr-defined]
 
 
