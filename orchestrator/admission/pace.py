@@ -50,7 +50,7 @@ class QueuePace:
         """Until so many tokens are served; None when that is not known. A standstill counts as long as it lasts."""
         if not tokens_ahead:
             return 0.0
-        if not self._departures:
+        if len(self._departures) < _SEEN_MIN:  # One short request that waited for a server to come back is no pace.
             return None
         served_s = sum(gap_s for gap_s, _ in self._departures)
         tokens = sum(cost for _, cost in self._departures)

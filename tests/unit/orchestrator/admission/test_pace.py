@@ -28,6 +28,15 @@ def test_what_was_placed_as_it_came_says_nothing_about_the_pace() -> None:
     assert pace.retry_after_s(100, now_s=100.0) == RETRY_AFTER_S_UNKNOWN
 
 
+def test_one_short_request_that_waited_for_a_server_to_come_back_is_no_pace() -> None:
+    pace = QueuePace()
+    for second in range(7):
+        pace.departed(cost=1, since_s=0.0, now_s=3.0 + second)
+        assert pace.wait_s(400, now_s=3.0 + second) is None
+    pace.departed(cost=400, since_s=0.0, now_s=10.5)
+    assert pace.wait_s(400, now_s=10.5) == pytest.approx(400 * 10.5 / 407)
+
+
 def test_with_nobody_ahead_there_is_nothing_to_wait_for() -> None:
     pace = QueuePace()
     assert pace.wait_s(0, now_s=0.0) == 0.0
