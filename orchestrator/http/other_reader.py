@@ -31,18 +31,20 @@ class OtherReader(web.RequestHandler):
         )
 
     def data_received(self, data: bytes) -> None:
-        """Whoever still reads a body whose rest is no HTTP is told: aiohttp would let it wait for more. Looks at two
-        private fields of aiohttp's class, as a test sees."""
+        """Whoever reads a body whose rest is no HTTP, or is about to, is told: aiohttp would let it wait for more.
+
+        Looks at two private fields of aiohttp's class, as a test sees.
+        """
         super().data_received(data)
-        under_way = self._current_request
-        if under_way is None or not self._messages or under_way.content.is_eof():
+        if not self._messages or not isinstance(wrong := self._messages[-1][0], _ErrInfo):
             return
-        last, _ = self._messages[-1]
-        if isinstance(last, _ErrInfo):
-            self._messages.clear()
-            self.keep_alive(False)
-            under_way.content.set_exception(web.RequestPayloadError(last.message))
-            under_way.content.feed_eof()
+        under_way = self._current_request
+        body = self._messages[-2][1] if len(self._messages) > 1 else under_way and under_way.content
+        if body and not body.is_eof():
+            self._messages.pop()
+            body.set_exception(web.RequestPayloadError(wrong.message))
+            body.feed_eof()
+            self.close()  # Once that is answered.
 
     def handle_error(
         self,

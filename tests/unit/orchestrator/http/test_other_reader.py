@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -14,7 +15,8 @@ import pytest_asyncio
 from orchestrator.loop_lag import LoopLag
 from tests.support.front_door import Door, front_door
 from tests.support.http_answers import Answer, answers_in
-from tests.support.raw_http import HEAD, SMUGGLED, TOO_LARGE, said
+from tests.support.http_client import connected
+from tests.support.raw_http import CHUNKED, HEAD, SMUGGLED, TOO_LARGE, said
 
 BODY: Final = json.dumps({"model": "fake", "prompt": "Hi", "max_tokens": 2}).encode()
 WITHIN_S: Final = 20.0
@@ -56,6 +58,20 @@ async def test_what_is_no_http_is_refused_like_everything_else_and_hung_up_on(wh
     assert message.startswith(("this is no valid HTTP: ", "the body is not valid JSON"))
     assert "\n" not in message
     assert len(message) < 300
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.asyncio(loop_scope="module")
+async def test_whoever_waits_for_the_rest_of_a_body_is_told_that_it_is_no_http(door: Door, waits: bool) -> None:
+    async with connected(door.port.address[1]) as client, asyncio.timeout(WITHIN_S):
+        client.send(HEAD + CHUNKED + b"\r\n5\r\n")
+        client.send(b'{"mod\r\n')
+        if waits:
+            await door.get("/version")  # By now, the handler waits.
+        client.send(b"zz\r\n")
+        (answer,) = answers_in(await client.rest())
+    assert answer.status == 400
+    assert "Invalid character" in str(error_in(answer)["message"])
 
 
 @pytest.mark.asyncio(loop_scope="module")
