@@ -12,7 +12,7 @@ from typing import Final
 from disaggregated.errors import InvalidRequest
 
 PARTS_MAX: Final = 1 << 20
-"""A million token ids. So many take 50 ms at most."""
+"""A million token ids. So many take about 50 ms."""
 MEMBER_WEIGHT: Final = 10
 """Of an object, an array, or a member of an object: to make one takes as long as ten numbers."""
 UNCOUNTED_BYTES_MAX: Final = PARTS_MAX // MEMBER_WEIGHT * 2
