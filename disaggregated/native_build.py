@@ -16,10 +16,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 COMPILE_TIMEOUT_S: Final = 120.0
 VERSION_TIMEOUT_S: Final = 10.0
@@ -53,12 +53,17 @@ def compiled(sources: Path, name: str, flags: tuple[str, ...]) -> Path:
     return path
 
 
-def loaded(path: Path) -> ctypes.CDLL:
-    """Raises NativeUnavailable when the file is not a library of this machine."""
+def loaded(path: Path, signatures: Mapping[str, tuple[Any, list[Any]]]) -> ctypes.CDLL:
+    """`signatures`: return type and arguments of each function. Raises NativeUnavailable when the file is not a library
+    of this machine."""
     try:
-        return ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailable(f"{path}: {error}; delete it to have it compiled again") from error
+    for name, (result, arguments) in signatures.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
 
 
 def cache_dir() -> Path:

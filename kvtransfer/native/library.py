@@ -71,10 +71,8 @@ def opened(isa: str = ISAS[-1]) -> ctypes.CDLL:
     """The library, using `isa` or the best below it that this CPU has. Raises NativeUnavailable."""
     if isa not in ISAS:
         raise NativeUnavailable(f"{VARIABLE}: {isa} is none of none, {', '.join(ISAS)}")
-    found = native_build.loaded(native_build.compiled(SOURCES, "kvtransfer", native_build.COMMON_FLAGS))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
+    path = native_build.compiled(SOURCES, "kvtransfer", native_build.COMMON_FLAGS)
+    found = native_build.loaded(path, _SIGNATURES)
     assert found.checksum_bytes() == 8 * CHECKSUM_WORDS, "library.py and csrc/xxh3.h disagree"
     found.choose_isa(ISAS.index(isa))
     return found

@@ -60,8 +60,5 @@ def library() -> ctypes.CDLL | None:
 
 def opened() -> ctypes.CDLL:
     """Raises NativeUnavailable."""
-    found = native_build.loaded(native_build.compiled(SOURCES, "fan_out", native_build.COMMON_FLAGS))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    return found
+    path = native_build.compiled(SOURCES, "fan_out", native_build.COMMON_FLAGS)
+    return native_build.loaded(path, _SIGNATURES)

@@ -82,11 +82,7 @@ def load(
 
 
 def _open(isa: str) -> ctypes.CDLL:
-    kernels = loaded(library(isa))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(kernels, name)
-        function.restype, function.argtypes = result, arguments
-    return kernels
+    return loaded(library(isa), _SIGNATURES)
 
 
 class NativeOps:
