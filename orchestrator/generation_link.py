@@ -52,7 +52,6 @@ class GenerationLink:
     ) -> None:
         """`fan_out`: delivers what it can of each step; the receivers get the rest. None: they get all."""
         self.link_id = link_id
-        self.num_tokens = 0
         self._client = client
         self._clock = clock
         self._fan_out = fan_out
@@ -104,7 +103,6 @@ class GenerationLink:
         now_s = self._clock()
         receivers = self._receivers
         stream_keys, positions, token_ids = columns_of(batch)
-        self.num_tokens += len(token_ids)
         if self._fan_out is not None:
             left = self._fan_out.deliver(stream_keys, positions, token_ids, now_s)
             if len(left) < len(token_ids):
@@ -115,12 +113,9 @@ class GenerationLink:
         for receiver, position, token_id in zip(map(receivers.get, stream_keys), positions, token_ids, strict=True):
             if receiver is not None:
                 receiver.on_token(position, token_id, now_s)
-            else:
-                self.num_tokens -= 1
         for delta in batch.deltas:
             receiver = receivers.get(delta.stream_key)
             if receiver is not None:
-                self.num_tokens += len(delta.token_ids)
                 receiver.on_delta(delta, now_s)
 
     def open(self, receiver: DeltaReceiver) -> int:

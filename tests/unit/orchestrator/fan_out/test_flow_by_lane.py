@@ -127,7 +127,7 @@ class Played:
     def books(self) -> tuple[object, ...]:
         story, attempt = self.run.story, self.run.story.attempts[0]
         counted = story.num_tokens, story.first_token_s, story.last_token_s, story.longest_gap_s, story.finish_reason
-        return *counted, attempt.num_tokens, list(self.run.emitted), self.link.num_tokens
+        return *counted, attempt.num_tokens, list(self.run.emitted)
 
 
 def _nobody(story: RequestStory, error: DisaggregatedError | None) -> None: ...
@@ -236,4 +236,4 @@ async def test_a_client_that_stops_reading_gets_all_of_its_text_once_it_reads_ag
         read = await reading
 
     assert re.fullmatch(f"a{{{num_tokens}}}b+c{{100}}d", text_in(read))
-    assert played.run.story.num_tokens == played.link.num_tokens == len(played.run.emitted)
+    assert played.run.story.num_tokens == len(played.run.emitted)
